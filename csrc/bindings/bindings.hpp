@@ -1,0 +1,12 @@
+// One function per area, called once from module.cpp. Bindings hold no logic: they check and forward.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace primitives {
+
+void bind_canonical(py::module_& m);
+void bind_transport(py::module_& m);
+void bind_devices(py::module_& m);
+
+}  // namespace primitives

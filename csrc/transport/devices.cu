@@ -1,0 +1,37 @@
+#include "transport/devices.h"
+
+#include <cuda_runtime.h>
+#include <stdio.h>
+#include <string.h>
+
+extern "C" int primitives_cuda_devices(primitives_device* devices, int capacity, char* error,
+                                       int error_capacity) {
+  int num_devices = 0;
+  cudaError_t status = cudaGetDeviceCount(&num_devices);
+  if (status != cudaSuccess) {
+    snprintf(error, error_capacity, "%s", cudaGetErrorString(status));
+    return -1;
+  }
+  for (int i = 0; i < num_devices && i < capacity; i++) {
+    cudaDeviceProp properties;
+    status = cudaGetDeviceProperties(&properties, i);
+    if (status != cudaSuccess) {
+      snprintf(error, error_capacity, "device %d: %s", i, cudaGetErrorString(status));
+      return -1;
+    }
+    primitives_device* d = &devices[i];
+    snprintf(d->name, sizeof d->name, "%s", properties.name);
+    d->major = properties.major;
+    d->minor = properties.minor;
+    d->num_multiprocessors = properties.multiProcessorCount;
+    d->memory_nbytes = properties.totalGlobalMem;
+    d->num_peers = 0;
+    for (int j = 0; j < num_devices; j++) {
+      int can_access = 0;
+      if (j != i && cudaDeviceCanAccessPeer(&can_access, i, j) == cudaSuccess) {
+        d->num_peers += can_access;
+      }
+    }
+  }
+  return num_devices;
+}

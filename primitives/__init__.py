@@ -1,0 +1,1 @@
+"""Collectives, canonical kernels and sharded state: the Python face of ``csrc``."""

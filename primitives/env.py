@@ -1,0 +1,28 @@
+"""The one home of environment variables: name, meaning and default of each, and how it is read."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable the project reads."""
+
+    name: str
+    default: str
+    meaning: str
+
+    def get(self) -> str:
+        """The value in the environment, or the default."""
+        return os.environ.get(self.name) or self.default
+
+
+ISA = Variable(
+    "PRIMITIVES_ISA",
+    "",
+    "CPU kernels to use: avx512, avx2 or scalar. Default: the best this CPU has. "
+    "The results are the same bits.",
+)
+CUDA = Variable("PRIMITIVES_CUDA", "auto", "Build: 0 leaves CUDA kernels out, 1 requires nvcc.")
+NVCC = Variable("PRIMITIVES_NVCC", "", "Build: path of the nvcc to use.")
+CUDA_ARCHS = Variable("PRIMITIVES_CUDA_ARCHS", "80;90;100", "Build: compute capabilities.")

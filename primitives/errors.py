@@ -1,0 +1,21 @@
+"""Errors of the transport, collectives and checkpoints. Wrong arguments are plain ``ValueError``s."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective could not complete; the process group it ran on cannot be used any more."""
+
+
+class CollectiveTimeout(CollectiveError):
+    """A deadline passed; the message names the missing ranks and what each of them did last."""
+
+
+class PeerLost(CollectiveError):
+    """Another rank died, left the group or aborted; the message names it and the collective."""
+
+
+class CollectiveMismatch(CollectiveError):
+    """Ranks called different collectives; the message names both sides."""
+
+
+class CheckpointCorrupt(RuntimeError):
+    """A checkpoint is incomplete or differs from its manifest; the message names the file."""

@@ -1,0 +1,1 @@
+"""Full training, resume and inference scenarios on top of ``primitives``."""
