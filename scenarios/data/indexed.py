@@ -10,7 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -220,11 +220,12 @@ class IndexedDatasetWriter:
         )
         files = {"idx": index}
         if self.facts is not None:
-            facts = asdict(self.facts) | {
-                "sha256_bin": self._digest.hexdigest(),
-                "sha256_idx": hashlib.sha256(index).hexdigest(),
-            }
-            files["json"] = (json.dumps(facts, indent=2) + "\n").encode()
+            self.facts = replace(
+                self.facts,
+                sha256_bin=self._digest.hexdigest(),
+                sha256_idx=hashlib.sha256(index).hexdigest(),
+            )
+            files["json"] = (json.dumps(asdict(self.facts), indent=2) + "\n").encode()
         for suffix, content in files.items():
             with _staging(self.prefix, suffix).open("wb") as file:
                 file.write(content)
