@@ -99,7 +99,9 @@ class Build(BuildExtension):
         ] + ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
         objects = []
         for source in sorted(ROOT.glob("csrc/**/*.cu")):
-            target = Path(self.build_temp).absolute() / source.relative_to(ROOT).with_suffix(".cu.o")
+            target = Path(self.build_temp).absolute() / source.relative_to(ROOT).with_suffix(
+                ".cu.o"
+            )
             objects.append(str(target))
             headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.hpp"), source]
             if target.exists() and target.stat().st_mtime > max(h.stat().st_mtime for h in headers):
