@@ -1,10 +1,11 @@
-"""Sets up what is missing: ``.venv``, the pinned packages and the native build. Standard library only.
+"""Sets up what is missing: ``.venv``, the pinned packages, the native build.
 
     python3 bootstrap.py            set up; prints nothing when all is in place
     python3 bootstrap.py --clean    start the environment anew
 
-A second run compares two digests and returns at once. If torch is already importable, it is used as
-it is: its site-packages become visible inside ``.venv`` and no other torch is installed.
+Needs the standard library only. A second run compares two digests and returns at once. If torch is
+already importable, it is used as it is: its site-packages become visible inside ``.venv`` and no
+other torch is installed.
 """
 
 import fcntl
