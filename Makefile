@@ -31,3 +31,7 @@ golden: setup
 
 clean:
 	rm -rf .venv build dist primitives/_C*.so *.egg-info
+
+# Prints both sides and the limit from one run.
+bench: setup
+	$(BIN)/python -m primitives.bench

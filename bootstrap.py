@@ -112,18 +112,19 @@ def make_venv(python: str) -> None:
 
 
 def install_packages(torch: tuple[str, str] | None) -> None:
-    requirements = (ROOT / "requirements.txt").read_text()
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    options = ["--disable-pip-version-check"]
     if torch:
         version, site_packages = torch
         say(f"using the torch {version} in {site_packages}")
         purelib = sysconfig.get_path("purelib", vars={"base": str(VENV)})
         Path(purelib, "outer_torch.pth").write_text(site_packages + "\n")
-        requirements = "\n".join(
-            line for line in requirements.splitlines() if not line.startswith("torch==")
-        )
+        requirements = [line for line in requirements if not line.startswith("torch==")]
+        # Everything but torch goes into .venv, with its commands, whatever the outer place holds.
+        options += ["--no-deps", "--ignore-installed"]
     chosen = VENV / "requirements.txt"
-    chosen.write_text(requirements)
-    run(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "-r", chosen)
+    chosen.write_text("\n".join(requirements) + "\n")
+    run(PYTHON, "-m", "pip", "install", *options, "-r", chosen)
 
 
 def build() -> None:
