@@ -62,6 +62,10 @@ class WordTable(Layer):
         )
         super().__init__([spec], dtype)
 
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
+
 
 class PositionTable(Layer):
     """Learned absolute positions [max positions, h]."""
@@ -72,6 +76,10 @@ class PositionTable(Layer):
         weight = f"{name}.weight"
         spec = ParameterSpec(weight, (num_positions, hidden_size), 1, (weight,), init_std=std)
         super().__init__([spec], dtype)
+
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
 
 
 class Embedding(torch.nn.Module):
@@ -98,7 +106,7 @@ class Embedding(torch.nn.Module):
 
     def forward(self, mb: Microbatch) -> Tensor:
         """-> [T, h] in the compute dtype."""
-        words, positions = self.word_embeddings.weight, self.position_embeddings.weight
+        words, positions = self.word_embeddings(), self.position_embeddings()
         return cast(
             Tensor,
             _Embedding.apply(self.gradient_root, words, positions, self.dropout, self.name, mb),
@@ -131,7 +139,7 @@ def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Te
         name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
         mb: the microbatch whose labels to use.
     """
-    logits = _ColumnLinear.apply(x, table.weight, None, name, mb)
+    logits = _ColumnLinear.apply(x, table(), None, name, mb)
     return cast(Tensor, _CrossEntropy.apply(logits, mb))
 
 
