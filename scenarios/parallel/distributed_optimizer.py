@@ -55,8 +55,8 @@ class DistributedOptimizer:
         self.num_updates = 0
         self._beta_powers = [1.0, 1.0]
 
-    def local_slices(self, spec: ParameterSpec) -> range:
-        """The slices of each block of ``spec`` that this rank owns."""
+    def local_slices(self) -> range:
+        """The slices of each block that this rank owns."""
         return range(
             self._dp_rank * NUM_SLICES // self._dp, (self._dp_rank + 1) * NUM_SLICES // self._dp
         )
@@ -70,7 +70,7 @@ class DistributedOptimizer:
                 key = random_key(seed, "init", spec.name)
                 full = canonical.random_normal(spec.shape, key) * spec.init_std
             blocks = full.view(spec.num_blocks, NUM_SLICES, spec.slice_numel)
-            mine = self.local_slices(spec)
+            mine = self.local_slices()
             shard.main.copy_(blocks[:, mine.start : mine.stop])
 
     def set_num_updates(self, num_updates: int) -> None:
