@@ -17,6 +17,7 @@ from scenarios.data import make_dataset
 from scenarios.engines.training_state import TrainingState
 from scenarios.models.gpt import Gpt
 from scenarios.parallel.buckets import default_bucket_numel, make_buckets
+from scenarios.parallel.collectives import all_gather_flat
 from scenarios.parallel.distributed_optimizer import (
     AdamConfig,
     DistributedOptimizer,
@@ -113,9 +114,7 @@ class Trainer:
             training.lr_warmup_samples,
             training.lr_decay_samples,
         )
-        self.state = TrainingState(
-            scenario, self.optimizer, self.scaler, self.schedule, self.group
-        )
+        self.state = TrainingState(scenario, self.optimizer, self.scaler, self.schedule, self.group)
 
     def train_step(self) -> dict[str, LogValue]:
         """One step; returns its metrics, the same on every rank.
@@ -176,17 +175,18 @@ class Trainer:
 
     def _survey(self, local_zeros: int) -> tuple[int, float, str]:
         """Number of zero gradients, norm and digest of all main parameters of all ranks."""
-        digests = self.optimizer.digest_leaves("main")
         mine = (
             torch.tensor([local_zeros]).view(torch.uint8),
-            digests.view(-1),
+            self.optimizer.digest_leaves("main").view(-1),
             self.optimizer.parameter_leaves().view(torch.uint8),
         )
-        parts = self._all_gather(torch.cat(mine)).split([len(part) for part in mine], dim=1)
-        zeros, gathered, leaves = (part.contiguous() for part in parts)
+        full = self._all_gather(torch.cat(mine))
+        zeros, digests, leaves = (
+            part.contiguous() for part in torch.split(full, [len(part) for part in mine], dim=1)
+        )
         num_zeros = int(zeros.view(torch.int64).sum())
         norm = norm_of_leaves(self.optimizer.sort_leaves(leaves.view(torch.float32)))
-        ordered = self.optimizer.sort_leaves(gathered.view(self.dp, -1, 32))
+        ordered = self.optimizer.sort_leaves(digests.view(self.dp, -1, 32))
         digest = hashlib.sha256("\n".join(self.optimizer.leaf_names()).encode())
         digest.update(ordered.numpy().tobytes())
         return num_zeros, norm, digest.hexdigest()
@@ -194,7 +194,7 @@ class Trainer:
     def _all_gather(self, values: Tensor) -> Tensor:
         """[n] -> [dp, n]"""
         full = values.new_empty(self.dp, len(values))
-        dist.all_gather_into_tensor(full.view(-1), values, group=self.group)
+        all_gather_flat(full.view(-1), values, group=self.group)
         return full
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from primitives.checkpoint import CheckpointManager
 from primitives.errors import CheckpointCorrupt
+from scenarios.parallel.collectives import all_gather_flat
 from scenarios.parallel.distributed_optimizer import DistributedOptimizer, leaf_name
 from scenarios.parallel.loss_scaler import LossScaler
 from scenarios.parallel.lr_schedule import LearningRateSchedule
@@ -69,8 +70,7 @@ class TrainingState:
     def save(self, manager: CheckpointManager, *, asynchronous: bool) -> None:
         """Saves under the current step; with ``asynchronous`` files are written in background."""
         state = self._tensors()
-        for kind in KINDS:
-            state[f"digests/{kind}"] = self._digests(kind)
+        state["digests"] = {kind: self._digests(kind) for kind in KINDS}
         state["progress"] = json.dumps(self.progress(), sort_keys=True)
         state["scenario"] = json.dumps(self._identity(), sort_keys=True)
         manager.save(self.step, state, asynchronous=asynchronous)
@@ -91,11 +91,10 @@ class TrainingState:
 
         state = self._tensors()
         num_leaves = len(self._optimizer.leaf_names())
-        for kind in KINDS:
-            state[f"digests/{kind}"] = torch.empty(num_leaves, 32, dtype=torch.uint8)
+        state["digests"] = {kind: torch.empty(num_leaves, 32, dtype=torch.uint8) for kind in KINDS}
         manager.load(state, latest)
-        for kind in KINDS:
-            self._check_digests(kind, state[f"digests/{kind}"], latest)
+        for kind, saved_digests in state["digests"].items():
+            self._check_digests(kind, saved_digests, latest)
 
         saved = json.loads(header["progress"])
         self.step = saved["step"]
@@ -112,12 +111,14 @@ class TrainingState:
             )
 
     def _tensors(self) -> dict[str, Any]:
-        """The live slices of this rank by entry name: [slice numel] fp32 each."""
+        """kind -> entry name -> live slice of this rank, [slice numel] fp32."""
         return {
-            f"{kind}/{leaf_name(shard.spec, block, index)}": getattr(shard, kind)[block, local]
-            for shard in self._optimizer.shards
-            for block in range(shard.spec.num_blocks)
-            for local, index in enumerate(self._optimizer.local_slices())
+            kind: {
+                leaf_name(shard.spec, block, index): getattr(shard, kind)[block, local]
+                for shard in self._optimizer.shards
+                for block in range(shard.spec.num_blocks)
+                for local, index in enumerate(self._optimizer.local_slices())
+            }
             for kind in KINDS
         }
 
@@ -125,7 +126,7 @@ class TrainingState:
         """[all leaves, 32] uint8 in sorted order, equal on all ranks."""
         mine = self._optimizer.digest_leaves(kind)
         full = mine.new_empty(dist.get_world_size(self._group), *mine.shape)
-        dist.all_gather_into_tensor(full.view(-1), mine.view(-1), group=self._group)
+        all_gather_flat(full.view(-1), mine.view(-1), group=self._group)
         return self._optimizer.sort_leaves(full)
 
     def _check_digests(self, kind: str, saved: Tensor, step: int) -> None:
@@ -133,8 +134,8 @@ class TrainingState:
         if wrong:
             names = self._optimizer.leaf_names()
             raise CheckpointCorrupt(
-                f"checkpoint of step {step}: {kind}/{names[wrong[0]]} differs after the load from "
-                f"what was saved ({len(wrong)} of {len(names)} entries of {kind} differ)"
+                f"checkpoint of step {step}: {kind} of {names[wrong[0]]} differs after the load "
+                f"from what was saved ({len(wrong)} of {len(names)} entries of {kind} differ)"
             )
 
     def _identity(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Causal self-attention on canonical parts: each part holds whole heads."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -46,7 +47,7 @@ class _CoreAttention(Function):
         return context.permute(0, 3, 1, 2, 4).reshape(parts, num_tokens, heads * head_dim)
 
     @staticmethod
-    def backward(ctx: Any, dcontext: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dcontext: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, probs, dropped = ctx.saved_tensors
         parts, seq_length, num_samples, heads, _, head_dim = ctx.split_shape
         dcontext = dcontext.reshape(parts, seq_length, num_samples, heads, head_dim)
@@ -61,6 +62,9 @@ class _CoreAttention(Function):
         by_head = by_head.view(3, parts, num_samples, heads, seq_length, head_dim)
         dqkv = by_head.permute(1, 4, 2, 3, 0, 5).reshape(parts, seq_length * num_samples, -1)
         return dqkv, None, None, None, None, None
+
+
+_core_attention: Callable[..., Tensor] = _CoreAttention.apply
 
 
 def _dropout(probs: Tensor, ctx: Any) -> Tensor:
@@ -105,7 +109,5 @@ class SelfAttention(torch.nn.Module):
         """[T, h] -> [T, h] in the dtype of ``x``."""
         key = mb.dropout_key(self.layer, "attention")
         qkv = self.linear_qkv(x, mb)
-        context = _CoreAttention.apply(
-            qkv, self.head_dim, self.layer_number, self.dropout, key, mb
-        )
+        context = _core_attention(qkv, self.head_dim, self.layer_number, self.dropout, key, mb)
         return cast(Tensor, self.linear_proj(context, mb))

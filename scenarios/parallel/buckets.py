@@ -73,7 +73,7 @@ class Bucket:
         target[:, first_partial : first_partial + count].copy_(source.permute(2, 0, 1, 3, 4))
 
     def read_gradient(self, spec: ParameterSpec) -> Tensor:
-        """[partials, blocks, local slices, slice numel]: the data-parallel sums of one parameter."""
+        """One parameter's data-parallel sums, [partials, blocks, local slices, slice numel]."""
         start = self._gradient_start[spec.name]
         numel = spec.num_partials * spec.numel // self.dp
         return self.gradient_shard[start : start + numel].view(

@@ -86,7 +86,7 @@ class DistributedOptimizer:
         self._beta_powers[1] *= self._config.beta2
 
     def unscale(self, loss_scale: float) -> bool:
-        """Divides the gradients by the loss scale; returns whether all of this rank's are finite."""
+        """Divides by the loss scale; returns whether all gradients of this rank are finite."""
         finite = True
         for shard in self.shards:
             if loss_scale != 1.0:
@@ -174,7 +174,7 @@ class DistributedOptimizer:
 
 def leaf_name(spec: ParameterSpec, block: int, index: int) -> str:
     """How a leaf is called in checkpoints and messages."""
-    return f"{spec.name}/block{block}/slice{index}"
+    return f"{spec.name}.block{block}.slice{index}"
 
 
 def norm_of_leaves(leaves: Tensor) -> float:

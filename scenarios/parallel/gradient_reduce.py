@@ -12,6 +12,7 @@ from torch import Tensor
 
 from primitives import canonical
 from scenarios.parallel.buckets import Bucket
+from scenarios.parallel.collectives import reduce_scatter_flat
 from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.tree import TreeAccumulator
 
@@ -87,7 +88,7 @@ class GradientReducer:
 
     def _reduce_next(self) -> None:
         bucket = self._buckets[len(self._works)]
-        work = dist.reduce_scatter_tensor(
+        work = reduce_scatter_flat(
             bucket.gradient_shard,
             bucket.gradient_full.view(-1),
             group=self._group,

@@ -6,7 +6,8 @@ fp32 and per microbatch, to ``microbatch.gradients``; autograd only carries acti
 tensor has more than two consumers, so autograd's own additions have one order.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class _ColumnLinear(Function):
         return canonical.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
         dy = dy.contiguous()  # [C, T, out / C]
@@ -55,6 +56,9 @@ class _ColumnLinear(Function):
         mb.gradients.push(weight_name, mb.index, canonical.gemm(dy, x, transpose_a=True))
         dx = canonical.tree_sum(canonical.gemm(dy, weight), out_dtype=dy.dtype)
         return dx, None, None, None, None
+
+
+column_linear: Callable[..., Tensor] = _ColumnLinear.apply
 
 
 class ColumnLinear(Layer):
@@ -72,7 +76,7 @@ class ColumnLinear(Layer):
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
         """[T, in] -> [C, T, out / C], in the dtype of ``x``."""
-        return cast(Tensor, _ColumnLinear.apply(x, self.weight, self.bias, self.name, mb))
+        return column_linear(x, self.weight, self.bias, self.name, mb)
 
 
 class _RowLinear(Function):
@@ -86,13 +90,16 @@ class _RowLinear(Function):
         return canonical.tree_sum(partials, bias=bias, out_dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
         dy = dy.contiguous()  # [T, out]
         mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(dy, NUM_PARTS))
         mb.gradients.push(f"{name}.weight", mb.index, canonical.gemm(dy, x, transpose_a=True))
         return canonical.gemm(dy, weight, out_dtype=dy.dtype), None, None, None, None
+
+
+_row_linear: Callable[..., Tensor] = _RowLinear.apply
 
 
 class RowLinear(Layer):
@@ -110,7 +117,7 @@ class RowLinear(Layer):
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
         """[C, T, in / C] -> [T, out], in the dtype of ``x``."""
-        return cast(Tensor, _RowLinear.apply(x, self.weight, self.bias, self.name, mb))
+        return _row_linear(x, self.weight, self.bias, self.name, mb)
 
 
 class _LayerNorm(Function):
@@ -124,7 +131,7 @@ class _LayerNorm(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
         dx, dweight, dbias = canonical.layer_norm_backward(
@@ -133,6 +140,9 @@ class _LayerNorm(Function):
         mb.gradients.push(f"{name}.weight", mb.index, dweight)
         mb.gradients.push(f"{name}.bias", mb.index, dbias)
         return dx, None, None, None, None, None
+
+
+_layer_norm: Callable[..., Tensor] = _LayerNorm.apply
 
 
 class LayerNorm(Layer):
@@ -149,7 +159,7 @@ class LayerNorm(Layer):
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
         """[T, h] -> [T, h]."""
-        return cast(Tensor, _LayerNorm.apply(x, self.weight, self.bias, self.eps, self.name, mb))
+        return _layer_norm(x, self.weight, self.bias, self.eps, self.name, mb)
 
 
 class _Gelu(Function):
@@ -159,14 +169,17 @@ class _Gelu(Function):
         return canonical.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return canonical.gelu_backward(dy.contiguous(), x)
 
 
+_gelu: Callable[..., Tensor] = _Gelu.apply
+
+
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, of any shape."""
-    return cast(Tensor, _Gelu.apply(x))
+    return _gelu(x)
 
 
 class _DropoutAdd(Function):
@@ -178,14 +191,17 @@ class _DropoutAdd(Function):
         return canonical.dropout_add(y, residual, probability, key, token_ids)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dout = dout.contiguous()
         dy = canonical.dropout(dout, ctx.probability, ctx.key, ctx.token_ids)
         return dy, dout, None, None, None
+
+
+_dropout_add: Callable[..., Tensor] = _DropoutAdd.apply
 
 
 def dropout_add(
     y: Tensor, residual: Tensor, probability: float, key: int, token_ids: Tensor
 ) -> Tensor:
     """residual + dropout(y): [T, h], rounded once; an element's fate depends on its token only."""
-    return cast(Tensor, _DropoutAdd.apply(y, residual, probability, key, token_ids))
+    return _dropout_add(y, residual, probability, key, token_ids)

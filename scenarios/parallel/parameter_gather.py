@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scenarios.parallel.buckets import Bucket
+from scenarios.parallel.collectives import all_gather_flat
 from scenarios.parallel.layers import Layer
 
 
@@ -66,7 +67,7 @@ class ParameterGather:
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._num_started]
-        self._work = dist.all_gather_into_tensor(
+        self._work = all_gather_flat(
             bucket.parameter_full.view(-1),
             bucket.parameter_shard,
             group=self._group,

@@ -1,5 +1,6 @@
 """Token and position embedding, and the tied head with its loss."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from primitives import canonical
-from scenarios.parallel.layers import Layer, _ColumnLinear
+from scenarios.parallel.layers import Layer, column_linear
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameters import NUM_PARTS, ParameterSpec
 
@@ -32,7 +33,7 @@ class _Embedding(Function):
         return canonical.dropout(x, probability, ctx.key, ctx.token_ids)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         name, mb = ctx.name, ctx.mb
         dx = canonical.dropout(dx.contiguous(), ctx.probability, ctx.key, ctx.token_ids)
         by_position = dx.view(mb.seq_length, mb.num_samples, -1).transpose(0, 1).contiguous()
@@ -44,8 +45,11 @@ class _Embedding(Function):
         return None, None, None, None, None, None
 
 
+_embedding: Callable[..., Tensor] = _Embedding.apply
+
+
 class WordTable(Layer):
-    """The tied table [C, V / C, h]: its lookup and head gradients stay apart until they are final."""
+    """The tied table [C, V / C, h]; gradients of lookup and head stay apart until the end."""
 
     def __init__(
         self, name: str, vocab_size: int, hidden_size: int, std: float, dtype: torch.dtype
@@ -107,10 +111,7 @@ class Embedding(torch.nn.Module):
     def forward(self, mb: Microbatch) -> Tensor:
         """-> [T, h] in the compute dtype."""
         words, positions = self.word_embeddings(), self.position_embeddings()
-        return cast(
-            Tensor,
-            _Embedding.apply(self.gradient_root, words, positions, self.dropout, self.name, mb),
-        )
+        return _embedding(self.gradient_root, words, positions, self.dropout, self.name, mb)
 
 
 class _CrossEntropy(Function):
@@ -122,12 +123,15 @@ class _CrossEntropy(Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, maximum, sum_exp = ctx.saved_tensors
         dlogits = canonical.cross_entropy_backward(
             logits, ctx.labels, maximum, sum_exp, dloss.contiguous()
         )
         return dlogits, None
+
+
+_cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
 
 
 def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Tensor:
@@ -139,8 +143,8 @@ def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Te
         name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
         mb: the microbatch whose labels to use.
     """
-    logits = _ColumnLinear.apply(x, table(), None, name, mb)
-    return cast(Tensor, _CrossEntropy.apply(logits, mb))
+    logits = column_linear(x, table(), None, name, mb)
+    return _cross_entropy(logits, mb)
 
 
 def token_mean(loss: Tensor) -> Tensor:
