@@ -72,23 +72,31 @@ def run(
 
     if run_all == (case is not None):
         raise click.UsageError("expected either CASE or --all")
-    cases = [case] if case is not None else all_cases(scale)
-    verdicts = []
-    for name in cases:
-        verdict = judge_case(
-            name,
-            scale=scale,
-            layout=layout,
-            data=data,
-            out=out / name if out and run_all else out,
-            options=LaunchOptions(_progress_stream(as_json), master_port, timeout_s),
-        )
-        verdicts.append(verdict)
+    outcomes: list[dict[str, Any]] = []
+    for name in [case] if case is not None else all_cases(scale):
+        try:
+            verdict = judge_case(
+                name,
+                scale=scale,
+                layout=layout,
+                data=data,
+                out=out / name if out and run_all else out,
+                options=LaunchOptions(_progress_stream(as_json), master_port, timeout_s),
+            )
+        except (ValueError, RunFailed) as error:
+            # One case that cannot run does not keep the others from being judged.
+            if not run_all or (isinstance(error, RunFailed) and error.interrupted):
+                raise
+            code = EXIT_FAILED if isinstance(error, RunFailed) else EXIT_USAGE
+            outcomes.append({"case": name, "error": {"message": str(error)}, "exit_code": code})
+            _echo_error(str(error))
+            continue
+        outcomes.append(verdict.as_json())
         if not as_json:
             click.echo("\n".join(verdict.lines()))
     if as_json:
-        _echo_json([v.as_json() for v in verdicts] if run_all else verdicts[0].as_json())
-    return max(verdict.exit_code for verdict in verdicts)
+        _echo_json(outcomes if run_all else outcomes[0])
+    return max(int(outcome["exit_code"]) for outcome in outcomes)
 
 
 @testbed.command()
@@ -225,11 +233,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(given: list[str], code: int, message: str, more: dict[str, Any] | None = None) -> int:
-    line = " ".join(message.split())
-    click.echo(f"testbed: error: {line}", err=True)
+    line = _echo_error(message)
     if "--json" in given:
         _echo_json({"error": more or {"message": line}, "exit_code": code})
     return code
+
+
+def _echo_error(message: str) -> str:
+    line = " ".join(message.split())
+    click.echo(f"testbed: error: {line}", err=True)
+    return line
 
 
 def _progress_stream(as_json: bool) -> Any:

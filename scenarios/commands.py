@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scenarios.compare import Comparison, compare_strict
+from scenarios.failures import RunFailed
 from scenarios.golden import (
     Golden,
     Metrics,
@@ -52,7 +53,7 @@ def judge_case(
     golden = None if scenario.data.prefix else _golden_of(scenario, case)
     note = "" if golden else "own data has no golden: only the invariants were judged"
     out_dir = make_out_dir(out, scenario.name)
-    played = play(scenario, out_dir, options)
+    played = _play(scenario, out_dir, options)
     checks = [*played.checks, *([check_golden(golden, played.metrics)] if golden else [])]
     return _verdict(scenario, out_dir, played, checks, note)
 
@@ -122,7 +123,7 @@ def record_case(
     path = scenario.golden_path
     old = read_golden_file(path).get(scale) if path.exists() else None
     out_dir = make_out_dir(out, scenario.name)
-    played = play(scenario, out_dir, options)
+    played = _play(scenario, out_dir, options)
     verdict = _verdict(scenario, out_dir, played, list(played.checks), "")
     changes = compare_strict(old.metrics, played.metrics) if old else None
     write = verdict.passed and not (changes and changes.passed)
@@ -218,6 +219,20 @@ def _golden_of(scenario: Scenario, case: str) -> Golden:
     return read_golden(path, scenario.scale)
 
 
+def _play(scenario: Scenario, out_dir: Path, options: LaunchOptions) -> Played:
+    """Plays; a failed run leaves its failure as the verdict."""
+    try:
+        return play(scenario, out_dir, options)
+    except RunFailed as error:
+        _write_verdict(out_dir, {"verdict": "run failed", "exit_code": 3, "error": error.as_json()})
+        raise
+
+
+def _write_verdict(out_dir: Path, document: dict[str, Any]) -> None:
+    text = json.dumps(document, indent=1, allow_nan=False)
+    write_atomically(out_dir / "verdict.json", text + "\n")
+
+
 def _verdict(
     scenario: Scenario, out_dir: Path, played: Played, checks: list[Check], note: str
 ) -> Verdict:
@@ -231,8 +246,7 @@ def _verdict(
         checks=tuple(checks),
         note=note,
     )
-    text = json.dumps(verdict.as_json(), indent=1, allow_nan=False)
-    write_atomically(out_dir / "verdict.json", text + "\n")
+    _write_verdict(out_dir, verdict.as_json())
     return verdict
 
 

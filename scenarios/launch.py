@@ -166,6 +166,7 @@ def _watch(
                 last_step=last_step,
                 log_dir=log_dir,
                 reason=f"interrupted by {name}",
+                interrupted=True,
             )
         if any(rank.failure(last_step) for rank in ranks):
             _stop(ranks, None, ("stopped", "did not end within the grace"), received)

@@ -68,7 +68,8 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """The verdict as text."""
-        lines = [f"{self.case}", f"  {self.scale} scale, {self.layout}, {self.num_ranks} ranks"]
+        ranks = "1 rank" if self.num_ranks == 1 else f"{self.num_ranks} ranks"
+        lines = [self.case, f"  {self.scale} scale, {self.layout}, {ranks}"]
         lines += [f"  {wall_s:5.1f} s {what}" for what, wall_s in self.runs]
         for check in self.checks:
             lines += check.lines()
