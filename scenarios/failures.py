@@ -37,12 +37,19 @@ class RunFailed(RuntimeError):
     """Ranks crashed, hung or were interrupted; the message names the root cause first."""
 
     def __init__(
-        self, failures: list[RankFailure], *, last_step: int | None, log_dir: Path, reason: str = ""
+        self,
+        failures: list[RankFailure],
+        *,
+        last_step: int | None,
+        log_dir: Path,
+        reason: str = "",
+        interrupted: bool = False,
     ) -> None:
         self.failures = sorted(failures, key=_cause_order)
         self.last_step = last_step
         self.log_dir = log_dir
         self.reason = reason
+        self.interrupted = interrupted
         super().__init__(self._message())
 
     def _message(self) -> str:

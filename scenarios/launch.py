@@ -77,7 +77,7 @@ class _Rank:
         self.rank = rank
         self.run_dir = Path(job.run_dir)
         self.log = self.run_dir / "logs" / f"rank_{rank}.log"
-        self.stopped = ""
+        self.stopped: tuple[str, str] | None = None  # (type, message) once we end it
         environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -126,7 +126,7 @@ class _Rank:
         if report is not None:
             changes = {"type": report["type"], "message": report["message"]}
         elif self.stopped:
-            changes = {"type": self.stopped.split()[0], "message": f"was {self.stopped}"}
+            changes = dict(zip(("type", "message"), self.stopped, strict=True))
         elif code < 0:
             changes = {"type": "lost", "message": f"killed by {failed.signal}"}
         else:
@@ -160,15 +160,16 @@ def _watch(
             on_step(step, metrics)
         if received:
             name = signal_name(received[0])
-            _stop(ranks, received[0], f"stopped by {name} to testbed", received)
+            _stop(ranks, received[0], ("stopped", f"was stopped by {name}"), received)
             raise RunFailed(
                 _failures(ranks, last_step),
                 last_step=last_step,
                 log_dir=log_dir,
                 reason=f"interrupted by {name}",
+                interrupted=True,
             )
         if any(rank.failure(last_step) for rank in ranks):
-            _stop(ranks, None, "stopped after another rank failed", received)
+            _stop(ranks, None, ("stopped", "did not end within the grace"), received)
             raise RunFailed(_failures(ranks, last_step), last_step=last_step, log_dir=log_dir)
         if not running:
             return
@@ -176,7 +177,7 @@ def _watch(
             for rank in ranks:
                 rank.send(signal.SIGUSR1)  # Python stacks of all threads into the log.
             time.sleep(0.5)
-            _stop(ranks, signal.SIGTERM, "hung and was stopped", received)
+            _stop(ranks, signal.SIGTERM, ("hung", "hung"), received)
             raise RunFailed(
                 _failures(ranks, last_step),
                 last_step=last_step,
@@ -186,7 +187,9 @@ def _watch(
         time.sleep(POLL_S)
 
 
-def _stop(ranks: list[_Rank], number: int | None, why: str, received: list[int]) -> None:
+def _stop(
+    ranks: list[_Rank], number: int | None, why: tuple[str, str], received: list[int]
+) -> None:
     """Ends all ranks: by the signal if one is given, and after the grace by SIGKILL."""
     num_received = len(received)
     if number is not None:
