@@ -87,8 +87,7 @@ def tree_sum(
     Args:
         x: any shape, of T.
         dim: the dimension to sum away.
-        bias: [n] of T, n the last dimension, added after the tree; only for the dim before the
-            last.
+        bias: [n] of T, n the last dimension, added after the tree; not when ``dim`` is the last.
         out_dtype: T of the result.
 
     Returns:
@@ -188,7 +187,7 @@ def layer_norm_backward(
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), GELU in its tanh form; ``x`` any shape, of T."""
+    """x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), GELU in its tanh form, of ``x`` of T."""
     return _C.canonical_gelu(x)
 
 
@@ -300,7 +299,7 @@ def random_normal(shape: Sequence[int], key: int, first_index: int = 0) -> Tenso
 
 
 def dropout(x: Tensor, probability: float, key: int, row_ids: Tensor) -> Tensor:
-    """Each element dropped with ``probability``, the others scaled; backward is the same call on dy.
+    """Each element dropped with ``probability``, the others scaled; backward: the same call on dy.
 
     Args:
         x: [R, W] of T.

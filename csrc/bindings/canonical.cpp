@@ -25,9 +25,9 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, bool transpose_a, bool
   const int64_t m = a.size(transpose_a ? -1 : -2), k = a.size(transpose_a ? -2 : -1);
   const int64_t n = b.size(transpose_b ? -2 : -1), b_k = b.size(transpose_b ? -1 : -2);
   if (k != b_k) {
-    Argument{name, "b", b}.fail("k = " + std::to_string(k) + " long like a " +
-                                    Argument::text(a.sizes()),
-                                Argument::text(b.sizes()));
+    Argument{name, "b", b}.fail(
+        "k = " + std::to_string(k) + " long like a " + Argument::text(a.sizes()),
+        Argument::text(b.sizes()));
   }
   const bool batched = a.dim() == 3 || b.dim() == 3;
   const int64_t num_batches = a.dim() == 3 ? a.size(0) : b.dim() == 3 ? b.size(0) : 1;
@@ -85,20 +85,19 @@ at::Tensor tree_sum(const at::Tensor& x, int64_t dim, const OptionalTensor& bias
     if (i != dim) shape.push_back(x.size(i));
   }
   Input bias_input{nullptr, canonical::Dtype::kFloat32};
+  int64_t rows = 1, length = inner;
   if (bias) {
     const Argument bias_argument{"tree_sum", "bias", *bias};
-    if (shape.empty() || dim + 1 == x.dim()) bias_argument.fail("None for the last dim", "a tensor");
-    bias_input = bias_argument.contiguous().shaped({shape.back()}).input();
-    outer *= inner / (shape.back() > 0 ? shape.back() : 1);
-    if (outer > 0 && dim + 2 != x.dim()) {
-      bias_argument.fail("None unless dim is the one before the last", "a tensor");
-    }
+    if (dim + 1 == x.dim()) bias_argument.fail("None when the last dim is summed", "a tensor");
+    bias_input = bias_argument.contiguous().shaped({x.size(-1)}).input();
+    length = x.size(-1);
+    rows = length > 0 ? inner / length : 0;
   }
   at::Tensor out = empty(shape, out_dtype);
   const auto x_input = argument.input();
   const auto output = Argument{"tree_sum", "out_dtype", out}.output();
   const KernelCall call;
-  kernels().tree_sum(x_input, outer, x.size(dim), inner, bias_input, output);
+  kernels().tree_sum(x_input, outer, x.size(dim), rows, length, bias_input, output);
   return out;
 }
 
@@ -113,7 +112,7 @@ at::Tensor token_block_sum(const at::Tensor& dy, int64_t num_blocks) {
   const auto input = argument.input();
   const auto output = Argument{"token_block_sum", "out", out}.output();
   const KernelCall call;
-  kernels().tree_sum(input, num_blocks, dy.size(0) / num_blocks, dy.size(1),
+  kernels().tree_sum(input, num_blocks, dy.size(0) / num_blocks, 1, dy.size(1),
                      {nullptr, canonical::Dtype::kFloat32}, output);
   return out;
 }
@@ -153,7 +152,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(const at::Tensor& x,
   float* means = mean.mutable_data_ptr<float>();
   float* rstds = rstd.mutable_data_ptr<float>();
   const KernelCall call;
-  kernels().layer_norm(x_input, w, b, static_cast<float>(eps), tokens, hidden, output, means, rstds);
+  kernels().layer_norm(x_input, w, b, static_cast<float>(eps), tokens, hidden, output, means,
+                       rstds);
   return {y, mean, rstd};
 }
 
@@ -170,9 +170,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
   const float* rstds = Argument{name, "rstd", rstd}.shaped({tokens}).floats();
   const auto w = Argument{name, "weight", weight}.shaped({hidden}).contiguous().input();
   if (num_blocks <= 0 || tokens % num_blocks != 0) {
-    Argument{name, "x", x}.fail("a whole number of tokens in each of " + std::to_string(num_blocks) +
-                                    " blocks",
-                                "shape " + Argument::text(x.sizes()));
+    Argument{name, "x", x}.fail(
+        "a whole number of tokens in each of " + std::to_string(num_blocks) + " blocks",
+        "shape " + Argument::text(x.sizes()));
   }
   at::Tensor dx = at::empty_like(x), dweight = empty({num_blocks, hidden}, at::kFloat);
   at::Tensor dbias = at::empty_like(dweight);
@@ -217,11 +217,13 @@ at::Tensor causal_softmax(const at::Tensor& scores, double scale) {
   at::Tensor probs = at::empty_like(scores);
   const auto output = Argument{"causal_softmax", "probs", probs}.output();
   const KernelCall call;
-  kernels().causal_softmax(input, scores.size(0), scores.size(1), static_cast<float>(scale), output);
+  kernels().causal_softmax(input, scores.size(0), scores.size(1), static_cast<float>(scale),
+                           output);
   return probs;
 }
 
-at::Tensor causal_softmax_backward(const at::Tensor& dprobs, const at::Tensor& probs, double scale) {
+at::Tensor causal_softmax_backward(const at::Tensor& dprobs, const at::Tensor& probs,
+                                   double scale) {
   const char* name = "causal_softmax_backward";
   const auto input = square({name, "probs", probs}).input();
   const auto dprobs_input = Argument{name, "dprobs", dprobs}

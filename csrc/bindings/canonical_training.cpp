@@ -20,8 +20,7 @@ at::Tensor embedding_backward(const at::Tensor& dy, const at::Tensor& ids,
   const char* name = "embedding_backward";
   const auto [parts, width, hidden] = vocab_shape;
   const int64_t* rows = Argument{name, "ids", ids}.with_dims(1).indices(parts * width);
-  const auto input =
-      Argument{name, "dy", dy}.shaped({ids.size(0), hidden}).contiguous().input();
+  const auto input = Argument{name, "dy", dy}.shaped({ids.size(0), hidden}).contiguous().input();
   at::Tensor table = at::zeros({parts, width, hidden}, at::TensorOptions().dtype(at::kFloat));
   float* out = table.mutable_data_ptr<float>();
   const KernelCall call;
@@ -60,7 +59,8 @@ at::Tensor cross_entropy_backward(const at::Tensor& logits, const at::Tensor& ta
   at::Tensor dlogits = at::empty_like(logits);
   const auto output = Argument{name, "dlogits", dlogits}.output();
   const KernelCall call;
-  kernels().cross_entropy_backward(input, target, maxima, sums, grads, parts, tokens, width, output);
+  kernels().cross_entropy_backward(input, target, maxima, sums, grads, parts, tokens, width,
+                                   output);
   return dlogits;
 }
 
@@ -119,14 +119,15 @@ void adam_step(const at::Tensor& param, const at::Tensor& grad, const at::Tensor
   const float* g = Argument{name, "grad", grad}.shaped(shape).floats();
   float* m = Argument{name, "exp_avg", exp_avg}.shaped(shape).mutable_floats();
   float* v = Argument{name, "exp_avg_sq", exp_avg_sq}.shaped(shape).mutable_floats();
-  const canonical::AdamStep step{.beta1 = static_cast<float>(beta1),
-                                 .one_minus_beta1 = static_cast<float>(1.0 - beta1),
-                                 .beta2 = static_cast<float>(beta2),
-                                 .one_minus_beta2 = static_cast<float>(1.0 - beta2),
-                                 .eps = static_cast<float>(eps),
-                                 .decay = static_cast<float>(1.0 - lr * weight_decay),
-                                 .step_size = static_cast<float>(lr / bias_correction1),
-                                 .bias_correction2_sqrt = static_cast<float>(bias_correction2_sqrt)};
+  const canonical::AdamStep step{
+      .beta1 = static_cast<float>(beta1),
+      .one_minus_beta1 = static_cast<float>(1.0 - beta1),
+      .beta2 = static_cast<float>(beta2),
+      .one_minus_beta2 = static_cast<float>(1.0 - beta2),
+      .eps = static_cast<float>(eps),
+      .decay = static_cast<float>(1.0 - lr * weight_decay),
+      .step_size = static_cast<float>(lr / bias_correction1),
+      .bias_correction2_sqrt = static_cast<float>(bias_correction2_sqrt)};
   const KernelCall call;
   kernels().adam_step(step, param.numel(), p, g, m, v);
 }

@@ -41,7 +41,8 @@ struct Argument {
 
   const Argument& of(at::ScalarType type) const {
     on_cpu();
-    if (tensor.scalar_type() != type) fail(c10::toString(type), c10::toString(tensor.scalar_type()));
+    if (tensor.scalar_type() != type)
+      fail(c10::toString(type), c10::toString(tensor.scalar_type()));
     return *this;
   }
 
@@ -59,7 +60,8 @@ struct Argument {
 
   const Argument& contiguous() const {
     if (!tensor.is_contiguous()) {
-      fail("contiguous", "shape " + text(tensor.sizes()) + " with strides " + text(tensor.strides()));
+      fail("contiguous",
+           "shape " + text(tensor.sizes()) + " with strides " + text(tensor.strides()));
     }
     return *this;
   }
@@ -105,8 +107,8 @@ struct Argument {
   }
 };
 
-// For the length of a kernel call: no GIL; round to nearest even with subnormals kept, whatever mode the
-// caller's thread is in (torch.set_flush_denormal would change bits).
+// For the length of a kernel call: no GIL; round to nearest even with subnormals kept, whatever
+// mode the caller's thread is in (torch.set_flush_denormal would change bits).
 class KernelCall {
  public:
   KernelCall() { _mm_setcsr(0x1f80); }

@@ -1,6 +1,8 @@
-// exp, log, tanh, sigmoid as fixed sequences of + - * / and fma, for F = float or a vector of floats.
+// exp, log, tanh, sigmoid as fixed sequences of + - * / and fma, for F = float or a vector of
+// floats.
 //
-// Overloads of fma, select, as_int, as_float and to_float for F must be declared before this header.
+// Overloads of fma, select, as_int, as_float and to_float for F must be declared before this
+// header.
 #pragma once
 
 #include "canonical/portable.hpp"

@@ -1,8 +1,9 @@
 // C = A B with every output element one sequential fma chain over k from +0, whatever the blocking.
 //
-// A block of kKc steps of k is packed as float32: B in panels of kNr columns, A in panels of kMr rows.
-// The micro kernel keeps a kMr x kNr tile of chains in registers. When k has several blocks, the chains
-// wait between them in float32 scratch, which is exact. Alpha, bias and the one rounding come at the end.
+// A block of kKc steps of k is packed as float32: B in panels of kNr columns, A in panels of kMr
+// rows. The micro kernel keeps a kMr x kNr tile of chains in registers. When k has several blocks,
+// the chains wait between them in float32 scratch, which is exact. Alpha, bias and the one rounding
+// come at the end.
 #pragma once
 
 #include "canonical/dispatch.hpp"
@@ -12,7 +13,8 @@
 namespace primitives::canonical {
 namespace {
 
-// Tile: as many chains as the registers hold (32 vectors in AVX-512, 16 else), enough to hide fma latency.
+// Tile: as many chains as the registers hold (32 vectors in AVX-512, 16 else), enough to hide fma
+// latency.
 constexpr int kMr = kWidth == 16 ? 8 : 4;
 constexpr int kNv = 3;
 constexpr int kNr = kNv * kWidth;
@@ -22,7 +24,8 @@ constexpr int64_t kNc = 10 * kNr;
 // Rows of an A panel stored row by row; the odd line keeps them out of one cache set.
 constexpr int64_t kARow = kKc + 16;
 
-// A panel element (i, k): row by row, or step by step for a transposed A, as the source is contiguous.
+// A panel element (i, k): row by row, or step by step for a transposed A, as the source is
+// contiguous.
 template <bool kTransposed>
 CANONICAL_FN float a_element(const float* panel, int i, int64_t k) {
   return kTransposed ? panel[k * kMr + i] : panel[i * kARow + k];
@@ -78,7 +81,8 @@ CANONICAL_FN void finish(const Destination& to, Vec chains[kMr][kVectors]) {
   });
 }
 
-// One tile over one block of k. waiting: the tile's chains between blocks, null when there is one block.
+// One tile over one block of k. waiting: the tile's chains between blocks, null when there is one
+// block.
 template <int kVectors, bool kTransposed>
 void tile(int64_t num_k, const float* a, const float* b, float* waiting, bool first, bool last,
           const Destination& to) {
@@ -102,7 +106,8 @@ void tile(int64_t num_k, const float* a, const float* b, float* waiting, bool fi
   }
 }
 
-// Packs rows [row, row + num_rows) x steps [k, k + num_k) of A into panels; missing rows become zeros.
+// Packs rows [row, row + num_rows) x steps [k, k + num_k) of A into panels; missing rows become
+// zeros.
 template <class T>
 void pack_a(const typename T::Storage* a, int64_t row_stride, bool transposed, int64_t m,
             int64_t row, int64_t num_rows, int64_t k, int64_t num_k, float* packed) {
@@ -132,8 +137,8 @@ void pack_a(const typename T::Storage* a, int64_t row_stride, bool transposed, i
   }
 }
 
-// Packs steps [k, k + num_k) x columns [column, column + num_columns) of B into panels of kNr columns;
-// missing columns become zeros.
+// Packs steps [k, k + num_k) x columns [column, column + num_columns) of B into panels of kNr
+// columns; missing columns become zeros.
 template <class T>
 void pack_b(const typename T::Storage* b, int64_t row_stride, bool transposed, int64_t k,
             int64_t num_k, int64_t column, int64_t num_columns, float* packed) {
@@ -143,8 +148,9 @@ void pack_b(const typename T::Storage* b, int64_t row_stride, bool transposed, i
       for (int64_t kk = 0; kk < num_k; kk++) {
         const auto* source = b + (k + kk) * row_stride + column + j0;
         float* target = packed + kk * kNr;
-        for_lanes(columns_here,
-                  [&](int64_t j, auto lanes) { store_raw(target + j, load<T>(source + j, lanes)); });
+        for_lanes(columns_here, [&](int64_t j, auto lanes) {
+          store_raw(target + j, load<T>(source + j, lanes));
+        });
       }
       continue;
     }

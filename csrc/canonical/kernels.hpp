@@ -1,7 +1,9 @@
-// The canonical kernels as a table of functions, one table per instruction set, all with the same bits.
+// The canonical kernels as a table of functions, one table per instruction set, all with the same
+// bits.
 //
-// Plain pointers and sizes: the bindings check tensors, the kernels trust them. Sizes and strides count
-// elements; "rows" are contiguous. The formulas and orders are in docs/canonical-arithmetic.md.
+// Plain pointers and sizes: the bindings check tensors, the kernels trust them. Sizes and strides
+// count elements; "rows" are contiguous. The formulas and orders are in
+// docs/canonical-arithmetic.md.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +22,8 @@ struct Output {
   Dtype dtype;
 };
 
-// out[b] = alpha * a[b] b[b] + bias[b]; a batch stride of 0 shares an operand. bias.data may be null.
+// out[b] = alpha * a[b] b[b] + bias[b]; a batch stride of 0 shares an operand. bias.data may be
+// null.
 struct Gemm {
   Input a, b, bias;
   Output out;  // [num_batches, m, n], contiguous
@@ -33,7 +36,8 @@ struct Gemm {
 enum class Elementwise { kExp, kLog, kSqrt, kTanh };
 
 struct AdamStep {
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, bias_correction2_sqrt;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size,
+      bias_correction2_sqrt;
 };
 
 struct Dropout {
@@ -44,8 +48,9 @@ struct Dropout {
 
 struct Kernels {
   void (*gemm)(const Gemm& gemm);
-  // x [outer, n, inner] -> out [outer, inner]; bias [inner] or null
-  void (*tree_sum)(Input x, int64_t outer, int64_t n, int64_t inner, Input bias, Output out);
+  // x [outer, n, rows, length] -> out [outer, rows, length]; bias [length] or null
+  void (*tree_sum)(Input x, int64_t outer, int64_t n, int64_t rows, int64_t length, Input bias,
+                   Output out);
   // x [rows, n] -> out [rows]
   void (*row_sum)(Input x, int64_t rows, int64_t n, Output out);
   void (*sum_of_squares)(const float* x, int64_t rows, int64_t n, float* out);
@@ -76,8 +81,8 @@ struct Kernels {
   // x, out [rows, width]; residual may be null
   void (*dropout)(Input x, Input residual, const Dropout& dropout, const int64_t* row_ids,
                   int64_t rows, int64_t width, Output out);
-  void (*adam_step)(const AdamStep& step, int64_t n, float* param, const float* grad, float* exp_avg,
-                    float* exp_avg_sq);
+  void (*adam_step)(const AdamStep& step, int64_t n, float* param, const float* grad,
+                    float* exp_avg, float* exp_avg_sq);
   int64_t (*count_zeros)(Input x, int64_t n);
 };
 

@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): counter and key in,
-// four words out. U is uint32_t or a vector of them; mul_hi_lo(multiplier, U, &hi, &lo) must be declared.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): counter and
+// key in, four words out. U is uint32_t or a vector of them; mul_hi_lo(multiplier, U, &hi, &lo)
+// must be declared.
 #pragma once
 
 #include "canonical/portable.hpp"

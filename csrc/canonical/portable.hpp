@@ -1,8 +1,10 @@
-// Scalar float operations that mean the same on host and device: the vocabulary of canonical arithmetic.
+// Scalar float operations that mean the same on host and device: the vocabulary of canonical
+// arithmetic.
 //
-// [Note: anonymous namespaces] The files of this folder are compiled once per instruction set. A shared
-// inline function compiled for AVX-512 could be picked by the linker for the scalar build, so everything
-// in these headers has internal linkage, and none of them includes a standard C++ header.
+// [Note: anonymous namespaces] The files of this folder are compiled once per instruction set. A
+// shared inline function compiled for AVX-512 could be picked by the linker for the scalar build,
+// so everything in these headers has internal linkage, and none of them includes a standard C++
+// header.
 #pragma once
 
 #include <stdint.h>
@@ -17,7 +19,8 @@
 namespace primitives::canonical {
 namespace {
 
-// One NaN for every output: 0x7fc00000. Which payload an addition of two NaNs keeps is the compiler's choice.
+// One NaN for every output: 0x7fc00000. Which payload an addition of two NaNs keeps is the
+// compiler's choice.
 constexpr uint32_t kNanBits = 0x7fc00000u;
 
 CANONICAL_FN int32_t as_int(float x) {

@@ -1,5 +1,6 @@
-// Vec: CANONICAL_WIDTH floats, with loads and stores of float32, float16 and bfloat16 and the few shuffles
-// the kernels need. Included by one .cpp per instruction set, after its `#pragma GCC target`.
+// Vec: CANONICAL_WIDTH floats, with loads and stores of float32, float16 and bfloat16 and the few
+// shuffles the kernels need. Included by one .cpp per instruction set, after its `#pragma GCC
+// target`.
 #pragma once
 
 #include <immintrin.h>
@@ -40,8 +41,7 @@ CANONICAL_FN Vec widen_float16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 CANONICAL_FN Vec widen_bfloat16(const uint16_t* p) {
-  const __m512i x =
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return reinterpret_cast<Vec>(_mm512_slli_epi32(x, 16));
 }
 CANONICAL_FN void narrow_float16(uint16_t* p, Vec x) {
@@ -103,7 +103,8 @@ CANONICAL_FN void narrow_words(uint16_t* p, UVec x) {
 }
 #endif
 
-// How an element is stored. load widens exactly; store rounds once to nearest even and writes one NaN.
+// How an element is stored. load widens exactly; store rounds once to nearest even and writes one
+// NaN.
 struct Float32 {
   using Storage = float;
   static CANONICAL_FN Vec load(const float* p) {

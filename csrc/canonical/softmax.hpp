@@ -60,7 +60,8 @@ inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int6
       const float sum = row_tree(sums.data(), length);
       for_lanes(length, [&](int64_t i, auto lanes) {
         const Vec v = (load<T>(p + i, lanes) * (load<T>(dp + i, lanes) - sum)) * scale;
-        store<T>(as<T>(dscores) + r * length + i, select(first_lanes(visible - i), v, Vec{}), lanes);
+        store<T>(as<T>(dscores) + r * length + i, select(first_lanes(visible - i), v, Vec{}),
+                 lanes);
       });
     }
   });

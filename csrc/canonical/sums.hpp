@@ -27,13 +27,14 @@ inline void row_sum(Input x, int64_t rows, int64_t n, Output out) {
   });
 }
 
-inline void tree_sum(Input x, int64_t outer, int64_t n, int64_t inner, Input bias, Output out) {
-  if (inner == 1 && bias.data == nullptr) return row_sum(x, outer, n, out);
-  Scratch bias_row(bias.data ? inner + kWidth : 0);
+inline void tree_sum(Input x, int64_t outer, int64_t n, int64_t rows, int64_t length, Input bias,
+                     Output out) {
+  if (rows * length == 1 && bias.data == nullptr) return row_sum(x, outer, n, out);
+  Scratch bias_row(bias.data ? length + kWidth : 0);
   if (bias.data) {
     with_dtype(bias.dtype, [&](auto bias_type) {
       using B = decltype(bias_type);
-      for_lanes(inner, [&](int64_t i, auto lanes) {
+      for_lanes(length, [&](int64_t i, auto lanes) {
         store_raw(bias_row.data() + i, load<B>(as<B>(bias) + i, lanes));
       });
     });
@@ -42,12 +43,14 @@ inline void tree_sum(Input x, int64_t outer, int64_t n, int64_t inner, Input bia
     with_dtype(out.dtype, [&](auto out_type) {
       using X = decltype(x_type);
       using Out = decltype(out_type);
-      for (int64_t o = 0; o < outer; o++) {
-        const auto* source = as<X>(x) + o * n * inner;
-        for_lanes(inner, [&](int64_t c, auto lanes) {
-          Vec sum = column_tree(n, [&](int64_t i) { return load<X>(source + i * inner + c, lanes); });
+      const int64_t inner = rows * length;
+      for (int64_t row = 0; row < outer * rows; row++) {
+        const auto* source = as<X>(x) + row / rows * n * inner + row % rows * length;
+        for_lanes(length, [&](int64_t c, auto lanes) {
+          Vec sum =
+              column_tree(n, [&](int64_t i) { return load<X>(source + i * inner + c, lanes); });
           if (bias.data) sum = sum + load<Float32>(bias_row.data() + c);
-          store<Out>(as<Out>(out) + o * inner + c, sum, lanes);
+          store<Out>(as<Out>(out) + row * length + c, sum, lanes);
         });
       }
     });

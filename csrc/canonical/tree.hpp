@@ -1,7 +1,8 @@
-// Sums along the adjacent-pair tree: level by level x[i] = x[2i] + x[2i+1], an odd last element carried up.
+// Sums along the adjacent-pair tree: level by level x[i] = x[2i] + x[2i+1], an odd last element
+// carried up.
 //
-// Carrying up is the same as padding with -0.0 (x + -0.0 is x for every x, also for -0.0), which lets the
-// row tree use whole vectors only.
+// Carrying up is the same as padding with -0.0 (x + -0.0 is x for every x, also for -0.0), which
+// lets the row tree use whole vectors only.
 #pragma once
 
 #include "canonical/simd.hpp"
@@ -39,8 +40,9 @@ inline float row_tree(float* x, int64_t n) {
 
 // The tree over leaf(0) ... leaf(n - 1), lane by lane; +0 when n is 0.
 //
-// Partial sums wait on a stack, one per set bit of the number of leaves seen, largest first: merging equal
-// ones as they appear, and the rest from the right at the end, is the adjacent-pair tree.
+// Partial sums wait on a stack, one per set bit of the number of leaves seen, largest first:
+// merging equal ones as they appear, and the rest from the right at the end, is the adjacent-pair
+// tree.
 template <class Leaf>
 CANONICAL_FN Vec column_tree(int64_t n, Leaf leaf) {
   Vec stack[64];
