@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scenarios.case_files import CONFIG, case_folders
@@ -149,6 +149,29 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_one_line(flag: str, value:
         parsed = parse_flags({flag: value}, "a.yaml")
         places = [fields for fields in parsed.fields.values() if fields]
         assert len(places) + len(parsed.ignored) + len(parsed.unsupported) == 1
+
+
+@given(
+    flag=st.sampled_from(sorted(FIELDS)),
+    value=st.booleans()
+    | st.integers(-5, 5)
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
+    | st.sampled_from([2**31, 10**400, "1e400", "nan", "-0", "1_0", "../x"]),
+)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_case_with_any_value_loads_or_is_refused_in_one_line(
+    tmp_path: Path, flag: str, value: object
+) -> None:
+    path = str(write_case(tmp_path, {flag: value}))
+    message = refusal(lambda: load_scenario(path, scale="full"))
+    if message is not None:
+        assert path in message or message.endswith("cannot be read: No such file or directory")
+        assert "\n" not in message
+    else:
+        scenario = load_scenario(path, scale="full")
+        assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
 
 
 def test_the_table_of_flags_has_each_flag_once() -> None:
