@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,20 @@ def test_a_failed_rebuild_keeps_the_old_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="UTF-8"):
         build([tmp_path / "bad.txt"], "bytes", prefix)
     IndexedDataset(prefix).verify()
+
+
+@pytest.mark.parametrize("num_documents", [1, 100])
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, num_documents: int) -> None:
+    """The limit bites at the flush of the last part, or while documents are being added."""
+    (tmp_path / "a.txt").write_text(("x" * 5000 + "\n\n") * num_documents)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ValueError, match="cannot be written: File too large"):
+            build([tmp_path / "a.txt"], "bytes", tmp_path / "p")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_writer_refuses(tmp_path: Path) -> None:
