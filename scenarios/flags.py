@@ -287,5 +287,5 @@ def _parse(flag: str, value: Value, kind: type, where: str) -> Any:
     parser, expected = PARSERS[kind]
     try:
         return parser(value)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, OverflowError, ZeroDivisionError):
         raise ValueError(f"{where}: {flag}: got {value!r}, expected {expected}") from None

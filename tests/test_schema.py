@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from scenarios.case_files import CONFIG, case_folders
@@ -160,6 +160,7 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_one_line(flag: str, value:
     | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
     | st.sampled_from([2**31, 10**400, "1e400", "nan", "-0", "1_0", "../x"]),
 )
+@example(flag="--lr", value=10**400)
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_case_with_any_value_loads_or_is_refused_in_one_line(
     tmp_path: Path, flag: str, value: object
