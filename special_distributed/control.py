@@ -107,7 +107,9 @@ class Hub(threading.Thread):
                 self.gathering_since = time.monotonic()
             self.gathering[rank] = (message["gather"], message["value"])
             if len({key for key, _ in self.gathering.values()}) > 1:
-                where = "; ".join(f"rank {r} at {k}" for r, (k, _) in sorted(self.gathering.items()))
+                where = "; ".join(
+                    f"rank {r} at {k}" for r, (k, _) in sorted(self.gathering.items())
+                )
                 self.end(f"the ranks are not at the same place: {where}")
             elif len(self.gathering) == self.world_size:
                 values = [self.gathering[r][1] for r in range(self.world_size)]

