@@ -120,7 +120,7 @@ class ShardedTensorDict:
             dist.all_gather_into_tensor(full, packed, group=group)
 
         parts: dict[Any, list[torch.Tensor]] = {key: [] for key in leaves}
-        for shard, data in zip(shards, full.reshape(group.size(), -1), strict=True):
+        for shard, data in zip(shards, full.reshape(group.size(), max(nbytes)), strict=True):
             offset = 0
             for key, leaf in leaves.items():
                 flat = data[offset : offset + leaf.nbytes(shard.num_rows)].view(leaf.dtype)

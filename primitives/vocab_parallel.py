@@ -76,9 +76,7 @@ def vocab_parallel_log_prob(
 
 class _Entropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         row_max, sum_exp, mean = row_statistics(logits, group)
         ctx.save_for_backward(logits, row_max, sum_exp, mean)
         return sum_exp.log() - mean

@@ -3,12 +3,12 @@
     mpirun -n 4 pytest special_distributed
     torchrun --nproc-per-node 4 -m pytest special_distributed
 
-[Note: lockstep] After each phase (setup, call, teardown) of a test the ranks exchange their outcomes
-over the control plane (never through the collectives under test). A failure on any rank fails the
-test once, on all ranks, and rank 0 alone prints it, with the traceback of the rank it came from. A
-rank that waits in a collective for a rank that has failed is freed by aborting the process groups;
-the next test gets new ones. Where nothing helps (a rank died, a rank stays blocked), the session
-ends with a report and exit code 3.
+[Note: lockstep] After each phase (setup, call, teardown) of a test the ranks exchange their
+outcomes over the control plane (never through the collectives under test). A failure on any rank
+fails the test once, on all ranks, and rank 0 alone prints it, with the traceback of the rank it
+came from. A rank that waits in a collective for a rank that has failed is freed by aborting the
+process groups; the next test gets new ones. Where nothing helps (a rank died, a rank stays
+blocked), the session ends with a report and exit code 3.
 """
 
 import faulthandler
@@ -86,6 +86,7 @@ class Lockstep:
         self.timeout_s: float = config.getoption("--ranks-timeout-s")
         self.limit_s: float = config.getoption("--ranks-limit-s")
         self.stdout = os.dup(1)  # capturing is suspended now: this is the real one
+        self.silence = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
         self.failures: list[str] = []
         self.collection_errors: list[str] = []
         self.store: dist.Store | None = None
@@ -220,7 +221,7 @@ class Lockstep:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         if self.info.rank != 0:
             # Only rank 0 speaks: its reports hold what every rank has to say.
-            session.config.get_terminal_writer()._file = open(os.devnull, "w")
+            session.config.get_terminal_writer()._file = self.silence
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -290,7 +291,7 @@ class Lockstep:
             if self.dirty:
                 abort_process_groups()
             dist.destroy_process_group()
-        # Launchers kill the job as soon as one rank's status is not 0: rank 0, last, says it for all.
+        # Launchers kill the job as soon as one rank fails: rank 0, the last one, speaks for all.
         if self.info.rank != 0:
             session.exitstatus = 0
         elif session.exitstatus == 0:
