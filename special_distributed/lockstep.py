@@ -264,7 +264,7 @@ class Lockstep:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         with self.lock:
-            self.phase, self.at_gather = call.when, True
+            self.at_gather = True
         if report.outcome == "failed":
             self.member.link.send({"failed": self.num_tests})
         key = f"{call.when} of {item.nodeid}"
@@ -275,6 +275,7 @@ class Lockstep:
                 self.dirty = True
                 self.failures.append(f"FAILED {key}\n{report.longrepr}")
             # Every rank knows the outcome of this phase; the next one starts anew.
+            self.phase = "call" if call.when == "setup" else "teardown"
             self.failed_at, self.freed, self.started = None, "", time.monotonic()
         return report
 

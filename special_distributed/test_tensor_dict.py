@@ -80,9 +80,7 @@ def test_all_gather_refuses_what_does_not_fit(mesh: DeviceMesh, rank: int) -> No
     batch = batch_of(dp, 2)
     if dp == 1:
         batch.tensors["ids"] = batch.tensors["ids"].int()
-    with pytest.raises(
-        ValueError, match=r"ids: rank 1 has torch\.int32 rows of shape \[3\]"
-    ):
+    with pytest.raises(ValueError, match=r"ids: rank 1 has torch\.int32 rows of shape \[3\]"):
         batch.all_gather(mesh, "dp")
     batch = batch_of(dp, 2)
     if dp == 1:
