@@ -108,19 +108,21 @@ class ShardedTensorDict:
         check_shards(shards)
 
         device = self.tensors.device or next((t.device for t in tensors.values()), None)
-        nbytes = [sum(leaf.stride_nbytes(s.num_rows) for leaf in leaves.values()) for s in shards]
-        packed = torch.zeros(max(nbytes), dtype=torch.uint8, device=device)
+        shard_nbytes = [
+            sum(leaf.stride_nbytes(s.num_rows) for leaf in leaves.values()) for s in shards
+        ]
+        nbytes = max(ALIGNMENT_NBYTES, *shard_nbytes)  # no rows at all are no special case
+        packed = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         offset = 0
         for key, leaf in leaves.items():
             size = leaf.nbytes(len(self))
             packed[offset : offset + size] = tensors[key].contiguous().reshape(-1).view(torch.uint8)
             offset += leaf.stride_nbytes(len(self))
-        full = torch.empty(group.size() * max(nbytes), dtype=torch.uint8, device=device)
-        if full.numel():
-            dist.all_gather_into_tensor(full, packed, group=group)
+        full = torch.empty(group.size() * nbytes, dtype=torch.uint8, device=device)
+        dist.all_gather_into_tensor(full, packed, group=group)
 
         parts: dict[Any, list[torch.Tensor]] = {key: [] for key in leaves}
-        for shard, data in zip(shards, full.reshape(group.size(), max(nbytes)), strict=True):
+        for shard, data in zip(shards, full.reshape(group.size(), nbytes), strict=True):
             offset = 0
             for key, leaf in leaves.items():
                 flat = data[offset : offset + leaf.nbytes(shard.num_rows)].view(leaf.dtype)

@@ -47,15 +47,18 @@ class Outcome:
     def __init__(self, fields: dict[str, Any]) -> None:
         self.outcome: str = fields["outcome"]
         self.text: str = fields["text"]
+        self.headline: str = fields["headline"]  # the error without its traceback
         self.freed: str = fields["freed"]  # why this rank was freed from a wait, or ""
 
     @staticmethod
     def of(report: pytest.TestReport, freed: str) -> dict[str, Any]:
         text = "" if report.longrepr is None else report.longreprtext
+        crash = getattr(report.longrepr, "reprcrash", None)
+        headline = text if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}"
         if report.outcome == "failed":
             for title, content in report.sections:
                 text += f"\n{title}:\n{content[-2000:]}"
-        return {"outcome": report.outcome, "text": text, "freed": freed}
+        return {"outcome": report.outcome, "headline": headline, "text": text, "freed": freed}
 
 
 def merge(report: pytest.TestReport, outcomes: list[Outcome]) -> None:
@@ -69,11 +72,11 @@ def merge(report: pytest.TestReport, outcomes: list[Outcome]) -> None:
     causes = [r for r in failed if not outcomes[r].freed] or failed
     lines = [f"failed on rank {listed(causes)} of {len(outcomes)}"]
     lines += [f"rank {r} was freed: {o.freed}" for r, o in enumerate(outcomes) if o.freed]
-    by_text: dict[str, list[int]] = {}
+    by_headline: dict[str, list[int]] = {}
     for r in causes:
-        by_text.setdefault(outcomes[r].text, []).append(r)
-    for text, ranks in by_text.items():
-        lines.append(f"---- rank {listed(ranks)} ----\n{text}")
+        by_headline.setdefault(outcomes[r].headline, []).append(r)
+    for ranks in by_headline.values():  # the same error is shown once, as the first rank saw it
+        lines.append(f"---- rank {listed(ranks)} ----\n{outcomes[ranks[0]].text}")
     report.outcome, report.longrepr, report.sections = "failed", "\n".join(lines), []
 
 

@@ -46,7 +46,9 @@ def inputs(seed: int, numels: list[int], dtype: torch.dtype) -> list[Tensor]:
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """The same dtype, shape and bits; on failure the first element that differs."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    a, b = (x.contiguous().view(torch.uint8).reshape(x.numel(), -1) for x in (actual, expected))
+    a, b = (
+        x.contiguous().view(torch.uint8).reshape(x.numel(), x.itemsize) for x in (actual, expected)
+    )
     differing = (a != b).any(dim=1).nonzero().flatten().tolist()
     if differing:
         i = differing[0]
