@@ -26,6 +26,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from primitives.rendezvous import RankInfo, rank_info
 from special_distributed.control import Hub, Member, listed
@@ -92,7 +94,7 @@ class Lockstep:
         self.silence = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
         self.failures: list[str] = []
         self.collection_errors: list[str] = []
-        self.store: dist.Store | None = None
+        self.store: Any = None
         self.epoch = 0
         self.dirty = False  # a failure may have left the process groups out of step
 
@@ -196,7 +198,7 @@ class Lockstep:
                 primitives.backend.register()
             dist.init_process_group(
                 self.backend,
-                store=dist.PrefixStore(f"epoch {self.epoch}", self.store),
+                store=PrefixStore(f"epoch {self.epoch}", self.store),
                 rank=self.info.rank,
                 world_size=self.info.world_size,
                 timeout=timedelta(seconds=self.timeout_s),
@@ -205,12 +207,12 @@ class Lockstep:
         assert world is not None
         return world
 
-    def make_store(self) -> dist.Store:
+    def make_store(self) -> Any:
         serve = self.info.rank == 0
         wait = timedelta(seconds=self.limit_s)
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait, False) if serve else None
+        store = TCPStore("127.0.0.1", 0, None, True, wait, False) if serve else None
         port = self.gather("store", store.port if store else None)[0]
-        return store or dist.TCPStore("127.0.0.1", port, None, False, wait, False)
+        return store or TCPStore("127.0.0.1", port, None, False, wait, False)
 
     def gather(self, key: str, value: Any) -> list[Any]:
         with self.lock:
@@ -350,15 +352,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Lockstep(config, info), "lockstep session")
 
 
+def session_of(request: pytest.FixtureRequest) -> Lockstep:
+    session = request.config.pluginmanager.get_plugin("lockstep session")
+    assert isinstance(session, Lockstep)
+    return session
+
+
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> dist.ProcessGroup:
     """The process group of all ranks, also torch.distributed's default one."""
-    session: Lockstep = request.config.pluginmanager.get_plugin("lockstep session")
-    return session.world()
+    return session_of(request).world()
 
 
 @pytest.fixture(scope="session")
 def rank(request: pytest.FixtureRequest) -> int:
     """This rank."""
-    session: Lockstep = request.config.pluginmanager.get_plugin("lockstep session")
-    return session.info.rank
+    return session_of(request).info.rank

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import primitives.backend
 from primitives.env import SHM_DIR
@@ -77,7 +78,7 @@ def live(fault: Fault, rank: int, port: int, shm_dir: str, report: Connection) -
     """The life of one rank of a child job."""
     os.environ[SHM_DIR.name] = shm_dir
     primitives.backend.register()
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(
         "primitives",
         store=store,
@@ -106,7 +107,7 @@ def play(rank: int) -> Iterator[Callable[[Fault], list[Ending | None]]]:
         def run(fault: Fault) -> list[Ending | None]:
             if rank != 0:
                 return []
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             reports = []
             for r in range(NUM_RANKS):
                 ours, theirs = context.Pipe(duplex=False)
