@@ -187,29 +187,19 @@ def test_collections_must_be_equal(tmp_path: Path) -> None:
     suite = """
 from primitives.rendezvous import rank_info
 
-def test_everywhere(): pass
+if rank_info().rank == 2:
+    raise ImportError("a library that only this rank lacks")
+
+def test_on_two_ranks(): pass
 
 if rank_info().rank == 1:
     def test_only_on_rank_1(): pass
 """
-    session = play(tmp_path, "torchrun", suite)
-    assert session.returncode != 0
-    assert "the ranks collected different tests" in session.text
-    assert "test_suite.py::test_only_on_rank_1: only on rank 1" in session.text
-
-
-def test_a_module_that_breaks_on_one_rank(tmp_path: Path) -> None:
-    suite = """
-from primitives.rendezvous import rank_info
-
-if rank_info().rank == 2:
-    raise ImportError("a library that only this rank lacks")
-
-def test_fine(): pass
-"""
     session = play(tmp_path, "mpirun", suite)
     assert session.returncode != 0
-    assert "test_suite.py::test_fine: only on rank 0, 1" in session.text
+    assert "the ranks collected different tests" in session.text
+    assert "test_suite.py::test_on_two_ranks: only on rank 0, 1" in session.text
+    assert "test_suite.py::test_only_on_rank_1: only on rank 1" in session.text
     assert "---- rank 2 ----" in session.text
     assert "ImportError: a library that only this rank lacks" in session.text
 
