@@ -19,3 +19,7 @@ class CollectiveMismatch(CollectiveError):
 
 class CheckpointCorrupt(RuntimeError):
     """A checkpoint is incomplete or differs from its manifest; the message names the file."""
+
+
+class CheckpointSaveFailed(RuntimeError):
+    """A checkpoint was not committed; the message names rank and file, the earlier ones stay."""

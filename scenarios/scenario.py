@@ -89,7 +89,7 @@ class TrainingConfig(Frozen):
     adam_beta1: Probability = 0.9
     adam_beta2: Probability = 0.999
     adam_eps: PositiveFloat = 1e-8
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     initial_loss_scale: PositiveFloat = 2.0**32
     """fp16 only, like the three fields below; a power of two, so that scaling rounds nothing."""
     min_loss_scale: PositiveFloat = 1.0
