@@ -8,6 +8,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,10 +180,19 @@ def doctor(as_json: bool) -> int:
 @testbed.command()
 @click.argument("golden", type=ExistingFile)
 @click.argument("actual", type=ExistingFile)
-@click.option("--rules", type=click.Choice(["strict", "megatron"]), default="strict",
-              show_default=True, help="megatron: Megatron-LM's own rules, for its golden files.")
-@click.option("--metric", "metrics", multiple=True,
-              help="Metric for --rules megatron to judge; may be given again [lm loss, num-zeros].")
+@click.option(
+    "--rules",
+    type=click.Choice(["strict", "megatron"]),
+    default="strict",
+    show_default=True,
+    help="megatron: Megatron-LM's own rules, for its golden files.",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="Metric for --rules megatron to judge; may be given again [lm loss, num-zeros].",
+)
 @click.option("--scale", type=click.Choice(["ci", "full"]), help="Where a file holds both.")
 @json_option
 def compare(
@@ -209,6 +219,41 @@ def compare(
 @testbed.group()
 def data() -> None:
     """Makes training data."""
+
+
+@data.command("build")
+@click.argument("texts", nargs=-1, required=True, type=ExistingFile, metavar="TEXT...")
+@click.option(
+    "--tokenizer",
+    required=True,
+    metavar="bytes|TOKENIZER_JSON",
+    help="bytes: one token per byte; or the tokenizer.json of a Hugging Face model.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "prefix",
+    required=True,
+    type=ExistingFile,
+    metavar="PREFIX",
+    help="PREFIX.bin, PREFIX.idx and PREFIX.json are written.",
+)
+@json_option
+def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: bool) -> int:
+    """Turns text (blank lines between documents, or .jsonl) into Megatron's token files."""
+    from scenarios.data.indexed import build
+    from scenarios.progress import show_bytes
+
+    with show_bytes(_progress_stream(as_json), "tokens") as on_bytes:
+        facts = build(texts, tokenizer, prefix, progress=on_bytes)
+    if as_json:
+        _echo_json({"prefix": str(prefix), **asdict(facts)})
+    else:
+        click.echo(
+            f"{prefix}.bin, .idx, .json: {facts.num_documents} documents, "
+            f"{facts.num_tokens} tokens, vocabulary of {facts.vocab_size}"
+        )
+    return EXIT_PASS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,8 @@ class RankFailure:
     signal: str | None
     exit_code: int | None
     log: str
+    time_s: float = 0.0
+    """When it was reported (Unix time); 0 without a report."""
 
     def __str__(self) -> str:
         if self.type == "lost":
@@ -85,8 +87,8 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _cause_order(failure: RankFailure) -> tuple[int, int]:
-    """A lost rank explains all others; a peer's complaint explains least."""
+def _cause_order(failure: RankFailure) -> tuple[int, float, int]:
+    """A lost rank explains all others; a peer's complaint explains least; else the first one."""
     if failure.type == "lost":
         order = 0
     elif failure.type in SYMPTOMS:
@@ -95,4 +97,4 @@ def _cause_order(failure: RankFailure) -> tuple[int, int]:
         order = 9
     else:
         order = 1
-    return order, failure.rank
+    return order, failure.time_s, failure.rank

@@ -123,8 +123,9 @@ class _Rank:
             log=str(self.log),
         )
         report = self._report()
+        changes: dict[str, Any]
         if report is not None:
-            changes = {"type": report["type"], "message": report["message"]}
+            changes = {key: report[key] for key in ("type", "message", "time_s")}
         elif self.stopped:
             changes = dict(zip(("type", "message"), self.stopped, strict=True))
         elif code < 0:
@@ -223,7 +224,7 @@ def _listen(port: int) -> socket.socket:
 def _hold_store(listener: socket.socket) -> object:
     """The rendezvous store on a socket that already listens (ranks may have connected)."""
     # Imported here: the ranks are starting meanwhile, and commands that start none stay quick.
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     port = listener.getsockname()[1]
     return TCPStore(

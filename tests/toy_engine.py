@@ -1,4 +1,4 @@
-"""Engines for tests: a few numbers summed over the ranks, and the ways in which a run goes wrong."""
+"""Engines for tests: a few numbers summed over the ranks, and the ways a run goes wrong."""
 
 import os
 import signal
