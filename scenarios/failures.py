@@ -57,14 +57,15 @@ class RunFailed(RuntimeError):
     def _message(self) -> str:
         when = f"after step {self.last_step}" if self.last_step else "before the first step"
         parts = [f"{self.reason} {when}" if self.reason else ""]
-        told: set[str] = set()
+        symptom_told = False
         for number, failure in enumerate(self.failures):
             text = " ".join(str(failure).split())
             if number == 0 and not self.reason:
                 text += f" {when}"
-            elif failure.type == "stopped" or failure.message in told:
+            elif failure.type == "stopped" or (failure.type in SYMPTOMS and symptom_told):
                 continue
-            told.add(failure.message)
+            # What the first peer saw names the collective; the others saw the same.
+            symptom_told |= failure.type in SYMPTOMS
             parts.append(text)
         parts.append(f"logs: {self.log_dir}")
         return "; ".join(part for part in parts if part)
