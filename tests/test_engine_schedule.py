@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scenarios.parallel.lr_schedule import LearningRateSchedule, cos_pi
 from scenarios.parallel.loss_scaler import LossScaler
+from scenarios.parallel.lr_schedule import LearningRateSchedule, cos_pi
 from scenarios.parallel.random_keys import random_key
 
 
