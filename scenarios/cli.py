@@ -5,6 +5,7 @@ hang, lost rank). With ``--json`` standard output holds one JSON document and no
 """
 
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -105,7 +106,9 @@ def run(
 @scale_option
 @run_options
 @json_option
+@click.pass_obj
 def record(
+    arguments: list[str],
     case: str,
     scale: str,
     layout: str | None,
@@ -125,7 +128,7 @@ def record(
         scale=scale,
         layout=layout,
         out=out,
-        command=" ".join(["testbed", *sys.argv[1:]]),
+        command=shlex.join(["testbed", *arguments]),
         options=LaunchOptions(_progress_stream(as_json), master_port, timeout_s),
     )
     if as_json:
@@ -260,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; user errors are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = testbed.main(given, prog_name="testbed", standalone_mode=False)
+        code = testbed.main(given, prog_name="testbed", standalone_mode=False, obj=given)
         return code if isinstance(code, int) else EXIT_PASS
     except click.ClickException as error:
         return _fail(given, EXIT_USAGE, error.format_message())

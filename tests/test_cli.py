@@ -98,6 +98,7 @@ def test_record_on_two_ranks_then_run_on_one(
     assert (code, "recorded, for the first time" in out) == (0, True)
     recorded = read_golden(golden_path, "ci")
     assert recorded.provenance["layout"] == "tp1,pp1,dp2"
+    assert recorded.provenance["command"] == "testbed record S1 --layout dp2 --out first"
     assert set(recorded.provenance["versions"]) >= {"python", "torch", "numpy"}
     assert "iteration-time" not in recorded.metrics
     assert recorded.metrics["num-zeros"].values == {1: 1, 2: "nan", 3: 3, 4: 4, 5: 5, 6: 6}
