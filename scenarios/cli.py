@@ -37,7 +37,7 @@ def run_options(command: Command) -> Command:
         click.option("--master-port", type=click.IntRange(0, 65535), default=0,
                      help="Port of the rendezvous [a free one]."),
         click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=300.0,
-                     show_default=True, help="Hang limit in seconds without a step."),
+                     show_default=True, help="Hang limit: seconds without a step."),
     ):  # fmt: skip
         command = option(command)
     return command
