@@ -33,9 +33,7 @@ def test_equal_passes() -> None:
 
 
 @given(st.lists(FINITE, min_size=4, max_size=4), st.sampled_from(STEPS), st.integers(0, 63))
-def test_every_single_bit_of_every_value_is_found(
-    values: list[Value], step: int, bit: int
-) -> None:
+def test_every_single_bit_of_every_value_is_found(values: list[Value], step: int, bit: int) -> None:
     golden, actual = metrics_of(lm_loss=values), metrics_of(lm_loss=list(values))
     (pattern,) = struct.unpack("<Q", struct.pack("<d", values[step - 1]))
     (changed,) = struct.unpack("<d", struct.pack("<Q", pattern ^ (1 << bit)))
@@ -180,5 +178,5 @@ def test_megatron_judges_one_median_of_the_time() -> None:
 
 @pytest.mark.parametrize("names", [(), ("lr",), ("mtp_1 loss",)])
 def test_megatron_rules_need_a_metric_that_is_there(names: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="--metric|metric mtp_1 loss: not in the golden"):
+    with pytest.raises(ValueError, match=r"--metric|metric mtp_1 loss: not in the golden"):
         compare_megatron(hundred(), hundred(), names)
