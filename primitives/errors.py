@@ -1,4 +1,4 @@
-"""Errors of the transport, collectives and checkpoints. Wrong arguments are plain ``ValueError``s."""
+"""Errors of collectives and checkpoints. A caller's wrong argument is a plain ``ValueError``."""
 
 
 class CollectiveError(RuntimeError):
