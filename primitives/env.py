@@ -26,3 +26,6 @@ ISA = Variable(
 CUDA = Variable("PRIMITIVES_CUDA", "auto", "Build: 0 leaves CUDA kernels out, 1 requires nvcc.")
 NVCC = Variable("PRIMITIVES_NVCC", "", "Build: path of the nvcc to use.")
 CUDA_ARCHS = Variable("PRIMITIVES_CUDA_ARCHS", "80;90;100", "Build: compute capabilities.")
+SHM_DIR = Variable(
+    "PRIMITIVES_SHM_DIR", "/dev/shm", "Folder (tmpfs) for the memory that the ranks share."
+)

@@ -49,3 +49,7 @@ def rank_info() -> RankInfo | None:
         job = "/".join(os.environ[name] for name in job_names if name in os.environ)
         return RankInfo(rank, world_size, local_rank, f"{launcher}/{job or os.getppid()}")
     return None
+
+
+def install() -> None:
+    pass

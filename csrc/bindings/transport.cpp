@@ -1,7 +1,38 @@
 #include "bindings/bindings.hpp"
+#include "bindings/c10d_backend.hpp"
+#include "bindings/c10d_errors.hpp"
+#include "transport/segment.hpp"
 
 namespace primitives {
 
-void bind_transport(py::module_& m) {}
+void bind_transport(py::module_& m) {
+  py::module_::import("torch.distributed");  // registers the base classes with pybind11
+  register_errors(m);
+  py::class_<Backend, c10::intrusive_ptr<Backend>, c10d::Backend> backend(m, "Backend");
+  py::class_<Backend::Options, c10::intrusive_ptr<Backend::Options>, c10d::Backend::Options>(
+      backend, "Options")
+      .def(py::init([](std::chrono::milliseconds timeout) {
+             return c10::make_intrusive<Backend::Options>(timeout);
+           }),
+           py::arg("timeout"))
+      .def_readwrite("shm_dir", &Backend::Options::shm_dir)
+      .def("__deepcopy__", [](const Backend::Options& self, const py::dict&) {
+        return c10::make_intrusive<Backend::Options>(self);
+      });
+  backend
+      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
+                       const c10::intrusive_ptr<Backend::Options>& options) {
+             return c10::make_intrusive<Backend>(store, rank, world_size, options);
+           }),
+           py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("options"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("options", [](Backend& self) { return self.getBackendOptions(); });
+  m.def("close_all_backends",
+        [](double limit_s) { close_all_backends(Milliseconds(static_cast<int64_t>(limit_s * 1e3))); },
+        py::arg("limit_s"), py::call_guard<py::gil_scoped_release>(),
+        "Leave every process group of this process; peers that wait for it get PeerLost.");
+  m.def("sweep_segments", &sweep_segments, py::arg("folder"),
+        "Remove shared memory whose owner has ended; how many pieces.");
+}
 
 }  // namespace primitives

@@ -1,0 +1,98 @@
+// The c10d backend "primitives": turns c10d calls into the collectives of csrc/collectives.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include "bindings/c10d_tensors.hpp"
+#include "bindings/c10d_work.hpp"
+#include "transport/group.hpp"
+
+namespace primitives {
+
+class Backend : public c10d::Backend {
+ public:
+  using Tensors = std::vector<at::Tensor>;
+  using TensorLists = std::vector<std::vector<at::Tensor>>;
+  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+
+  struct Options : c10d::Backend::Options {
+    explicit Options(Milliseconds timeout = kBackendDefaultTimeout)
+        : c10d::Backend::Options("primitives", timeout) {}
+    std::string shm_dir = "/dev/shm";
+  };
+
+  // Collective over the ranks of the group.
+  Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
+          c10::intrusive_ptr<Options> options);
+  ~Backend() override;
+
+  WorkPtr broadcast(Tensors&, const c10d::BroadcastOptions&) override;
+  WorkPtr allreduce(Tensors&, const c10d::AllreduceOptions&) override;
+  WorkPtr allreduce_coalesced(Tensors&, const c10d::AllreduceCoalescedOptions&) override;
+  WorkPtr reduce(Tensors&, const c10d::ReduceOptions&) override;
+  WorkPtr allgather(TensorLists&, Tensors&, const c10d::AllgatherOptions&) override;
+  WorkPtr _allgather_base(at::Tensor&, at::Tensor&, const c10d::AllgatherOptions&) override;
+  WorkPtr allgather_coalesced(TensorLists&, Tensors&, const c10d::AllgatherOptions&) override;
+  WorkPtr allgather_into_tensor_coalesced(Tensors&, Tensors&,
+                                          const c10d::AllgatherOptions&) override;
+  WorkPtr gather(TensorLists&, Tensors&, const c10d::GatherOptions&) override;
+  WorkPtr scatter(Tensors&, TensorLists&, const c10d::ScatterOptions&) override;
+  WorkPtr reduce_scatter(Tensors&, TensorLists&, const c10d::ReduceScatterOptions&) override;
+  WorkPtr _reduce_scatter_base(at::Tensor&, at::Tensor&,
+                               const c10d::ReduceScatterOptions&) override;
+  WorkPtr reduce_scatter_tensor_coalesced(Tensors&, Tensors&,
+                                          const c10d::ReduceScatterOptions&) override;
+  WorkPtr alltoall_base(at::Tensor&, at::Tensor&, std::vector<int64_t>&, std::vector<int64_t>&,
+                        const c10d::AllToAllOptions&) override;
+  WorkPtr alltoall(Tensors&, Tensors&, const c10d::AllToAllOptions&) override;
+  WorkPtr barrier(const c10d::BarrierOptions&) override;
+  void monitoredBarrier(const c10d::BarrierOptions&, bool wait_all_ranks) override;
+
+  const std::string getBackendName() const override { return "primitives"; }
+  c10::intrusive_ptr<c10d::Backend::Options> getBackendOptions() override { return options_; }
+  bool supportsSplitting() const override { return true; }
+  bool supportsCoalescing() const override { return true; }
+  void startCoalescing() override;
+  WorkPtr endCoalescing() override;
+  c10::intrusive_ptr<c10d::Backend> split(
+      const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+      const c10::intrusive_ptr<c10d::Backend::Options>& options) override;
+  void setTimeout(Milliseconds timeout) override { options_->timeout = timeout; }
+  void setSequenceNumberForGroup() override {}  // the transport counts for itself
+  uint64_t getSequenceNumberForGroup() override { return group_->seq(); }
+  c10d::ErrorType getError() override;
+  void abort() override;
+  void shutdown() override { close(Milliseconds(30000)); }
+
+  // Ends this rank's part in the group: waits up to `limit` for what is queued. Peers that still wait for this
+  // rank then get PeerLost. Idempotent.
+  void close(Milliseconds limit);
+
+ private:
+  // What a collective does with its tensors, ready to run on any thread.
+  using Job = WorkQueue::Job;
+
+  WorkPtr run(c10d::OpType type, bool async, Tensors outputs, Job job);
+  Milliseconds resolve(Milliseconds timeout) const;
+  Job all_gather_into(const at::Tensor& out, const at::Tensor& in, Milliseconds timeout);
+  Job all_gather_list(const Tensors& out, const at::Tensor& in, Milliseconds timeout);
+  Job reduce_scatter_from(const at::Tensor& out, const at::Tensor& in, const c10d::ReduceOp& op,
+                          Milliseconds timeout);
+  Job all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
+
+  c10::intrusive_ptr<Options> options_;
+  std::unique_ptr<Group> group_;
+  WorkQueue queue_;
+  bool coalescing_ = false;
+  std::vector<WorkPtr> coalesced_;
+};
+
+// Closes every backend of this process (at interpreter exit).
+void close_all_backends(Milliseconds limit);
+
+}  // namespace primitives

@@ -1,0 +1,393 @@
+// Each c10d collective: check the tensors, find their memory, hand over to csrc/collectives.
+#include <stdexcept>
+
+#include "bindings/c10d_backend.hpp"
+#include "bindings/c10d_errors.hpp"
+
+namespace primitives {
+namespace {
+
+using c10d::OpType;
+
+void check_list(size_t got, int expected, const char* what) {
+  if (got == static_cast<size_t>(expected)) return;
+  throw std::invalid_argument(std::string(what) + ": expected one tensor per rank, " +
+                              std::to_string(expected) + ", got " + std::to_string(got));
+}
+
+std::vector<Part> parts_of(const std::vector<Output>& outputs) {
+  std::vector<Part> parts;
+  for (const Output& output : outputs) parts.push_back(output.part());
+  return parts;
+}
+
+void store_all(std::vector<Output>& outputs) {
+  for (Output& output : outputs) output.store();
+}
+
+// The outputs of a list, kept apart from the inputs that are still read while they are written.
+std::vector<Output> outputs_of(const std::vector<at::Tensor>& tensors, const at::Tensor& like,
+                               const std::vector<at::Tensor>& inputs, const char* what) {
+  std::vector<Output> outputs;
+  for (const at::Tensor& tensor : tensors) {
+    check_same_dtype(tensor, like, what);
+    outputs.emplace_back(tensor);
+    for (const at::Tensor& input : inputs) outputs.back().keep_apart(input);
+  }
+  return outputs;
+}
+
+void check_root(int64_t root, int world_size, const char* op) {
+  if (root >= 0 && root < world_size) return;
+  throw std::invalid_argument(std::string(op) + ": expected a root in [0, " +
+                              std::to_string(world_size) + "), got " + std::to_string(root));
+}
+
+}  // namespace
+
+// ---- all_gather
+
+Backend::Job Backend::all_gather_into(const at::Tensor& out, const at::Tensor& in,
+                                      Milliseconds timeout) {
+  check_tensor(in, "all_gather: input");
+  check_same_dtype(out, in, "all_gather: output");
+  check_numel(out, in.numel() * getSize(), "all_gather: output");
+  const at::Tensor source = readable(in);
+  Output result(out);
+  // FSDP gathers in place: the input may be this rank's part of the output.
+  result.keep_apart(source, static_cast<char*>(result.data()) + getRank() * source.nbytes());
+  const Call call = make_call(Op::kAllGather, in, in.numel());
+  return [=, this]() mutable {
+    const auto parts = cut(result.memory(), getSize(), {}, "all_gather");
+    primitives::all_gather(*group_, call, source.data_ptr(), source.nbytes(), parts, timeout);
+    result.store();
+  };
+}
+
+Backend::Job Backend::all_gather_list(const Tensors& out, const at::Tensor& in,
+                                      Milliseconds timeout) {
+  check_tensor(in, "all_gather: input");
+  check_list(out.size(), getSize(), "all_gather: outputs");
+  const at::Tensor source = readable(in);
+  auto results = outputs_of(out, in, {source}, "all_gather: output");
+  check_numel(out[getRank()], in.numel(), "all_gather: this rank's output");
+  Call call = make_call(Op::kAllGather, in, in.numel());
+  call.has_counts = true;
+  return [=, this]() mutable {
+    primitives::all_gather(*group_, call, source.data_ptr(), source.nbytes(), parts_of(results),
+                           timeout);
+    store_all(results);
+  };
+}
+
+Backend::WorkPtr Backend::_allgather_base(at::Tensor& out, at::Tensor& in,
+                                          const c10d::AllgatherOptions& options) {
+  return translated([&] {
+    return run(OpType::_ALLGATHER_BASE, options.asyncOp, {out},
+               all_gather_into(out, in, resolve(options.timeout)));
+  });
+}
+
+Backend::WorkPtr Backend::allgather(TensorLists& out, Tensors& in,
+                                    const c10d::AllgatherOptions& options) {
+  return translated([&] {
+    check_list(out.size(), 1, "all_gather: output lists");
+    return run(OpType::ALLGATHER, options.asyncOp, out[0],
+               all_gather_list(out[0], only(in, "all_gather"), resolve(options.timeout)));
+  });
+}
+
+Backend::WorkPtr Backend::allgather_coalesced(TensorLists& out, Tensors& in,
+                                              const c10d::AllgatherOptions& options) {
+  return translated([&] {
+    std::vector<Job> jobs;
+    Tensors all;
+    for (const Tensors& list : out) check_list(list.size(), static_cast<int>(in.size()), "all_gather");
+    check_list(out.size(), getSize(), "all_gather: output lists");
+    for (size_t i = 0; i < in.size(); i++) {
+      Tensors of_one;  // c10d passes [rank][tensor]
+      for (const Tensors& list : out) of_one.push_back(list[i]);
+      jobs.push_back(all_gather_list(of_one, in[i], resolve(options.timeout)));
+      all.insert(all.end(), of_one.begin(), of_one.end());
+    }
+    return run(OpType::ALLGATHER_COALESCED, options.asyncOp, all, [jobs] {
+      for (const Job& job : jobs) job();
+    });
+  });
+}
+
+Backend::WorkPtr Backend::allgather_into_tensor_coalesced(Tensors& out, Tensors& in,
+                                                          const c10d::AllgatherOptions& options) {
+  return translated([&] {
+    check_list(out.size(), static_cast<int>(in.size()), "all_gather: outputs");
+    std::vector<Job> jobs;
+    for (size_t i = 0; i < in.size(); i++) {
+      jobs.push_back(all_gather_into(out[i], in[i], resolve(options.timeout)));
+    }
+    return run(OpType::COALESCED, options.asyncOp, out, [jobs] {
+      for (const Job& job : jobs) job();
+    });
+  });
+}
+
+// ---- reductions
+
+Backend::Job Backend::all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op,
+                                     Milliseconds timeout) {
+  check_tensor(tensor, "all_reduce");
+  Call call = make_call(Op::kAllReduce, tensor, tensor.numel());
+  const Reduction reduction = make_reduction(call, tensor, op, getSize());
+  Output data(tensor, /*load=*/true);
+  return [=, this]() mutable {
+    primitives::all_reduce(*group_, call, data.data(), data.part().nbytes, reduction, timeout);
+    data.store();
+  };
+}
+
+Backend::WorkPtr Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
+  return translated([&] {
+    const at::Tensor& tensor = only(tensors, "all_reduce");
+    return run(OpType::ALLREDUCE, options.asyncOp, tensors,
+               all_reduce_one(tensor, options.reduceOp, resolve(options.timeout)));
+  });
+}
+
+Backend::WorkPtr Backend::allreduce_coalesced(Tensors& tensors,
+                                              const c10d::AllreduceCoalescedOptions& options) {
+  return translated([&] {
+    std::vector<Job> jobs;
+    for (const at::Tensor& tensor : tensors) {
+      jobs.push_back(all_reduce_one(tensor, options.reduceOp, resolve(options.timeout)));
+    }
+    return run(OpType::ALLREDUCE_COALESCED, options.asyncOp, tensors, [jobs] {
+      for (const Job& job : jobs) job();
+    });
+  });
+}
+
+Backend::WorkPtr Backend::reduce(Tensors& tensors, const c10d::ReduceOptions& options) {
+  return translated([&] {
+    const at::Tensor& tensor = only(tensors, "reduce");
+    check_tensor(tensor, "reduce");
+    check_root(options.rootRank, getSize(), "reduce");
+    Call call = make_call(Op::kReduce, tensor, tensor.numel(), static_cast<int>(options.rootRank));
+    const Reduction reduction = make_reduction(call, tensor, options.reduceOp, getSize());
+    Output data(tensor, /*load=*/true);
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::REDUCE, options.asyncOp, tensors, [=, this]() mutable {
+      primitives::reduce(*group_, call, data.data(), data.part().nbytes, reduction, timeout);
+      if (getRank() == call.root) data.store();
+    });
+  });
+}
+
+Backend::Job Backend::reduce_scatter_from(const at::Tensor& out, const at::Tensor& in,
+                                          const c10d::ReduceOp& op, Milliseconds timeout) {
+  check_tensor(in, "reduce_scatter: input");
+  check_same_dtype(out, in, "reduce_scatter: output");
+  check_numel(in, out.numel() * getSize(), "reduce_scatter: input");
+  Call call = make_call(Op::kReduceScatter, in, in.numel());
+  const Reduction reduction = make_reduction(call, in, op, getSize());
+  const at::Tensor source = readable(in);
+  Output result(out);
+  const auto parts = cut(source, getSize(), {}, "reduce_scatter: input");
+  if (result.data() != parts[getRank()].data) result.keep_apart(source);
+  return [=, this]() mutable {
+    primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+    result.store();
+    static_cast<void>(source);  // kept alive: the parts point into it
+  };
+}
+
+Backend::WorkPtr Backend::_reduce_scatter_base(at::Tensor& out, at::Tensor& in,
+                                               const c10d::ReduceScatterOptions& options) {
+  return translated([&] {
+    return run(OpType::_REDUCE_SCATTER_BASE, options.asyncOp, {out},
+               reduce_scatter_from(out, in, options.reduceOp, resolve(options.timeout)));
+  });
+}
+
+Backend::WorkPtr Backend::reduce_scatter_tensor_coalesced(
+    Tensors& out, Tensors& in, const c10d::ReduceScatterOptions& options) {
+  return translated([&] {
+    check_list(out.size(), static_cast<int>(in.size()), "reduce_scatter: outputs");
+    std::vector<Job> jobs;
+    for (size_t i = 0; i < in.size(); i++) {
+      jobs.push_back(
+          reduce_scatter_from(out[i], in[i], options.reduceOp, resolve(options.timeout)));
+    }
+    return run(OpType::REDUCE_SCATTER_TENSOR_COALESCED, options.asyncOp, out, [jobs] {
+      for (const Job& job : jobs) job();
+    });
+  });
+}
+
+Backend::WorkPtr Backend::reduce_scatter(Tensors& out, TensorLists& in,
+                                         const c10d::ReduceScatterOptions& options) {
+  return translated([&] {
+    const at::Tensor& target = only(out, "reduce_scatter");
+    check_tensor(target, "reduce_scatter: output");
+    check_list(in.size(), 1, "reduce_scatter: input lists");
+    check_list(in[0].size(), getSize(), "reduce_scatter: inputs");
+    check_numel(in[0][getRank()], target.numel(), "reduce_scatter: this rank's input");
+    Tensors sources;
+    std::vector<Part> parts;
+    int64_t numel = 0;
+    for (const at::Tensor& tensor : in[0]) {
+      check_same_dtype(tensor, target, "reduce_scatter: input");
+      sources.push_back(readable(tensor));
+      parts.push_back(part_of(sources.back()));
+      numel += tensor.numel();
+    }
+    Call call = make_call(Op::kReduceScatter, target, numel);
+    call.has_counts = true;
+    const Reduction reduction = make_reduction(call, target, options.reduceOp, getSize());
+    Output result(target);
+    for (int r = 0; r < getSize(); r++) {
+      result.keep_apart(sources[r], r == getRank() ? result.data() : nullptr);
+    }
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::REDUCE_SCATTER, options.asyncOp, out, [=, this]() mutable {
+      primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+      result.store();
+      static_cast<void>(sources);  // kept alive: the parts point into them
+    });
+  });
+}
+
+// ---- broadcast, gather, scatter, all_to_all, barrier
+
+Backend::WorkPtr Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
+  return translated([&] {
+    const at::Tensor& tensor = only(tensors, "broadcast");
+    check_tensor(tensor, "broadcast");
+    check_root(options.rootRank, getSize(), "broadcast");
+    const int root = static_cast<int>(options.rootRank);
+    const Call call = make_call(Op::kBroadcast, tensor, tensor.numel(), root);
+    Output data(tensor, /*load=*/getRank() == root);
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::BROADCAST, options.asyncOp, tensors, [=, this]() mutable {
+      primitives::broadcast(*group_, call, data.data(), data.part().nbytes, timeout);
+      if (getRank() != root) data.store();
+    });
+  });
+}
+
+Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in, const c10d::GatherOptions& options) {
+  return translated([&] {
+    const at::Tensor& tensor = only(in, "gather");
+    check_tensor(tensor, "gather: input");
+    check_root(options.rootRank, getSize(), "gather");
+    const int root = static_cast<int>(options.rootRank);
+    const at::Tensor source = readable(tensor);
+    std::vector<Output> results;
+    Tensors targets;
+    if (getRank() == root) {
+      check_list(out.size(), 1, "gather: output lists");
+      check_list(out[0].size(), getSize(), "gather: outputs");
+      for (const at::Tensor& target : out[0]) check_numel(target, tensor.numel(), "gather: output");
+      results = outputs_of(out[0], tensor, {source}, "gather: output");
+      targets = out[0];
+    }
+    const Call call = make_call(Op::kGather, tensor, tensor.numel(), root);
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::GATHER, options.asyncOp, targets, [=, this]() mutable {
+      primitives::gather(*group_, call, source.data_ptr(), source.nbytes(), parts_of(results),
+                         timeout);
+      store_all(results);
+    });
+  });
+}
+
+Backend::WorkPtr Backend::scatter(Tensors& out, TensorLists& in,
+                                  const c10d::ScatterOptions& options) {
+  return translated([&] {
+    const at::Tensor& target = only(out, "scatter");
+    check_tensor(target, "scatter: output");
+    check_root(options.rootRank, getSize(), "scatter");
+    const int root = static_cast<int>(options.rootRank);
+    Output result(target);
+    Tensors sources;
+    std::vector<Part> parts;
+    if (getRank() == root) {
+      check_list(in.size(), 1, "scatter: input lists");
+      check_list(in[0].size(), getSize(), "scatter: inputs");
+      for (const at::Tensor& tensor : in[0]) {
+        check_same_dtype(tensor, target, "scatter: input");
+        check_numel(tensor, target.numel(), "scatter: input");
+        sources.push_back(readable(tensor));
+        parts.push_back(part_of(sources.back()));
+        result.keep_apart(sources.back());
+      }
+    }
+    const Call call = make_call(Op::kScatter, target, target.numel(), root);
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::SCATTER, options.asyncOp, out, [=, this]() mutable {
+      primitives::scatter(*group_, call, parts, result.data(), result.part().nbytes, timeout);
+      result.store();
+      static_cast<void>(sources);  // kept alive: the parts point into them
+    });
+  });
+}
+
+Backend::WorkPtr Backend::alltoall_base(at::Tensor& out, at::Tensor& in,
+                                        std::vector<int64_t>& out_splits,
+                                        std::vector<int64_t>& in_splits,
+                                        const c10d::AllToAllOptions& options) {
+  return translated([&] {
+    check_tensor(in, "all_to_all: input");
+    check_same_dtype(out, in, "all_to_all: output");
+    const at::Tensor source = readable(in);
+    Output result(out);
+    result.keep_apart(source);
+    const auto from = cut(source, getSize(), in_splits, "all_to_all: input");
+    const auto to = cut(result.memory(), getSize(), out_splits, "all_to_all: output");
+    Call call = make_call(Op::kAllToAll, in, in.numel());
+    call.has_counts = true;  // one rank's splits may be even where another's are not
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::ALLTOALL_BASE, options.asyncOp, {out}, [=, this]() mutable {
+      primitives::all_to_all(*group_, call, from, to, timeout);
+      result.store();
+      static_cast<void>(source);  // kept alive: the parts point into it
+    });
+  });
+}
+
+Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in, const c10d::AllToAllOptions& options) {
+  return translated([&] {
+    check_list(in.size(), getSize(), "all_to_all: inputs");
+    check_list(out.size(), getSize(), "all_to_all: outputs");
+    Tensors sources;
+    std::vector<Part> from;
+    int64_t numel = 0;
+    for (const at::Tensor& tensor : in) {
+      check_same_dtype(tensor, in[0], "all_to_all: input");
+      sources.push_back(readable(tensor));
+      from.push_back(part_of(sources.back()));
+      numel += tensor.numel();
+    }
+    auto results = outputs_of(out, in[0], sources, "all_to_all: output");
+    Call call = make_call(Op::kAllToAll, in[0], numel);
+    call.has_counts = true;
+    const Milliseconds timeout = resolve(options.timeout);
+    return run(OpType::ALLTOALL, options.asyncOp, out, [=, this]() mutable {
+      primitives::all_to_all(*group_, call, from, parts_of(results), timeout);
+      store_all(results);
+      static_cast<void>(sources);  // kept alive: the parts point into them
+    });
+  });
+}
+
+Backend::WorkPtr Backend::barrier(const c10d::BarrierOptions& options) {
+  const Milliseconds timeout = resolve(options.timeout);
+  return run(OpType::BARRIER, options.asyncOp, {},
+             [=, this] { primitives::barrier(*group_, timeout); });
+}
+
+void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool) {
+  c10d::BarrierOptions synchronous = options;
+  synchronous.asyncOp = false;
+  barrier(synchronous);
+}
+
+}  // namespace primitives

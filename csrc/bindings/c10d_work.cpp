@@ -1,0 +1,200 @@
+#include "bindings/c10d_work.hpp"
+
+#include <ATen/core/grad_mode.h>
+#include <pthread.h>
+
+#include "bindings/c10d_errors.hpp"
+#include "transport/errors.hpp"
+
+namespace primitives {
+namespace {
+
+c10::intrusive_ptr<c10::ivalue::Future> new_future() {
+  return c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+}
+
+[[noreturn]] void throw_wait_timeout(std::chrono::milliseconds timeout) {
+  translated([&]() -> void {
+    throw TransportError(Failure::kTimeout, "Work.wait: not done after " +
+                                                std::to_string(timeout.count()) +
+                                                " ms; the operation goes on");
+  });
+  std::abort();
+}
+
+}  // namespace
+
+Work::Work(c10d::OpType type, std::vector<at::Tensor> outputs)
+    : c10d::Work(-1, type), outputs_(std::move(outputs)) {}
+
+bool Work::wait(std::chrono::milliseconds timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  auto done = [&] { return completed_; };
+  if (timeout == kNoTimeout) {
+    cv_.wait(lock, done);
+  } else if (!cv_.wait_for(lock, timeout, done)) {
+    lock.unlock();
+    throw_wait_timeout(timeout);
+  }
+  if (exception_) std::rethrow_exception(exception_);
+  return true;
+}
+
+void Work::abort() { TORCH_CHECK(false, "abort the process group, not one of its works"); }
+
+c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (future_) return future_;
+  future_ = new_future();
+  if (!completed_) return future_;
+  const auto future = future_;
+  lock.unlock();
+  if (exception_) {
+    future->setError(exception_);
+  } else {
+    future->markCompleted(c10::IValue(outputs_));
+  }
+  return future;
+}
+
+void Work::complete(std::exception_ptr error) {
+  finish(error);
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto future = future_;
+  lock.unlock();
+  if (!future || future->completed()) return;
+  if (error) {
+    future->setError(error);
+  } else {
+    future->markCompleted(c10::IValue(outputs_));
+  }
+}
+
+WorkBatch::WorkBatch(std::vector<c10::intrusive_ptr<c10d::Work>> works)
+    : c10d::Work(-1, c10d::OpType::COALESCED), works_(std::move(works)) {}
+
+bool WorkBatch::isCompleted() {
+  for (const auto& work : works_) {
+    if (!work->isCompleted()) return false;
+  }
+  return true;
+}
+
+bool WorkBatch::isSuccess() const {
+  for (const auto& work : works_) {
+    if (!work->isSuccess()) return false;
+  }
+  return true;
+}
+
+bool WorkBatch::wait(std::chrono::milliseconds timeout) {
+  for (const auto& work : works_) work->wait(timeout);
+  return true;
+}
+
+std::vector<at::Tensor> WorkBatch::result() {
+  std::vector<at::Tensor> tensors;
+  for (const auto& work : works_) {
+    for (auto& tensor : work->result()) tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFuture() {
+  struct Pending {
+    std::atomic<size_t> num_left;
+    std::atomic<bool> failed{false};
+  };
+  auto pending = std::make_shared<Pending>();
+  pending->num_left = works_.size();
+  auto future = new_future();
+  if (works_.empty()) future->markCompleted(c10::IValue(std::vector<at::Tensor>{}));
+  for (const auto& work : works_) {
+    work->getFuture()->addCallback([pending, future, tensors = result()](c10::ivalue::Future& part) {
+      if (part.hasError()) {
+        if (!pending->failed.exchange(true)) future->setError(part.exception_ptr());
+      }
+      if (pending->num_left.fetch_sub(1) == 1 && !pending->failed) {
+        future->markCompleted(c10::IValue(tensors));
+      }
+    });
+  }
+  return future;
+}
+
+void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
+  entries_.push_back({std::move(work), std::move(job)});
+  if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
+  changed_.notify_all();
+}
+
+void WorkQueue::run_sync(const Job& job) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  // Entries that are queued now go first: collectives keep the order of their calls.
+  changed_.wait(lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
+  if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
+  busy_ = true;
+  lock.unlock();
+  struct Release {
+    WorkQueue& queue;
+    ~Release() {
+      std::lock_guard<std::mutex> lock(queue.mutex_);
+      queue.busy_ = false;
+      queue.changed_.notify_all();
+    }
+  } release{*this};
+  job();
+}
+
+bool WorkQueue::drain(std::chrono::milliseconds limit) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return changed_.wait_for(lock, limit, [&] { return !busy_ && entries_.empty(); });
+}
+
+void WorkQueue::stop() {
+  std::deque<Entry> dropped;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    dropped.swap(entries_);
+    changed_.notify_all();
+  }
+  if (thread_.joinable()) thread_.join();
+  for (Entry& entry : dropped) {
+    try {
+      throw TransportError(Failure::kOther, "the process group was destroyed before this ran");
+    } catch (...) {
+      entry.work->complete(current_python_error());
+    }
+  }
+}
+
+void WorkQueue::loop() {
+  pthread_setname_np(pthread_self(), "primitives");
+  const at::NoGradGuard no_grad;
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [&] { return stopping_ || (!busy_ && !entries_.empty()); });
+    if (stopping_) return;
+    Entry entry = std::move(entries_.front());
+    entries_.pop_front();
+    busy_ = true;
+    lock.unlock();
+    std::exception_ptr error;
+    try {
+      entry.job();
+    } catch (...) {
+      error = current_python_error();
+    }
+    entry.job = nullptr;  // lets the tensors go before the caller wakes
+    entry.work->complete(error);
+    entry.work.reset();
+    lock.lock();
+    busy_ = false;
+    changed_.notify_all();
+  }
+}
+
+}  // namespace primitives

@@ -1,0 +1,87 @@
+// Work of the backend, and the thread that runs asynchronous collectives in the order of their calls.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
+namespace primitives {
+
+// One collective or message: done when its outputs hold the result.
+class Work : public c10d::Work {
+ public:
+  Work(c10d::OpType type, std::vector<at::Tensor> outputs);
+
+  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
+  void synchronize() override {}
+  void abort() override;
+  std::vector<at::Tensor> result() override { return outputs_; }
+  int sourceRank() const override { return source_rank_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  uint64_t getSequencenumber() const override { return seq_; }
+
+  // Called once, by whoever ran it.
+  void complete(std::exception_ptr error = nullptr);
+  void set_source_rank(int rank) { source_rank_ = rank; }
+  void set_seq(uint64_t seq) { seq_ = seq; }
+
+ private:
+  std::vector<at::Tensor> outputs_;
+  c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when somebody asks
+  int source_rank_ = -1;
+  uint64_t seq_ = 0;
+};
+
+// Several works as one (endCoalescing).
+class WorkBatch : public c10d::Work {
+ public:
+  explicit WorkBatch(std::vector<c10::intrusive_ptr<c10d::Work>> works);
+
+  bool isCompleted() override;
+  bool isSuccess() const override;
+  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
+  void synchronize() override {}
+  std::vector<at::Tensor> result() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+
+ private:
+  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+};
+
+// Runs jobs one at a time in the order they came: asynchronous ones on its thread, a synchronous one on the
+// caller's when nothing is queued. No job may need the GIL.
+class WorkQueue {
+ public:
+  using Job = std::function<void()>;
+
+  ~WorkQueue() { stop(); }
+  void run_async(c10::intrusive_ptr<Work> work, Job job);
+  // Throws what the job throws.
+  void run_sync(const Job& job);
+  // Waits until all jobs are done; false when `limit` passed first.
+  bool drain(std::chrono::milliseconds limit);
+  // Ends the thread after the running job; queued jobs are dropped, their works failed.
+  void stop();
+
+ private:
+  struct Entry {
+    c10::intrusive_ptr<Work> work;
+    Job job;
+  };
+  void loop();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Entry> entries_;
+  bool busy_ = false;  // a job is running, on either thread
+  bool stopping_ = false;
+  std::thread thread_;  // started by the first asynchronous job
+};
+
+}  // namespace primitives

@@ -1,0 +1,38 @@
+// Sizes of what is staged at a time, measured (see docs/performance.md), and the copies around it.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+
+#include "collectives/reduce.hpp"
+#include "transport/control.hpp"
+
+namespace primitives {
+
+constexpr size_t kChunkNbytes = 128 << 10;
+constexpr size_t kSmallNbytes = 64 << 10;   // all_reduce: every rank sums everything
+constexpr size_t kStreamNbytes = 2 << 20;   // results from here on are written around the caches
+
+// Bytes of one of n blocks that share a slot.
+inline size_t block_nbytes(int n) {
+  return std::max<size_t>(64, (2 * kChunkNbytes / static_cast<size_t>(n)) & ~size_t{63});
+}
+
+inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// The part of [0, nbytes) that chunk `index` covers.
+inline size_t chunk_nbytes(size_t nbytes, size_t index, size_t chunk) {
+  return index * chunk >= nbytes ? 0 : std::min(chunk, nbytes - index * chunk);
+}
+
+inline void copy(void* out, const void* in, size_t nbytes, bool stream) {
+  if (nbytes == 0 || out == in) return;
+  if (stream) {
+    copy_stream(out, in, nbytes);
+  } else {
+    std::memcpy(out, in, nbytes);
+  }
+}
+
+}  // namespace primitives

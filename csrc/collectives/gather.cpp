@@ -1,0 +1,110 @@
+// all_gather, gather, broadcast and scatter: bytes that move through the staging slots of their owners.
+#include <numeric>
+
+#include "collectives/chunks.hpp"
+#include "collectives/collectives.hpp"
+
+namespace primitives {
+namespace {
+
+size_t total_nbytes(const std::vector<Part>& parts) {
+  size_t total = 0;
+  for (const Part& part : parts) total += part.nbytes;
+  return total;
+}
+
+}  // namespace
+
+void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
+                const std::vector<Part>& out, Milliseconds timeout) {
+  const int n = group.world_size(), me = group.rank();
+  std::vector<uint64_t> send(n, in_nbytes), recv(n);
+  size_t longest = 0;
+  for (int r = 0; r < n; r++) {
+    recv[r] = out[r].nbytes;
+    longest = std::max(longest, out[r].nbytes);
+  }
+  const bool stream = total_nbytes(out) >= kStreamNbytes;
+  const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, kChunkNbytes));
+  group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
+  for (size_t i = 0; i < num_chunks; i++) {
+    const size_t at = i * kChunkNbytes;
+    const char* mine = static_cast<const char*>(in) + at;
+    if (n > 1) {
+      copy(group.slot(me, group.epoch() + 1), mine, chunk_nbytes(in_nbytes, i, kChunkNbytes), false);
+    }
+    i == 0 ? group.meet() : group.barrier();
+    for (int j = 0; j < n; j++) {
+      const int r = (me + j) % n;
+      const char* from = r == me ? mine : group.slot(r, group.epoch());
+      copy(static_cast<char*>(out[r].data) + at, from,
+           chunk_nbytes(out[r].nbytes, i, kChunkNbytes), stream);
+    }
+  }
+  if (stream) stream_fence();
+  group.finish();
+}
+
+void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
+            const std::vector<Part>& out, Milliseconds timeout) {
+  const int n = group.world_size(), me = group.rank();
+  const size_t num_chunks = std::max<size_t>(1, ceil_div(in_nbytes, kChunkNbytes));
+  group.start(call, nullptr, nullptr, timeout);
+  for (size_t i = 0; i < num_chunks; i++) {
+    const size_t at = i * kChunkNbytes, nbytes = chunk_nbytes(in_nbytes, i, kChunkNbytes);
+    const char* mine = static_cast<const char*>(in) + at;
+    if (me != call.root) copy(group.slot(me, group.epoch() + 1), mine, nbytes, false);
+    i == 0 ? group.meet() : group.barrier();
+    for (int r = 0; me == call.root && r < n; r++) {
+      const char* from = r == me ? mine : group.slot(r, group.epoch());
+      copy(static_cast<char*>(out[r].data) + at, from, nbytes, false);
+    }
+  }
+  group.finish();
+}
+
+void broadcast(Group& group, const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
+  const int me = group.rank();
+  const bool stream = nbytes >= kStreamNbytes;
+  const size_t num_chunks = std::max<size_t>(1, ceil_div(nbytes, kChunkNbytes));
+  group.start(call, nullptr, nullptr, timeout);
+  for (size_t i = 0; i < num_chunks; i++) {
+    char* at = static_cast<char*>(data) + i * kChunkNbytes;
+    const size_t size = chunk_nbytes(nbytes, i, kChunkNbytes);
+    if (me == call.root) copy(group.slot(me, group.epoch() + 1), at, size, false);
+    i == 0 ? group.meet() : group.barrier();
+    if (me != call.root) copy(at, group.slot(call.root, group.epoch()), size, stream);
+  }
+  if (stream) stream_fence();
+  group.finish();
+}
+
+void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out, size_t out_nbytes,
+             Milliseconds timeout) {
+  const int n = group.world_size(), me = group.rank();
+  const size_t block = block_nbytes(n);
+  const size_t num_chunks = std::max<size_t>(1, ceil_div(out_nbytes, block));
+  group.start(call, nullptr, nullptr, timeout);
+  for (size_t i = 0; i < num_chunks; i++) {
+    const size_t at = i * block, nbytes = chunk_nbytes(out_nbytes, i, block);
+    for (int r = 0; me == call.root && r < n; r++) {
+      char* staged = group.slot(me, group.epoch() + 1) + r * block;
+      if (r != me) copy(staged, static_cast<const char*>(in[r].data) + at, nbytes, false);
+    }
+    i == 0 ? group.meet() : group.barrier();
+    const char* from = me == call.root ? static_cast<const char*>(in[me].data) + at
+                                       : group.slot(call.root, group.epoch()) + me * block;
+    copy(static_cast<char*>(out) + at, from, nbytes, false);
+  }
+  group.finish();
+}
+
+void barrier(Group& group, Milliseconds timeout) {
+  Call call;
+  call.op = Op::kBarrier;
+  group.start(call, nullptr, nullptr, timeout);
+  group.meet();
+  group.finish();
+}
+
+}  // namespace primitives

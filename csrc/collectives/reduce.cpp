@@ -1,0 +1,44 @@
+#include "collectives/reduce.hpp"
+
+#include <immintrin.h>
+
+#include "isa.hpp"
+
+namespace primitives {
+
+#define PRIMITIVES_DECLARE(isa)                                     \
+  namespace isa {                                                   \
+  ReduceFn find_reduce(DType dtype, ReduceOp op);                   \
+  void copy_stream(void* out, const void* in, size_t nbytes);       \
+  }
+PRIMITIVES_DECLARE(scalar)
+PRIMITIVES_DECLARE(avx2)
+PRIMITIVES_DECLARE(avx512)
+#undef PRIMITIVES_DECLARE
+
+ReduceFn find_reduce(DType dtype, ReduceOp op) {
+  switch (active_isa()) {
+    case Isa::kScalar:
+      return scalar::find_reduce(dtype, op);
+    case Isa::kAvx2:
+      return avx2::find_reduce(dtype, op);
+    case Isa::kAvx512:
+      return avx512::find_reduce(dtype, op);
+  }
+  return nullptr;
+}
+
+void copy_stream(void* out, const void* in, size_t nbytes) {
+  switch (active_isa()) {
+    case Isa::kScalar:
+      return scalar::copy_stream(out, in, nbytes);
+    case Isa::kAvx2:
+      return avx2::copy_stream(out, in, nbytes);
+    case Isa::kAvx512:
+      return avx512::copy_stream(out, in, nbytes);
+  }
+}
+
+void stream_fence() { _mm_sfence(); }
+
+}  // namespace primitives

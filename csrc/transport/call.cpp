@@ -1,0 +1,79 @@
+#include "transport/call.hpp"
+
+namespace primitives {
+
+const char* op_name(Op op) {
+  switch (op) {
+    case Op::kNone:
+      return "nothing";
+    case Op::kAllGather:
+      return "all_gather";
+    case Op::kReduceScatter:
+      return "reduce_scatter";
+    case Op::kAllReduce:
+      return "all_reduce";
+    case Op::kAllToAll:
+      return "all_to_all";
+    case Op::kBroadcast:
+      return "broadcast";
+    case Op::kReduce:
+      return "reduce";
+    case Op::kGather:
+      return "gather";
+    case Op::kScatter:
+      return "scatter";
+    case Op::kBarrier:
+      return "barrier";
+    case Op::kSend:
+      return "send";
+    case Op::kRecv:
+      return "recv";
+  }
+  return "?";
+}
+
+const char* reduce_op_name(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kNone:
+      return "";
+    case ReduceOp::kSum:
+      return "sum";
+    case ReduceOp::kAvg:
+      return "avg";
+    case ReduceOp::kPremulSum:
+      return "premul_sum";
+    case ReduceOp::kProduct:
+      return "product";
+    case ReduceOp::kMin:
+      return "min";
+    case ReduceOp::kMax:
+      return "max";
+    case ReduceOp::kBand:
+      return "band";
+    case ReduceOp::kBor:
+      return "bor";
+    case ReduceOp::kBxor:
+      return "bxor";
+  }
+  return "?";
+}
+
+std::string describe(const Call& call, const uint64_t* counts, int num_counts) {
+  std::string text = op_name(call.op);
+  if (call.op == Op::kBarrier) return text;
+  text += "(";
+  if (call.reduce_op != ReduceOp::kNone) text += reduce_op_name(call.reduce_op) + std::string(", ");
+  text += call.dtype + std::string(", numel ") + std::to_string(call.numel);
+  if (call.root >= 0) text += ", root " + std::to_string(call.root);
+  if (call.reduce_op == ReduceOp::kPremulSum) text += ", factor " + std::to_string(call.factor);
+  if (call.has_counts && counts != nullptr) {
+    text += ", numel per rank [";
+    for (int i = 0; i < num_counts; i++) {
+      text += (i ? ", " : "") + std::to_string(counts[i] / call.itemsize);
+    }
+    text += "]";
+  }
+  return text + ")";
+}
+
+}  // namespace primitives

@@ -1,0 +1,58 @@
+// What a rank is asking for: published by every rank at the first barrier of each collective, so that a
+// difference between ranks is an error that names both sides and never a hang or a wrong sum.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace primitives {
+
+enum class Op : uint8_t {
+  kNone,
+  kAllGather,
+  kReduceScatter,
+  kAllReduce,
+  kAllToAll,
+  kBroadcast,
+  kReduce,
+  kGather,
+  kScatter,
+  kBarrier,
+  kSend,
+  kRecv,
+};
+
+enum class ReduceOp : uint8_t {
+  kNone,
+  kSum,
+  kAvg,
+  kPremulSum,
+  kProduct,
+  kMin,
+  kMax,
+  kBand,
+  kBor,
+  kBxor,
+};
+
+const char* op_name(Op op);
+const char* reduce_op_name(ReduceOp op);
+
+struct Call {
+  Op op = Op::kNone;
+  ReduceOp reduce_op = ReduceOp::kNone;
+  bool has_counts = false;  // the parts may differ in size: lists of counts follow in shared memory
+  char dtype[17] = "";
+  int32_t root = -1;
+  uint32_t itemsize = 1;
+  uint64_t numel = 0;  // elements of this rank's input (all_gather: its shard)
+  double factor = 0;   // kPremulSum
+
+  bool operator==(const Call&) const = default;
+};
+
+// "all_reduce(sum, float32, numel 8)"; counts are bytes to send to each of `num_counts` ranks.
+std::string describe(const Call& call, const uint64_t* counts, int num_counts);
+
+}  // namespace primitives

@@ -1,0 +1,95 @@
+// The layout of a segment: control block | call records | staging slots | point-to-point rings.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "transport/call.hpp"
+
+namespace primitives {
+
+constexpr size_t kSlotNbytes = 512 << 10;  // two per rank
+constexpr size_t kRingNbytes = 256 << 10;  // one per ordered pair of ranks, backed on first use
+
+enum class RankState : uint32_t { kAbsent = 0, kAttached = 1, kClosed = 2 };
+
+// One rank's news. The first 64 bytes are read by every waiter, the rest rarely.
+struct alignas(64) RankLine {
+  std::atomic<uint32_t> epoch;  // last barrier this rank arrived at
+  std::atomic<int32_t> cpu;     // where it arrived
+  std::atomic<uint32_t> state;  // RankState
+  std::atomic<uint32_t> op;     // Op of the last call
+  std::atomic<uint64_t> seq;    // number of the last call
+  std::atomic<uint32_t> inside;  // the last call has not returned
+  int32_t pid;
+  uint64_t start_time;
+  alignas(64) uint64_t affinity[16];  // CPUs this rank may run on
+  // Point to point: peers ring when data or room has come for this rank.
+  alignas(64) std::atomic<uint32_t> bell;
+  std::atomic<uint32_t> asleep;
+};
+
+struct Poison {
+  std::atomic<uint32_t> state;  // 0 none, 1 being written, 2 readable
+  uint32_t failure;
+  int32_t rank;
+  char text[2000];
+};
+
+struct Control {
+  alignas(64) std::atomic<uint32_t> num_arrived;  // sum over all barriers so far
+  alignas(64) std::atomic<uint32_t> generation;   // last completed barrier
+  alignas(64) std::atomic<uint32_t> num_sleepers;
+  alignas(64) std::atomic<uint32_t> num_attached;
+  alignas(64) Poison poison;
+
+  RankLine& line(int rank) { return reinterpret_cast<RankLine*>(this + 1)[rank]; }
+};
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+
+// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank.
+struct alignas(64) CallRecord {
+  uint64_t seq;
+  Call call;
+
+  uint64_t* counts() { return reinterpret_cast<uint64_t*>(this + 1); }
+};
+
+// A stream of bytes from one rank to another; positions only grow.
+struct alignas(64) Ring {
+  std::atomic<uint64_t> written;
+  alignas(64) std::atomic<uint64_t> read;
+  alignas(64) std::atomic<uint32_t> backed;  // pages are there
+};
+
+class Layout {
+ public:
+  explicit Layout(int world_size) : world_size_(world_size) {}
+
+  size_t record(int rank, int parity) const {
+    return align(sizeof(Control) + world_size_ * sizeof(RankLine)) +
+           (2 * rank + parity) * record_nbytes();
+  }
+  size_t stage(int rank) const { return page_align(record(world_size_, 0)) + rank * 2 * kSlotNbytes; }
+  // What every group uses; the rings come on demand, except for their heads.
+  size_t num_committed() const { return page_align(ring_heads() + world_size_ * world_size_ * sizeof(Ring)); }
+  size_t ring_head(int src, int dst) const {
+    return ring_heads() + (src * world_size_ + dst) * sizeof(Ring);
+  }
+  size_t ring_data(int src, int dst) const {
+    return num_committed() + (static_cast<size_t>(src) * world_size_ + dst) * kRingNbytes;
+  }
+  size_t nbytes() const { return ring_data(world_size_, 0); }
+
+ private:
+  static size_t align(size_t nbytes) { return (nbytes + 63) & ~size_t{63}; }
+  static size_t page_align(size_t nbytes) { return (nbytes + 4095) & ~size_t{4095}; }
+  size_t record_nbytes() const { return sizeof(CallRecord) + align(2 * world_size_ * sizeof(uint64_t)); }
+  size_t ring_heads() const { return stage(world_size_); }
+
+  size_t world_size_;
+};
+
+}  // namespace primitives

@@ -1,0 +1,259 @@
+#include "transport/group.hpp"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+
+#include "transport/futex.hpp"
+
+namespace primitives {
+
+Group::Group(Meeting& meeting, GroupOptions options)
+    : options_(std::move(options)), layout_(options_.world_size), self_(this_process()) {
+  deadline_ = Clock::now() + options_.timeout;
+  deadline_span_ = options_.timeout;
+  if (world_size() == 1) {
+    segment_.emplace(Segment::anonymous(layout_.nbytes()));
+  } else {
+    attach(meeting);
+  }
+  attached_ = true;
+}
+
+Group::~Group() { close(); }
+
+// Rank 0 creates the segment and tells its name; everybody maps it; rank 0 unlinks it.
+void Group::attach(Meeting& meeting) {
+  // A store may outlive a group of the same name, so each meeting has its own number.
+  const std::string round =
+      "round" + std::to_string(meeting.add("count/" + std::to_string(rank()), 1)) + "/";
+  const std::string this_boot = boot_id();
+  auto wait = [&](auto done, auto waiting_for) {
+    for (auto pause = std::chrono::microseconds(100); !done();
+         pause = std::min(pause * 2, std::chrono::microseconds(20000))) {
+      if (meeting.has(round + "failed")) {
+        throw TransportError(Failure::kOther, meeting.get(round + "failed"));
+      }
+      if (Clock::now() > deadline_) {
+        throw TransportError(Failure::kTimeout, here() + ": " + waiting_for() + " within " +
+                                                    std::to_string(options_.timeout.count()) +
+                                                    " ms, while the group was being created");
+      }
+      std::this_thread::sleep_for(pause);
+    }
+  };
+  try {
+    if (rank() == 0) {
+      sweep_segments(options_.folder);
+      segment_.emplace(Segment::create(options_.folder, layout_.nbytes(), layout_.num_committed()));
+      meeting.set(round + "segment", this_boot + "\n" + segment_->name());
+    } else {
+      wait([&] { return meeting.has(round + "segment"); },
+           [] { return std::string("rank 0 did not come"); });
+      const std::string value = meeting.get(round + "segment");
+      const size_t cut = value.find('\n');
+      if (value.substr(0, cut) != this_boot) {
+        throw TransportError(Failure::kOther,
+                             here() + " runs on another host than rank 0; all ranks of the "
+                                      "primitives backend must run on one host");
+      }
+      segment_.emplace(Segment::open(options_.folder, value.substr(cut + 1)));
+      if (segment_->nbytes() != layout_.nbytes()) {
+        throw TransportError(Failure::kMismatch, here() + ": ranks differ in world size");
+      }
+    }
+  } catch (const TransportError& error) {
+    if (error.failure != Failure::kTimeout && !meeting.has(round + "failed")) {
+      meeting.set(round + "failed", error.what());
+    }
+    throw;
+  }
+  RankLine& mine = line(rank());
+  mine.pid = self_.pid;
+  mine.start_time = self_.start_time;
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  sched_getaffinity(0, sizeof cpus, &cpus);
+  std::memcpy(mine.affinity, &cpus, std::min(sizeof mine.affinity, sizeof cpus));
+  mine.state.store(static_cast<uint32_t>(RankState::kAttached), std::memory_order_release);
+  control().num_attached.fetch_add(1, std::memory_order_acq_rel);
+  auto all_attached = [&] {
+    return control().num_attached.load(std::memory_order_acquire) ==
+           static_cast<uint32_t>(world_size());
+  };
+  wait(all_attached, [&] {
+    std::string missing;
+    for (int r = 0; r < world_size(); r++) {
+      if (line(r).state.load() == static_cast<uint32_t>(RankState::kAbsent)) {
+        missing += (missing.empty() ? "rank " : ", ") + std::to_string(r);
+      }
+    }
+    return missing + " did not come";
+  });
+  segment_->unlink();
+
+  uint64_t cores[16] = {};
+  int num_cores = 0;
+  watched_.resize(world_size());
+  for (int r = 0; r < world_size(); r++) {
+    for (int i = 0; i < 16; i++) cores[i] |= line(r).affinity[i];
+    watched_[r] = is_alive({line(r).pid, line(r).start_time});
+  }
+  for (uint64_t word : cores) num_cores += std::popcount(word);
+  oversubscribed_ = world_size() > num_cores;
+}
+
+void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
+                  Milliseconds timeout) {
+  check();
+  deadline_span_ = timeout.count() > 0 ? timeout : options_.timeout;
+  deadline_ = Clock::now() + deadline_span_;
+  RankLine& mine = line(rank());
+  const uint64_t seq = mine.seq.load(std::memory_order_relaxed) + 1;
+  mine.op.store(static_cast<uint32_t>(call.op), std::memory_order_relaxed);
+  mine.inside.store(1, std::memory_order_relaxed);
+  mine.seq.store(seq, std::memory_order_release);
+  CallRecord& record = this->record(rank(), epoch_ + 1);
+  record.seq = seq;
+  record.call = call;
+  record.call.has_counts = send_nbytes != nullptr;
+  if (send_nbytes != nullptr) {
+    std::copy_n(send_nbytes, world_size(), record.counts());
+    std::copy_n(recv_nbytes, world_size(), record.counts() + world_size());
+  }
+}
+
+void Group::meet() {
+  barrier();
+  call_epoch_ = epoch_;
+  compare_calls();
+}
+
+void Group::finish() { line(rank()).inside.store(0, std::memory_order_relaxed); }
+
+uint64_t Group::sent_nbytes(int rank, int to) const {
+  return record(rank, call_epoch_).counts()[to];
+}
+
+// Every rank compares everything, so every rank throws the same error.
+void Group::compare_calls() {
+  const int n = world_size();
+  CallRecord& first = record(0, epoch_);
+  bool equal = true;
+  for (int r = 1; r < n && equal; r++) {
+    Call expected = first.call;
+    const Call& got = record(r, epoch_).call;
+    // With lists of counts the ranks' own sizes may differ; the counts must then fit pairwise.
+    if (expected.has_counts && got.has_counts) expected.numel = got.numel;
+    equal = expected == got;
+  }
+  for (int r = 0; first.call.has_counts && r < n && equal; r++) {
+    for (int s = 0; s < n && equal; s++) {
+      equal = record(r, epoch_).counts()[s] == record(s, epoch_).counts()[n + r];
+    }
+  }
+  if (equal) return;
+  std::string text = "collective " + std::to_string(first.seq) + " of group '" + name() +
+                     "' differs between ranks";
+  std::vector<std::string> calls(n);
+  for (int r = 0; r < n; r++) {
+    CallRecord& of = record(r, epoch_);
+    calls[r] = describe(of.call, of.counts(), n);
+    if (of.call.has_counts && of.call.op != Op::kAllGather) {
+      calls[r] += " expecting " + describe(of.call, of.counts() + n, n);
+    }
+  }
+  for (int r = 0; r < n; r++) {
+    if (std::find(calls.begin(), calls.begin() + r, calls[r]) != calls.begin() + r) continue;
+    std::string ranks;
+    for (int s = r; s < n; s++) {
+      if (calls[s] == calls[r]) ranks += (s == r ? "" : ", ") + std::to_string(s);
+    }
+    text += "; rank " + ranks + ": " + calls[r];
+  }
+  fail(Failure::kMismatch, text);
+}
+
+void Group::barrier() {
+  const uint32_t epoch = ++epoch_;
+  if (world_size() == 1) return;
+  Control& c = control();
+  if (oversubscribed_) line(rank()).cpu.store(sched_getcpu(), std::memory_order_relaxed);
+  line(rank()).epoch.store(epoch, std::memory_order_release);
+  const uint32_t num_arrived = c.num_arrived.fetch_add(1, std::memory_order_acq_rel) + 1;
+  if (num_arrived == epoch * static_cast<uint32_t>(world_size())) {
+    c.generation.store(epoch, std::memory_order_seq_cst);
+    if (c.num_sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(&c.generation);
+    return;
+  }
+  wait_generation(epoch);
+}
+
+// Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on this very
+// core; otherwise keep the core awake for a while, because waking it costs more than the wait.
+void Group::wait_generation(uint32_t epoch) {
+  Control& c = control();
+  auto arrived = [&] {
+    return static_cast<int32_t>(c.generation.load(std::memory_order_acquire) - epoch) >= 0;
+  };
+  auto missing = [&](int r) {
+    return static_cast<int32_t>(line(r).epoch.load(std::memory_order_acquire) - epoch) < 0;
+  };
+  constexpr auto kNoSwitch = std::chrono::nanoseconds(600);  // a yield this short met nobody
+  const auto start = Clock::now();
+  auto now = start;
+  int cpu = oversubscribed_ ? sched_getcpu() : -1;
+  for (int num_idle_yields = 0; now - start < std::chrono::milliseconds(1);) {
+    bool shares_core = false;
+    for (int r = 0; oversubscribed_ && r < world_size() && !shares_core; r++) {
+      shares_core = missing(r) && line(r).cpu.load(std::memory_order_relaxed) == cpu;
+    }
+    if (shares_core) {
+      const auto before = Clock::now();
+      sched_yield();
+      now = Clock::now();
+      if (arrived()) return;
+      num_idle_yields = now - before < kNoSwitch ? num_idle_yields + 1 : 0;
+      if (num_idle_yields >= 10) break;
+      cpu = sched_getcpu();
+    } else {
+      for (int i = 0; i < 16; i++) {
+        if (arrived()) return;
+        __builtin_ia32_pause();
+      }
+      now = Clock::now();
+      if (now - start > std::chrono::microseconds(200)) break;
+      if (now - start > std::chrono::microseconds(25)) {
+        sched_yield();
+        if (oversubscribed_) cpu = sched_getcpu();
+      }
+    }
+  }
+  c.num_sleepers.fetch_add(1, std::memory_order_seq_cst);
+  struct Leave {
+    std::atomic<uint32_t>& count;
+    ~Leave() { count.fetch_sub(1, std::memory_order_relaxed); }
+  } leave{c.num_sleepers};
+  for (auto next_check = Clock::now();;) {
+    const uint32_t generation = c.generation.load(std::memory_order_seq_cst);
+    if (static_cast<int32_t>(generation - epoch) >= 0) return;
+    check();
+    if (Clock::now() >= next_check) {
+      std::vector<int> missing_ranks;
+      for (int r = 0; r < world_size(); r++) {
+        if (missing(r)) missing_ranks.push_back(r);
+      }
+      check_missing(missing_ranks, deadline_, here());
+      next_check = Clock::now() + Milliseconds(100);
+    }
+    const auto left = std::chrono::duration_cast<Milliseconds>(deadline_ - Clock::now());
+    futex_wait(&c.generation, generation, std::clamp(left, Milliseconds(1), Milliseconds(50)));
+  }
+}
+
+}  // namespace primitives

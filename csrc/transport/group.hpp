@@ -1,0 +1,125 @@
+// A group of ranks that share one segment: who they are, one barrier, deadlines, and failure.
+//
+// [Note: staging] Each rank owns two staging slots and two call records, used by turns of the barrier epoch:
+// what is written before barrier e goes to slot e & 1. It is read by the peers after barrier e and
+// overwritten only after barrier e + 1, where every reader has arrived; so one barrier per chunk
+// is enough and none trails.
+//
+// [Note: failure] The first rank that sees a failure writes it into the segment ("poison"); every other rank
+// that waits finds it there and throws the same error. A failed group stays failed.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "transport/call.hpp"
+#include "transport/control.hpp"
+#include "transport/errors.hpp"
+#include "transport/process.hpp"
+#include "transport/segment.hpp"
+
+namespace primitives {
+
+using Clock = std::chrono::steady_clock;
+using Milliseconds = std::chrono::milliseconds;
+
+// Where the ranks meet before they share memory: a c10d Store in practice.
+class Meeting {
+ public:
+  virtual ~Meeting() = default;
+  virtual void set(const std::string& key, const std::string& value) = 0;
+  virtual std::string get(const std::string& key) = 0;
+  virtual bool has(const std::string& key) = 0;
+  virtual int64_t add(const std::string& key, int64_t value) = 0;
+};
+
+struct GroupOptions {
+  int rank;
+  int world_size;
+  std::string name;    // for messages
+  std::string folder;  // of the shared memory
+  Milliseconds timeout;
+};
+
+class Group {
+ public:
+  // Collective over all ranks of the group. Throws TransportError.
+  Group(Meeting& meeting, GroupOptions options);
+  ~Group();
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  int rank() const { return options_.rank; }
+  int world_size() const { return options_.world_size; }
+  const std::string& name() const { return options_.name; }
+  uint64_t seq() const { return line(rank()).seq.load(std::memory_order_relaxed); }
+
+  // --- one collective: start, write the first chunk to slot(rank, epoch() + 1), meet, then barriers.
+  // The counts are bytes to each rank and from each rank, or null when all parts are equal.
+  void start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
+             Milliseconds timeout);
+  // The first barrier: afterwards every rank is known to have made the same call.
+  void meet();
+  void barrier();
+  void finish();
+
+  uint32_t epoch() const { return epoch_; }
+  char* slot(int rank, uint32_t epoch) const {
+    return segment_->data() + layout_.stage(rank) + (epoch & 1) * kSlotNbytes;
+  }
+  // Bytes that `rank` sends to `to` in the call that has just met (has_counts only).
+  uint64_t sent_nbytes(int rank, int to) const;
+
+  // --- failure
+  // Makes `what` the failure of the whole group unless it has one, and throws the one it has.
+  [[noreturn]] void fail(Failure failure, const std::string& what);
+  // Throws when the group has failed, was aborted, or belongs to another process (a fork).
+  void check();
+  // Throws when a rank of `missing` can never arrive, or the deadline has passed.
+  void check_missing(const std::vector<int>& missing, Clock::time_point deadline,
+                     const std::string& waiting_for);
+  // Any thread: blocked waits of this and all other ranks end with an error.
+  void abort(const std::string& why);
+  // This rank leaves; peers that wait for it get PeerLost at once. Idempotent.
+  void close();
+  bool failed() const;
+  Failure failure() const;
+
+  RankLine& line(int rank) const { return control().line(rank); }
+  Control& control() const { return *reinterpret_cast<Control*>(segment_->data()); }
+  Segment& segment() { return *segment_; }
+  const Layout& layout() const { return layout_; }
+  // "rank 2 (pid 71), last seen inside collective 17, all_reduce"
+  std::string describe_rank(int rank) const;
+
+ private:
+  void attach(Meeting& meeting);
+  void wait_generation(uint32_t epoch);
+  void compare_calls();
+  CallRecord& record(int rank, uint32_t epoch) const {
+    return *reinterpret_cast<CallRecord*>(segment_->data() + layout_.record(rank, epoch & 1));
+  }
+  [[noreturn]] void throw_poison();
+  std::string here() const;
+
+  GroupOptions options_;
+  Layout layout_;
+  std::optional<Segment> segment_;
+  std::vector<bool> watched_;  // whose process this process can see
+  ProcessId self_;
+  uint32_t epoch_ = 0;
+  uint32_t call_epoch_ = 0;
+  bool oversubscribed_ = false;
+  bool attached_ = false;
+  Clock::time_point deadline_;
+  Milliseconds deadline_span_{0};
+  std::atomic<bool> closed_{false};
+};
+
+}  // namespace primitives

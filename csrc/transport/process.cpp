@@ -1,0 +1,64 @@
+#include "transport/process.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+
+namespace primitives {
+namespace {
+
+// Reads state and start time of a pid; false when there is no such process.
+bool read_stat(int32_t pid, char* state, uint64_t* start_time) {
+  char path[64], text[1024];
+  std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
+  const int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return false;
+  const ssize_t nbytes = read(fd, text, sizeof text - 1);
+  close(fd);
+  if (nbytes <= 0) return false;
+  text[nbytes] = '\0';
+  // Field 2 is "(name)" and may hold anything, so count from the last parenthesis: field 3 is the
+  // state, field 22 the start time.
+  const char* field = std::strrchr(text, ')');
+  if (field == nullptr || field[1] == '\0') return false;
+  field += 2;
+  *state = *field;
+  for (int i = 3; i < 22; i++) {
+    field = std::strchr(field, ' ');
+    if (field == nullptr) return false;
+    field++;
+  }
+  unsigned long long ticks = 0;
+  if (std::sscanf(field, "%llu", &ticks) != 1) return false;
+  *start_time = ticks;
+  return true;
+}
+
+}  // namespace
+
+ProcessId this_process() {
+  char state = 0;
+  ProcessId self{getpid(), 0};
+  read_stat(self.pid, &state, &self.start_time);
+  return self;
+}
+
+char process_state(ProcessId process) {
+  char state = 0;
+  uint64_t start_time = 0;
+  if (!read_stat(process.pid, &state, &start_time) || start_time != process.start_time) return 0;
+  return state == 'Z' || state == 'X' ? 0 : state;
+}
+
+std::string boot_id() {
+  char text[64] = "";
+  const int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return "unknown";
+  const ssize_t nbytes = read(fd, text, sizeof text - 1);
+  close(fd);
+  return std::string(text, nbytes > 36 ? 36 : nbytes < 0 ? 0 : nbytes);
+}
+
+}  // namespace primitives

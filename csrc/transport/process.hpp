@@ -1,0 +1,24 @@
+// Which process is it, and is it still there? A pid alone can be reused; pid and start time cannot.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace primitives {
+
+struct ProcessId {
+  int32_t pid;
+  uint64_t start_time;  // clock ticks since boot
+};
+
+ProcessId this_process();
+
+// The state letter of /proc/PID/stat ('T' is stopped), or 0 when it has ended (a zombie has ended).
+char process_state(ProcessId process);
+
+inline bool is_alive(ProcessId process) { return process_state(process) != 0; }
+
+// Equal for all processes of one running kernel.
+std::string boot_id();
+
+}  // namespace primitives

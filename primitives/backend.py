@@ -1,0 +1,57 @@
+"""The ``torch.distributed`` backend "primitives": shared memory between the ranks of one host.
+
+``dist.init_process_group("primitives")`` under torchrun, mpirun or srun, or with store, rank and
+world_size. Sums run along the adjacent-pair tree over group ranks (``primitives.reference``), so
+they are the same bits for every message size and every run.
+"""
+
+import atexit
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from primitives.env import SHM_DIR
+from primitives.rendezvous import install
+
+if TYPE_CHECKING:
+    from primitives import _C
+
+NAME = "primitives"
+EXIT_LIMIT_S = 2.0  # for collectives still queued when the interpreter ends
+
+
+def register() -> None:
+    """Make "primitives" known to ``torch.distributed``; cheap, and does nothing the second time.
+
+    Contract: also the ``torch.backends`` entry point, so it runs on a bare ``import torch``; the
+    native code is loaded when the first process group is made.
+    """
+    if not dist.is_available() or NAME in dist.Backend.backend_list:
+        return
+    dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+    install()
+
+
+def _create(group: Any, options: Any) -> "_C.Backend":
+    """A backend for one process group, from torch's DistributedBackendOptions."""
+    from primitives import _C
+
+    if not isinstance(options, _C.Backend.Options):
+        options = _C.Backend.Options(_as_timedelta(group.timeout))
+    else:
+        options = options.__deepcopy__({})
+    options.shm_dir = SHM_DIR.get()
+    options.group_name = group.group_id
+    options.global_ranks_in_group = group.global_ranks_in_group
+    backend = _C.Backend(group.store, group.group_rank, group.group_size, options)
+    atexit.unregister(_C.close_all_backends)
+    atexit.register(_C.close_all_backends, EXIT_LIMIT_S)
+    return backend
+
+
+def _as_timedelta(timeout: Any) -> timedelta:
+    return timeout if isinstance(timeout, timedelta) else timedelta(seconds=float(timeout))
+
+
+register()
