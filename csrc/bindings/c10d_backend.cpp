@@ -43,6 +43,7 @@ Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int wor
     return std::make_unique<Group>(meeting, GroupOptions{rank, world_size, name, options_->shm_dir,
                                                          options_->timeout});
   });
+  mailbox_ = std::make_unique<Mailbox>(*group_);
   init();
   std::lock_guard<std::mutex> lock(backends_mutex);
   backends().insert(this);
@@ -60,8 +61,13 @@ void Backend::close(Milliseconds limit) {
   // The queue's thread may need the GIL to end a callback.
   std::optional<pybind11::gil_scoped_release> no_gil;
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
-  if (!group_->failed() && !queue_.drain(limit)) group_->abort("it left with collectives unfinished");
+  const auto end = Clock::now() + limit;
+  auto left = [&] { return std::chrono::duration_cast<Milliseconds>(end - Clock::now()); };
+  if (!group_->failed() && !(queue_.drain(limit) && mailbox_->drain(left()))) {
+    group_->abort("it left with operations unfinished");
+  }
   queue_.stop();
+  mailbox_->stop();
   group_->close();
 }
 

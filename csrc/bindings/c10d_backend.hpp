@@ -11,6 +11,7 @@
 #include "bindings/c10d_tensors.hpp"
 #include "bindings/c10d_work.hpp"
 #include "transport/group.hpp"
+#include "transport/mailbox.hpp"
 
 namespace primitives {
 
@@ -53,6 +54,10 @@ class Backend : public c10d::Backend {
   WorkPtr barrier(const c10d::BarrierOptions&) override;
   void monitoredBarrier(const c10d::BarrierOptions&, bool wait_all_ranks) override;
 
+  WorkPtr send(Tensors&, int dst, int tag) override;
+  WorkPtr recv(Tensors&, int src, int tag) override;
+  WorkPtr recvAnysource(Tensors&, int tag) override;
+
   const std::string getBackendName() const override { return "primitives"; }
   c10::intrusive_ptr<c10d::Backend::Options> getBackendOptions() override { return options_; }
   bool supportsSplitting() const override { return true; }
@@ -78,6 +83,7 @@ class Backend : public c10d::Backend {
   using Job = WorkQueue::Job;
 
   WorkPtr run(c10d::OpType type, bool async, Tensors outputs, Job job);
+  WorkPtr receive(Tensors& tensors, int src, int tag);
   Milliseconds resolve(Milliseconds timeout) const;
   Job all_gather_into(const at::Tensor& out, const at::Tensor& in, Milliseconds timeout);
   Job all_gather_list(const Tensors& out, const at::Tensor& in, Milliseconds timeout);
@@ -87,6 +93,7 @@ class Backend : public c10d::Backend {
 
   c10::intrusive_ptr<Options> options_;
   std::unique_ptr<Group> group_;
+  std::unique_ptr<Mailbox> mailbox_;
   WorkQueue queue_;
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;

@@ -1,3 +1,5 @@
+#include <pybind11/chrono.h>
+
 #include "bindings/bindings.hpp"
 #include "bindings/c10d_backend.hpp"
 #include "bindings/c10d_errors.hpp"

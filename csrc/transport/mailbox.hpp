@@ -1,0 +1,105 @@
+// Point to point: messages with tags, independent of the collectives.
+//
+// Each ordered pair of ranks has a ring in the segment: a stream of bytes, where every message is a header and
+// its payload. One thread per rank moves the bytes, so a send goes on though nobody waits for it.
+//
+// [Note: unexpected messages] A message nobody asked for stays in the ring and holds its sender back, unless
+// this rank waits for another message behind it: then it is put aside in memory. So two ranks that post sends
+// before receives cannot block each other, and a fast sender cannot fill a slow receiver's memory.
+#pragma once
+
+#include <deque>
+#include <exception>
+#include <functional>
+#include <list>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "transport/group.hpp"
+
+namespace primitives {
+
+constexpr int kAnySource = -1;
+
+struct Envelope {
+  uint64_t nbytes;
+  int32_t tag;
+  char dtype[20];
+};
+
+class Mailbox {
+ public:
+  // Called once per operation, on the mailbox thread: its error or null, and the rank the message came from.
+  using Done = std::function<void(std::exception_ptr, int src)>;
+
+  explicit Mailbox(Group& group);
+  ~Mailbox() { stop(); }
+  Mailbox(const Mailbox&) = delete;
+  Mailbox& operator=(const Mailbox&) = delete;
+
+  // The memory must live until `done`.
+  void send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout, Done done);
+  void recv(void* data, const Envelope& envelope, int src, Milliseconds timeout, Done done);
+  // Waits until all sends have left; false when `limit` passed first.
+  bool drain(Milliseconds limit);
+  void stop();
+
+ private:
+  struct Operation {
+    char* data;
+    Envelope envelope;
+    int peer;
+    size_t moved;  // bytes of the payload; of header and payload for a send
+    Clock::time_point deadline;
+    Done done;
+  };
+  struct Finished {
+    Done done;
+    std::exception_ptr error;
+    int src;
+  };
+  struct Aside {  // an unexpected message
+    Envelope envelope;
+    std::vector<char> payload;
+  };
+  struct Incoming {  // the message at the head of a ring, once its header is read
+    bool active = false;
+    Operation into;  // data == aside.payload when nobody asked for it
+    bool unexpected = false;
+    Aside aside;
+  };
+
+  void post(std::list<Operation>& to, Operation operation);
+  void ring_bell(int rank);
+  void loop();
+  bool progress();
+  bool progress_send(int dst);
+  bool progress_recv(int src);
+  bool start_incoming(int src, const Envelope& envelope);
+  bool match_aside();
+  void check_pending();
+  void fail_pending(std::exception_ptr error);
+  void check_match(const Operation& recv, const Envelope& sent, int src);
+  bool wanted_from(int src) const;
+
+  Ring& ring(int src, int dst) const {
+    return *reinterpret_cast<Ring*>(group_.segment().data() + group_.layout().ring_head(src, dst));
+  }
+  void copy_in(int dst, uint64_t at, const char* data, size_t nbytes);
+  void copy_out(int src, uint64_t at, char* data, size_t nbytes);
+
+  Group& group_;
+  std::mutex mutex_;
+  std::vector<std::list<Operation>> sends_;  // by destination
+  std::list<Operation> recvs_;               // in the order they were posted
+  std::vector<Incoming> incoming_;           // by source
+  std::vector<std::deque<Aside>> aside_;     // by source
+  std::vector<bool> seen_gone_;
+  std::vector<Finished> finished_;
+  bool stopping_ = false;
+  std::thread thread_;  // started by the first operation
+};
+
+}  // namespace primitives
