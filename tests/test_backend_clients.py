@@ -36,7 +36,31 @@ def groups_and_objects(rank: int, world_size: int) -> None:
         assert work.is_completed()
     future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
     assert torch.equal(future.wait()[0], torch.full((3,), float(world_size)))
+    coalesced(rank, world_size)
     dist.barrier()
+
+
+def coalesced(rank: int, world_size: int) -> None:
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    fulls = [torch.empty(world_size * k) for k in (1, 3)]
+    with _coalescing_manager(async_ops=True) as works:
+        for full in fulls:
+            shard = torch.full((full.numel() // world_size,), float(rank))
+            dist.all_gather_into_tensor(full, shard)
+    works.wait()
+    shards = [torch.empty(k) for k in (1, 3)]
+    with _coalescing_manager():
+        for full, shard in zip(fulls, shards, strict=True):
+            dist.reduce_scatter_tensor(shard, full)
+    for shard in shards:
+        assert torch.equal(shard, torch.full_like(shard, float(rank * world_size)))
+    sums = [torch.ones(2), torch.ones(5)]
+    dist.all_reduce_coalesced(sums)
+    assert all(torch.equal(x, torch.full_like(x, float(world_size))) for x in sums)
+    lists = [[torch.empty(2), torch.empty(1)] for _ in range(world_size)]
+    dist.all_gather_coalesced(lists, [torch.full((2,), float(rank)), torch.ones(1)])
+    assert [x[0].tolist() for x in lists] == [[r, r] for r in range(world_size)]
 
 
 def messages(rank: int, world_size: int) -> None:

@@ -182,7 +182,7 @@ std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t
   if (static_cast<int>(counts.size()) != n || total != num_rows || negative) {
     throw std::invalid_argument(what + ": expected " + std::to_string(n) +
                                 " split sizes that sum to " + std::to_string(num_rows) + ", got " +
-                                c10::str(counts));
+                                c10::str(at::IntArrayRef(counts)));
   }
   const size_t row_nbytes = num_rows == 0 ? 0 : tensor.nbytes() / num_rows;
   for (int r = 0; r < n; r++) {
