@@ -156,19 +156,20 @@ def layer_norm_backward(
     return dx, tree((dy * n).reshape(blocks), 1), tree(dy.reshape(blocks), 1)
 
 
-def gelu_sigmoid(x: Floats) -> Floats:
-    inner = fma((x * x) * x, F(0.044715), x)
-    return F(1) / (exp(inner * F(-1.59576912)) + F(1))
+def gelu_exp(x: Floats) -> Floats:
+    return exp(fma((x * x) * x, F(0.044715), x) * F(-1.59576912))
 
 
 def gelu(x: Floats) -> Floats:
-    return x * gelu_sigmoid(x)
+    return x * (F(1) / (gelu_exp(x) + F(1)))
 
 
 def gelu_backward(dy: Floats, x: Floats) -> Floats:
-    s = gelu_sigmoid(x)
-    slope = fma(x * x, F(0.21406444), F(1.59576912))
-    return dy * fma((x * s) * (F(1) - s), slope, s)
+    v = np.where(x < F(-10), F(-10), np.where(x > F(10), F(10), x)).astype(F)
+    e = gelu_exp(v)
+    s = F(1) / (e + F(1))
+    slope = fma(v * v, F(0.21406444), F(1.59576912))
+    return dy * fma((v * s) * (e * s), slope, s)
 
 
 def visible(length: int) -> NDArray[np.bool_]:
