@@ -76,8 +76,9 @@ def main() -> None:
     backend.register()
     store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
     dist.init_process_group("primitives", store=store, rank=rank, world_size=WORLD_SIZE)
-    pair = dist.new_group([0, 1])
-    single = dist.new_group([2])
+    # Every rank is in as many groups as the others: torch names the groups of the checkpoint
+    # manager by how many the rank has.
+    pair, single, _idle = (dist.new_group(ranks) for ranks in ([0, 1], [2], [3]))
     saved = folder / "checkpoints"
 
     trainer = Trainer(tiny_scenario(4))
