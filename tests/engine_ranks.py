@@ -17,6 +17,7 @@ from primitives.checkpoint import CheckpointManager
 from scenarios.engines.builtin import Trainer
 from scenarios.parallel import gradient_reduce
 from scenarios.parallel.buckets import Bucket
+from scenarios.parallel.parameters import ParameterSpec
 from tests.engine_scenarios import tiny_scenario
 
 WORLD_SIZE = 4
@@ -49,7 +50,7 @@ def drop_a_token_block(*_: Any) -> None:
     """The last token block of one LayerNorm bias is left out of its gradient."""
     read = Bucket.read_gradient
 
-    def forgetful(bucket: Bucket, spec: Any) -> torch.Tensor:
+    def forgetful(bucket: Bucket, spec: ParameterSpec) -> torch.Tensor:
         partials = read(bucket, spec)
         if spec.name == "decoder.layers.1.input_layernorm.bias":
             partials[-1].zero_()
@@ -59,8 +60,16 @@ def drop_a_token_block(*_: Any) -> None:
 
 
 def stale_parameters(trainer: Trainer) -> None:
-    """One bucket's gathered parameters never reach the model."""
-    trainer.buckets[0].read_parameter = lambda *_: None  # type: ignore[method-assign]
+    """One bucket's parameters reach the model at the start and never again."""
+    bucket = trainer.buckets[0]
+    read, missing = bucket.read_parameter, {spec.name for spec in bucket.specs}
+
+    def first_time_only(spec: ParameterSpec, out: torch.Tensor) -> None:
+        if spec.name in missing:
+            missing.remove(spec.name)
+            read(spec, out)
+
+    bucket.read_parameter = first_time_only  # type: ignore[method-assign]
 
 
 BUGS: dict[str, Callable[[Trainer], None]] = {
