@@ -1,4 +1,4 @@
-"""Errors of the transport, collectives and checkpoints. Wrong arguments are plain ``ValueError``s."""
+"""Errors of transport, collectives and checkpoints. Wrong arguments are plain ``ValueError``s."""
 
 
 class CollectiveError(RuntimeError):
