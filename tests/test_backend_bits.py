@@ -35,9 +35,7 @@ CASES = [
     *((d, o) for d in COMPLEX for o in ("sum", "avg")),
 ]
 # Around the kernels' blocks (512 elements), chunks (128 KiB) and the switch of algorithms (64 KiB).
-NUMELS = st.one_of(
-    st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 70_003, 140_001, 300_007])
-)
+NUMELS = st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 140_001]))
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
@@ -103,7 +101,7 @@ def options(kind: Any, **fields: Any) -> Any:
     return made
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(CASES), NUMELS, st.integers(0, 2), st.booleans(), st.integers(0, 999))
 def test_all_reduce(
     ranks: ThreadRanks, case: Any, numel: int, how: int, queued: bool, seed: int
@@ -122,7 +120,7 @@ def test_all_reduce(
         assert_bits(got, want)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(CASES), NUMELS, st.integers(0, 2), st.booleans(), st.integers(0, 999))
 def test_reduce_scatter(
     ranks: ThreadRanks, case: Any, numel: int, how: int, lists: bool, seed: int
@@ -184,12 +182,12 @@ def test_all_gather(
             assert_bits(y.view(source), want.view(source))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data(), st.sampled_from([torch.float32, torch.int64, torch.bfloat16]), st.booleans())
 def test_all_to_all(ranks: ThreadRanks, data: st.DataObject, dtype: Any, lists: bool) -> None:
     n = ranks.world_size
     sizes = [
-        [data.draw(st.sampled_from([0, 1, 7, 40_001, 90_000])) for _ in range(n)] for _ in range(n)
+        [data.draw(st.sampled_from([0, 1, 7, 20_001, 40_000])) for _ in range(n)] for _ in range(n)
     ]
     xs = [[draw((sizes[s][r],), dtype, 9 * s + r) for r in range(n)] for s in range(n)]
     expected = reference.all_to_all(xs)
@@ -208,7 +206,7 @@ def test_all_to_all(ranks: ThreadRanks, data: st.DataObject, dtype: Any, lists: 
         assert_bits(got, torch.cat(want))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(NUMELS, st.integers(0, 1), st.integers(0, 2), st.sampled_from([torch.float32, torch.int8]))
 def test_rooted(ranks: ThreadRanks, numel: int, root: int, how: int, dtype: Any) -> None:
     n = ranks.world_size
