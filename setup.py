@@ -65,7 +65,7 @@ def static_cudart_dir(nvcc: str) -> str:
 
 
 class Build(BuildExtension):
-    """Compiles ``csrc/**/*.cu`` with nvcc, hands the objects to the C++ link, says what it built."""
+    """Compiles ``csrc/**/*.cu`` with nvcc, links the objects in, says what it built."""
 
     def build_extensions(self) -> None:
         nvcc = find_nvcc()
@@ -99,18 +99,18 @@ class Build(BuildExtension):
         ] + ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
         objects = []
         for source in sorted(ROOT.glob("csrc/**/*.cu")):
-            target = Path(self.build_temp).absolute() / source.relative_to(ROOT).with_suffix(".cu.o")
+            target = Path(self.build_temp).absolute() / source.relative_to(ROOT).with_suffix(
+                ".cu.o"
+            )
             objects.append(str(target))
             headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.hpp"), source]
             if target.exists() and target.stat().st_mtime > max(h.stat().st_mtime for h in headers):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
+            flags = ["-O3", "-std=c++17", "-fmad=false", "-Icsrc", "-cudart", "static"]
+            flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *targets]
             subprocess.run(
-                [nvcc, "-c", str(source), "-o", str(target), "-O3", "-std=c++17", "-fmad=false"]
-                + ["-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-                + ["--threads", "0", *targets],
-                check=True,
-                cwd=ROOT,
+                [nvcc, "-c", str(source), "-o", str(target), *flags], check=True, cwd=ROOT
             )
         return objects
 

@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels use: the best the machine has, or what PRIMITIVES_ISA asks for.
+// Which instruction set the CPU kernels use: the best the machine has, or what PRIMITIVES_ISA asks
+// for.
 //
 // Every kernel exists three times (avx512, avx2, scalar) with the same bits; only speed differs.
 #pragma once
@@ -9,8 +10,8 @@ enum class Isa { kScalar, kAvx2, kAvx512 };
 
 const char* isa_name(Isa isa);
 
-// Decided once per process. Throws std::invalid_argument when PRIMITIVES_ISA names an instruction set
-// that does not exist or that this CPU lacks.
+// Decided once per process. Throws std::invalid_argument when PRIMITIVES_ISA names an instruction
+// set that does not exist or that this CPU lacks.
 Isa active_isa();
 
 }  // namespace primitives

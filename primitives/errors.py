@@ -1,4 +1,4 @@
-"""Errors of transport, collectives and checkpoints. Wrong arguments are plain ``ValueError``s."""
+"""Errors of collectives and checkpoints. A caller's wrong argument is a plain ``ValueError``."""
 
 
 class CollectiveError(RuntimeError):
@@ -19,3 +19,7 @@ class CollectiveMismatch(CollectiveError):
 
 class CheckpointCorrupt(RuntimeError):
     """A checkpoint is incomplete or differs from its manifest; the message names the file."""
+
+
+class CheckpointSaveFailed(RuntimeError):
+    """A checkpoint was not committed; the message names rank and file, the earlier ones stay."""

@@ -1,4 +1,5 @@
-// One function per area, called once from module.cpp. Bindings hold no logic: they check and forward.
+// One function per area, called once from module.cpp. Bindings hold no logic: they check and
+// forward.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

@@ -1,7 +1,263 @@
-#include "bindings/bindings.hpp"
+// Matrix products, sums, elementwise functions and layers. Formulas: docs/canonical-arithmetic.md.
+#include "bindings/tensor_checks.hpp"
 
 namespace primitives {
+namespace {
 
-void bind_canonical(py::module_& m) {}
+using canonical::Input;
+using canonical::kernels;
+using OptionalTensor = std::optional<at::Tensor>;
+
+at::Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
+  return at::empty(shape, at::TensorOptions().dtype(type));
+}
+
+at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, bool transpose_a, bool transpose_b,
+                const OptionalTensor& bias, double alpha, at::ScalarType out_dtype) {
+  const char* name = "gemm";
+  for (const Argument& x : {Argument{name, "a", a}, Argument{name, "b", b}}) {
+    const auto dims = x.tensor.dim();
+    if (dims != 2 && dims != 3) x.fail("2- or 3-dimensional", "shape " + x.text(x.tensor.sizes()));
+    if (x.tensor.stride(-1) != 1 && x.tensor.size(-1) > 1) {
+      x.fail("stored with contiguous rows", "strides " + x.text(x.tensor.strides()));
+    }
+  }
+  const int64_t m = a.size(transpose_a ? -1 : -2), k = a.size(transpose_a ? -2 : -1);
+  const int64_t n = b.size(transpose_b ? -2 : -1), b_k = b.size(transpose_b ? -1 : -2);
+  if (k != b_k) {
+    Argument{name, "b", b}.fail(
+        "k = " + std::to_string(k) + " long like a " + Argument::text(a.sizes()),
+        Argument::text(b.sizes()));
+  }
+  const bool batched = a.dim() == 3 || b.dim() == 3;
+  const int64_t num_batches = a.dim() == 3 ? a.size(0) : b.dim() == 3 ? b.size(0) : 1;
+  if (b.dim() == 3 && b.size(0) != num_batches) {
+    Argument{name, "b", b}.fail(std::to_string(num_batches) + " batches like a",
+                                Argument::text(b.sizes()));
+  }
+  Input bias_input{nullptr, canonical::Dtype::kFloat32};
+  if (bias) {
+    const Argument argument{name, "bias", *bias};
+    bias_input = argument.contiguous().input();
+    if (bias->dim() == 2) {
+      argument.shaped({num_batches, n});
+    } else {
+      argument.shaped({n});
+    }
+  }
+  at::Tensor out = batched ? empty({num_batches, m, n}, out_dtype) : empty({m, n}, out_dtype);
+  const canonical::Gemm arguments{Argument{name, "a", a}.input(),
+                                  Argument{name, "b", b}.input(),
+                                  bias_input,
+                                  Argument{name, "out_dtype", out}.output(),
+                                  num_batches,
+                                  m,
+                                  n,
+                                  k,
+                                  a.dim() == 3 ? a.stride(0) : 0,
+                                  a.stride(-2),
+                                  b.dim() == 3 ? b.stride(0) : 0,
+                                  b.stride(-2),
+                                  bias && bias->dim() == 2 ? n : 0,
+                                  transpose_a,
+                                  transpose_b,
+                                  static_cast<float>(alpha)};
+  const KernelCall call;
+  kernels().gemm(arguments);
+  return out;
+}
+
+at::Tensor tree_sum(const at::Tensor& x, int64_t dim, const OptionalTensor& bias,
+                    at::ScalarType out_dtype) {
+  const Argument argument{"tree_sum", "x", x};
+  argument.contiguous();
+  if (dim < -x.dim() || dim >= x.dim()) {
+    argument.fail("of more than " + std::to_string(dim < 0 ? -dim - 1 : dim) +
+                      " dimensions to sum along dim " + std::to_string(dim),
+                  "shape " + Argument::text(x.sizes()));
+  }
+  if (dim < 0) dim += x.dim();
+  int64_t outer = 1, inner = 1;
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < x.dim(); i++) {
+    if (i < dim) outer *= x.size(i);
+    if (i > dim) inner *= x.size(i);
+    if (i != dim) shape.push_back(x.size(i));
+  }
+  Input bias_input{nullptr, canonical::Dtype::kFloat32};
+  int64_t rows = 1, length = inner;
+  if (bias) {
+    const Argument bias_argument{"tree_sum", "bias", *bias};
+    if (dim + 1 == x.dim()) bias_argument.fail("None when the last dim is summed", "a tensor");
+    bias_input = bias_argument.contiguous().shaped({x.size(-1)}).input();
+    length = x.size(-1);
+    rows = length > 0 ? inner / length : 0;
+  }
+  at::Tensor out = empty(shape, out_dtype);
+  const auto x_input = argument.input();
+  const auto output = Argument{"tree_sum", "out_dtype", out}.output();
+  const KernelCall call;
+  kernels().tree_sum(x_input, outer, x.size(dim), rows, length, bias_input, output);
+  return out;
+}
+
+at::Tensor token_block_sum(const at::Tensor& dy, int64_t num_blocks) {
+  const Argument argument{"token_block_sum", "dy", dy};
+  argument.with_dims(2).contiguous();
+  if (num_blocks <= 0 || dy.size(0) % num_blocks != 0) {
+    argument.fail("a whole number of tokens in each of " + std::to_string(num_blocks) + " blocks",
+                  "shape " + Argument::text(dy.sizes()));
+  }
+  at::Tensor out = empty({num_blocks, dy.size(1)}, at::kFloat);
+  const auto input = argument.input();
+  const auto output = Argument{"token_block_sum", "out", out}.output();
+  const KernelCall call;
+  kernels().tree_sum(input, num_blocks, dy.size(0) / num_blocks, 1, dy.size(1),
+                     {nullptr, canonical::Dtype::kFloat32}, output);
+  return out;
+}
+
+at::Tensor sum_of_squares(const at::Tensor& x) {
+  const Argument argument{"sum_of_squares", "x", x};
+  const float* data = argument.floats();
+  if (x.dim() == 0) argument.fail("at least 1-dimensional", "a scalar");
+  at::Tensor out = empty(x.sizes().slice(0, x.dim() - 1), at::kFloat);
+  float* result = out.mutable_data_ptr<float>();
+  const KernelCall call;
+  kernels().sum_of_squares(data, out.numel(), x.size(-1), result);
+  return out;
+}
+
+template <canonical::Elementwise kFunction>
+at::Tensor elementwise(const at::Tensor& x) {
+  const float* data = Argument{"elementwise function", "x", x}.floats();
+  at::Tensor out = at::empty_like(x);
+  float* result = out.mutable_data_ptr<float>();
+  const KernelCall call;
+  kernels().elementwise(kFunction, data, x.numel(), result);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(const at::Tensor& x,
+                                                          const at::Tensor& weight,
+                                                          const at::Tensor& bias, double eps) {
+  const char* name = "layer_norm";
+  const auto x_input = Argument{name, "x", x}.with_dims(2).contiguous().input();
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  if (hidden == 0) Argument{name, "x", x}.fail("of a hidden size above 0", "0");
+  const auto w = Argument{name, "weight", weight}.shaped({hidden}).contiguous().input();
+  const auto b = Argument{name, "bias", bias}.shaped({hidden}).contiguous().input();
+  at::Tensor y = at::empty_like(x), mean = empty({tokens}, at::kFloat), rstd = at::empty_like(mean);
+  const auto output = Argument{name, "y", y}.output();
+  float* means = mean.mutable_data_ptr<float>();
+  float* rstds = rstd.mutable_data_ptr<float>();
+  const KernelCall call;
+  kernels().layer_norm(x_input, w, b, static_cast<float>(eps), tokens, hidden, output, means,
+                       rstds);
+  return {y, mean, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& rstd,
+    const at::Tensor& weight, int64_t num_blocks) {
+  const char* name = "layer_norm_backward";
+  const auto x_input = Argument{name, "x", x}.with_dims(2).contiguous().input();
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  if (hidden == 0) Argument{name, "x", x}.fail("of a hidden size above 0", "0");
+  const auto dy_input =
+      Argument{name, "dy", dy}.of(x.scalar_type()).shaped(x.sizes()).contiguous().input();
+  const float* means = Argument{name, "mean", mean}.shaped({tokens}).floats();
+  const float* rstds = Argument{name, "rstd", rstd}.shaped({tokens}).floats();
+  const auto w = Argument{name, "weight", weight}.shaped({hidden}).contiguous().input();
+  if (num_blocks <= 0 || tokens % num_blocks != 0) {
+    Argument{name, "x", x}.fail(
+        "a whole number of tokens in each of " + std::to_string(num_blocks) + " blocks",
+        "shape " + Argument::text(x.sizes()));
+  }
+  at::Tensor dx = at::empty_like(x), dweight = empty({num_blocks, hidden}, at::kFloat);
+  at::Tensor dbias = at::empty_like(dweight);
+  const auto output = Argument{name, "dx", dx}.output();
+  float* dweights = dweight.mutable_data_ptr<float>();
+  float* dbiases = dbias.mutable_data_ptr<float>();
+  const KernelCall call;
+  kernels().layer_norm_backward(dy_input, x_input, means, rstds, w, tokens, hidden, num_blocks,
+                                output, dweights, dbiases);
+  return {dx, dweight, dbias};
+}
+
+at::Tensor gelu(const at::Tensor& x) {
+  const auto input = Argument{"gelu", "x", x}.contiguous().input();
+  at::Tensor y = at::empty_like(x);
+  const auto output = Argument{"gelu", "y", y}.output();
+  const KernelCall call;
+  kernels().gelu(input, x.numel(), output);
+  return y;
+}
+
+at::Tensor gelu_backward(const at::Tensor& dy, const at::Tensor& x) {
+  const char* name = "gelu_backward";
+  const auto input = Argument{name, "x", x}.contiguous().input();
+  const auto dy_input =
+      Argument{name, "dy", dy}.of(x.scalar_type()).shaped(x.sizes()).contiguous().input();
+  at::Tensor dx = at::empty_like(x);
+  const auto output = Argument{name, "dx", dx}.output();
+  const KernelCall call;
+  kernels().gelu_backward(dy_input, input, x.numel(), output);
+  return dx;
+}
+
+const Argument& square(const Argument& x) {
+  x.with_dims(3).contiguous();
+  if (x.tensor.size(1) != x.tensor.size(2)) x.fail("[N, S, S]", x.text(x.tensor.sizes()));
+  return x;
+}
+
+at::Tensor causal_softmax(const at::Tensor& scores, double scale) {
+  const auto input = square({"causal_softmax", "scores", scores}).input();
+  at::Tensor probs = at::empty_like(scores);
+  const auto output = Argument{"causal_softmax", "probs", probs}.output();
+  const KernelCall call;
+  kernels().causal_softmax(input, scores.size(0), scores.size(1), static_cast<float>(scale),
+                           output);
+  return probs;
+}
+
+at::Tensor causal_softmax_backward(const at::Tensor& dprobs, const at::Tensor& probs,
+                                   double scale) {
+  const char* name = "causal_softmax_backward";
+  const auto input = square({name, "probs", probs}).input();
+  const auto dprobs_input = Argument{name, "dprobs", dprobs}
+                                .of(probs.scalar_type())
+                                .shaped(probs.sizes())
+                                .contiguous()
+                                .input();
+  at::Tensor dscores = at::empty_like(probs);
+  const auto output = Argument{name, "dscores", dscores}.output();
+  const KernelCall call;
+  kernels().causal_softmax_backward(dprobs_input, input, probs.size(0), probs.size(1),
+                                    static_cast<float>(scale), output);
+  return dscores;
+}
+
+}  // namespace
+
+void bind_canonical(py::module_& m) {
+  using canonical::Elementwise;
+  m.def("canonical_gemm", gemm);
+  m.def("canonical_tree_sum", tree_sum);
+  m.def("canonical_token_block_sum", token_block_sum);
+  m.def("canonical_sum_of_squares", sum_of_squares);
+  m.def("canonical_exp", elementwise<Elementwise::kExp>);
+  m.def("canonical_log", elementwise<Elementwise::kLog>);
+  m.def("canonical_sqrt", elementwise<Elementwise::kSqrt>);
+  m.def("canonical_tanh", elementwise<Elementwise::kTanh>);
+  m.def("canonical_layer_norm", layer_norm);
+  m.def("canonical_layer_norm_backward", layer_norm_backward);
+  m.def("canonical_gelu", gelu);
+  m.def("canonical_gelu_backward", gelu_backward);
+  m.def("canonical_causal_softmax", causal_softmax);
+  m.def("canonical_causal_softmax_backward", causal_softmax_backward);
+  bind_canonical_training(m);
+}
 
 }  // namespace primitives

@@ -3,8 +3,9 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of primitives: transport, collectives and canonical kernels.";
-  m.def("active_isa", [] { return primitives::isa_name(primitives::active_isa()); },
-        "Instruction set in use: avx512, avx2 or scalar (PRIMITIVES_ISA overrides).");
+  m.def(
+      "active_isa", [] { return primitives::isa_name(primitives::active_isa()); },
+      "Instruction set in use: avx512, avx2 or scalar (PRIMITIVES_ISA overrides).");
   primitives::bind_devices(m);
   primitives::bind_canonical(m);
   primitives::bind_transport(m);

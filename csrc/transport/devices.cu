@@ -1,8 +1,8 @@
-#include "transport/devices.h"
-
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <string.h>
+
+#include "transport/devices.h"
 
 extern "C" int primitives_cuda_devices(primitives_device* devices, int capacity, char* error,
                                        int error_capacity) {

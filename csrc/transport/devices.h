@@ -7,13 +7,14 @@ extern "C" {
 
 typedef struct {
   char name[256];
-  int major, minor;               // compute capability
+  int major, minor;  // compute capability
   int num_multiprocessors;
   unsigned long long memory_nbytes;
-  int num_peers;                  // other devices this one can map
+  int num_peers;  // other devices this one can map
 } primitives_device;
 
-// Fills up to `capacity` devices. Returns how many there are, or -1 with `error` set (no driver, ...).
+// Fills up to `capacity` devices. Returns how many there are, or -1 with `error` set (no driver,
+// ...).
 int primitives_cuda_devices(primitives_device* devices, int capacity, char* error,
                             int error_capacity);
 

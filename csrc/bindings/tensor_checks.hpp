@@ -1,0 +1,127 @@
+// What every kernel binding asks of its tensors. A failure is a ValueError: what, expected, got.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <immintrin.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.hpp"
+#include "canonical/kernels.hpp"
+
+namespace primitives {
+
+// A tensor argument with the words an error message needs.
+struct Argument {
+  const char* function;
+  const char* name;
+  const at::Tensor& tensor;
+
+  [[noreturn]] void fail(const std::string& expected, const std::string& got) const {
+    throw py::value_error(std::string(function) + ": " + name + " must be " + expected + ", got " +
+                          got);
+  }
+
+  template <class Shape>
+  static std::string text(const Shape& shape) {
+    std::ostringstream out;
+    out << at::IntArrayRef(shape);
+    return out.str();
+  }
+
+  const Argument& on_cpu() const {
+    if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided) {
+      fail("a dense CPU tensor", tensor.device().str() + " " + c10::toString(tensor.scalar_type()));
+    }
+    return *this;
+  }
+
+  const Argument& of(at::ScalarType type) const {
+    on_cpu();
+    if (tensor.scalar_type() != type)
+      fail(c10::toString(type), c10::toString(tensor.scalar_type()));
+    return *this;
+  }
+
+  const Argument& shaped(at::IntArrayRef shape) const {
+    if (tensor.sizes() != shape) fail("of shape " + text(shape), text(tensor.sizes()));
+    return *this;
+  }
+
+  const Argument& with_dims(int64_t dims) const {
+    if (tensor.dim() != dims) {
+      fail(std::to_string(dims) + "-dimensional", "shape " + text(tensor.sizes()));
+    }
+    return *this;
+  }
+
+  const Argument& contiguous() const {
+    if (!tensor.is_contiguous()) {
+      fail("contiguous",
+           "shape " + text(tensor.sizes()) + " with strides " + text(tensor.strides()));
+    }
+    return *this;
+  }
+
+  canonical::Dtype dtype() const {
+    on_cpu();
+    switch (tensor.scalar_type()) {
+      case at::kFloat:
+        return canonical::Dtype::kFloat32;
+      case at::kHalf:
+        return canonical::Dtype::kFloat16;
+      case at::kBFloat16:
+        return canonical::Dtype::kBFloat16;
+      default:
+        fail("float32, float16 or bfloat16", c10::toString(tensor.scalar_type()));
+    }
+  }
+
+  canonical::Input input() const { return {tensor.const_data_ptr(), dtype()}; }
+  canonical::Output output() const { return {tensor.mutable_data_ptr(), dtype()}; }
+
+  const float* floats() const {
+    of(at::kFloat).contiguous();
+    return tensor.const_data_ptr<float>();
+  }
+
+  float* mutable_floats() const {
+    of(at::kFloat).contiguous();
+    return tensor.mutable_data_ptr<float>();
+  }
+
+  // int64 indices, all in [0, bound).
+  const int64_t* indices(int64_t bound) const {
+    of(at::kLong).contiguous();
+    const int64_t* data = tensor.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tensor.numel(); i++) {
+      if (data[i] < 0 || data[i] >= bound) {
+        fail("in [0, " + std::to_string(bound) + ")",
+             std::to_string(data[i]) + " at position " + std::to_string(i));
+      }
+    }
+    return data;
+  }
+};
+
+// For the length of a kernel call: no GIL; round to nearest even with subnormals kept, whatever
+// mode the caller's thread is in (torch.set_flush_denormal would change bits).
+class KernelCall {
+ public:
+  KernelCall() { _mm_setcsr(0x1f80); }
+  ~KernelCall() { _mm_setcsr(saved_); }
+  KernelCall(const KernelCall&) = delete;
+  KernelCall& operator=(const KernelCall&) = delete;
+
+ private:
+  py::gil_scoped_release no_gil_;
+  unsigned saved_ = _mm_getcsr();
+};
+
+// Bindings of the optimizer, random and loss kernels; the others are in canonical.cpp.
+void bind_canonical_training(py::module_& m);
+
+}  // namespace primitives

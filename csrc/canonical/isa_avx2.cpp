@@ -1,0 +1,16 @@
+// The canonical kernels for AVX2 with FMA and F16C.
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#pragma GCC target("avx2,fma,f16c")
+
+#define CANONICAL_WIDTH 8
+#include "canonical/table.hpp"
+
+namespace primitives::canonical {
+
+const Kernels kAvx2Kernels = make_table();
+
+}  // namespace primitives::canonical

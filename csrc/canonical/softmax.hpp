@@ -1,0 +1,125 @@
+// Causal softmax and cross entropy, forward and backward.
+#pragma once
+
+#include "canonical/dispatch.hpp"
+#include "canonical/elementary.hpp"
+#include "canonical/scratch.hpp"
+#include "canonical/tree.hpp"
+
+namespace primitives::canonical {
+namespace {
+
+inline void causal_softmax(Input scores, int64_t num, int64_t length, float scale, Output probs) {
+  const int64_t row_room = length + kRowTreePadding;
+  Scratch scratch(2 * row_room);
+  float* row = scratch.data();
+  float* sums = row + row_room;
+  const Vec minus_infinity = set<Vec>(-__builtin_inff());
+  with_dtype(scores.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t r = 0; r < num * length; r++) {
+      const int64_t visible = r % length + 1;
+      Vec largest = minus_infinity;
+      for_lanes(visible, [&](int64_t i, auto lanes) {
+        const Vec z = load<T>(as<T>(scores) + r * length + i, lanes) * scale;
+        store_raw(row + i, z);
+        largest = max(largest, select(first_lanes(lanes), z, minus_infinity));
+      });
+      const float m = horizontal_max(largest) + 0.0f;
+      for_lanes(length, [&](int64_t i, auto) {
+        Vec e{};
+        if (i < visible) {
+          e = exp_nonpositive(load<Float32>(row + i) - m);
+          e = select(first_lanes(visible - i), e, Vec{});
+        }
+        store_raw(row + i, e);
+        store_raw(sums + i, e);
+      });
+      const float inverse = 1.0f / row_tree(sums, length);
+      for_lanes(length, [&](int64_t i, auto lanes) {
+        const Vec p = load<Float32>(row + i) * inverse;
+        store<T>(as<T>(probs) + r * length + i, select(first_lanes(visible - i), p, Vec{}), lanes);
+      });
+    }
+  });
+}
+
+inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int64_t length,
+                                    float scale, Output dscores) {
+  Scratch sums(length + kRowTreePadding);
+  with_dtype(probs.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t r = 0; r < num * length; r++) {
+      const int64_t visible = r % length + 1;
+      const auto* dp = as<T>(dprobs) + r * length;
+      const auto* p = as<T>(probs) + r * length;
+      for_lanes(length, [&](int64_t i, auto lanes) {
+        const Vec product = load<T>(p + i, lanes) * load<T>(dp + i, lanes);
+        store_raw(sums.data() + i, select(first_lanes(visible - i), product, Vec{}));
+      });
+      const float sum = row_tree(sums.data(), length);
+      for_lanes(length, [&](int64_t i, auto lanes) {
+        const Vec v = (load<T>(p + i, lanes) * (load<T>(dp + i, lanes) - sum)) * scale;
+        store<T>(as<T>(dscores) + r * length + i, select(first_lanes(visible - i), v, Vec{}),
+                 lanes);
+      });
+    }
+  });
+}
+
+inline void cross_entropy(Input logits, const int64_t* targets, int64_t parts, int64_t tokens,
+                          int64_t width, float* loss, float* max_out, float* sum_exp) {
+  Scratch row(width + kRowTreePadding);
+  Scratch part_sums(parts + kRowTreePadding);
+  const Vec minus_infinity = set<Vec>(-__builtin_inff());
+  with_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t t = 0; t < tokens; t++) {
+      Vec largest = minus_infinity;
+      for (int64_t part = 0; part < parts; part++) {
+        const auto* z = as<T>(logits) + (part * tokens + t) * width;
+        for_lanes(width, [&](int64_t i, auto lanes) {
+          largest = max(largest, select(first_lanes(lanes), load<T>(z + i, lanes), minus_infinity));
+        });
+      }
+      const float m = horizontal_max(largest) + 0.0f;
+      for (int64_t part = 0; part < parts; part++) {
+        const auto* z = as<T>(logits) + (part * tokens + t) * width;
+        for_lanes(width, [&](int64_t i, auto lanes) {
+          store_raw(row.data() + i, exp_nonpositive(load<T>(z + i, lanes) - m));
+        });
+        part_sums.data()[part] = row_tree(row.data(), width);
+      }
+      const float sum = row_tree(part_sums.data(), parts);
+      const int64_t target = targets[t];
+      const auto* z = as<T>(logits) + (target / width * tokens + t) * width + target % width;
+      const float target_logit = load<T>(z, 1)[0];
+      loss[t] = canonical_nan(log(set<Vec>(sum))[0] - (target_logit - m));
+      max_out[t] = canonical_nan(m);
+      sum_exp[t] = canonical_nan(sum);
+    }
+  });
+}
+
+inline void cross_entropy_backward(Input logits, const int64_t* targets, const float* max_in,
+                                   const float* sum_exp, const float* grad_loss, int64_t parts,
+                                   int64_t tokens, int64_t width, Output dlogits) {
+  with_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t part = 0; part < parts; part++) {
+      for (int64_t t = 0; t < tokens; t++) {
+        const int64_t row = (part * tokens + t) * width;
+        const int64_t target = targets[t] - part * width;  // outside [0, width): in another part
+        const float m = max_in[t], inverse = 1.0f / sum_exp[t], grad = grad_loss[t];
+        for_lanes(width, [&](int64_t i, auto lanes) {
+          Vec p = exp_nonpositive(load<T>(as<T>(logits) + row + i, lanes) - m) * inverse;
+          if (target >= i && target < i + kWidth) p[target - i] -= 1.0f;
+          store<T>(as<T>(dlogits) + row + i, p * grad, lanes);
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace primitives::canonical

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints both sides and the limit from one run. Timing never fails a test."""

@@ -1,0 +1,180 @@
+"""CheckpointManager: the checkpoints of one run, as a training loop uses them."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from primitives.checkpoint.chunks import LocalState, collect
+from primitives.checkpoint.exchange import agree, make_exchange
+from primitives.checkpoint.folder import CheckpointRoot
+from primitives.checkpoint.reader import load_state, read_index
+from primitives.checkpoint.writer import save_state
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """Saves and loads the sharded state of all ranks of a process group.
+
+    Constructing it, ``save``, ``load`` and ``delete`` are collective: every rank of the group calls
+    them in the same order, and an error on one rank is raised on all. See [Note: checkpoint layout]
+    and [Note: commit].
+
+    Args:
+        root: folder of the checkpoints, on a file system that all ranks share.
+        process_group: the ranks; None for the default group, or for this process alone when
+            torch.distributed is not initialised. The manager talks on a group of its own.
+        keep: how many of the checkpoints saved last stay on the disk; None for all.
+
+    Raises:
+        ValueError: ``keep`` is not positive.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        keep: int | None = None,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep: got {keep}, expected at least 1 or None")
+        self._root = CheckpointRoot(Path(root))
+        self._keep = keep
+        self._exchange = make_exchange(process_group)
+        self._pending: threading.Thread | None = None
+        self._background_error: BaseException | None = None
+
+    def save(self, step: int, state: dict[str, Any], *, asynchronous: bool = False) -> None:
+        """Saves one step's checkpoint; it counts only when all of it is on the disk.
+
+        Args:
+            step: the step; a checkpoint of the same step is replaced, and stays until the new one
+                is complete.
+            state: nested dict with str keys of tensors, DTensors, ShardedTensors and plain values
+                (None, bool, int, float, str, bytes; lists, tuples, dicts of them). Every rank
+                passes its own keys; what several ranks pass under one key must be equal or be
+                shards of one tensor.
+            asynchronous: copy the state and return; a thread writes it. ``state`` may change at
+                once. A process that exits waits for the thread.
+
+        Raises:
+            ValueError: the state cannot be stored, or ranks contradict each other.
+            CheckpointSaveFailed: a rank could not write; the message names rank and file.
+            Exception: also any error of the asynchronous save before this one.
+        """
+        self.wait()
+        if not asynchronous:
+            save_state(
+                self._root,
+                _checked(step),
+                lambda: collect(state, copy=False),
+                self._exchange,
+                self._keep,
+            )
+            return
+        staged = _staged(state)
+        self._pending = threading.Thread(
+            target=self._save_in_background, args=(_checked(step), staged), name="checkpoint-save"
+        )
+        self._pending.start()
+
+    def wait(self) -> None:
+        """Returns when the pending asynchronous save is on the disk.
+
+        Raises:
+            Exception: the error of that save, once.
+        """
+        if self._pending is not None:
+            self._pending.join()
+            self._pending = None
+        error, self._background_error = self._background_error, None
+        if error is not None:
+            raise error
+
+    def load(self, state: dict[str, Any], step: int | None = None) -> int:
+        """Fills ``state`` in place from a checkpoint whose every byte was verified first.
+
+        Args:
+            state: nested dict as in ``save``. Tensors are filled in place, other entries are
+                replaced. A rank may ask for any keys, and for other shards than were saved.
+            step: which checkpoint; None for the one saved last.
+
+        Returns:
+            The step that was loaded.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointCorrupt: a file is missing, foreign or changed; ``state`` is untouched.
+            ValueError: a key is missing or its dtype or shape differs; ``state`` is untouched.
+        """
+        self.wait()
+        return load_state(self._root, state, step, self._exchange)
+
+    def latest(self) -> int | None:
+        """The step of the checkpoint saved last; None when there is none.
+
+        Raises:
+            CheckpointCorrupt: a manifest cannot be read, so the order is not known.
+        """
+        return self._root.latest()
+
+    def steps(self) -> list[int]:
+        """Steps of all committed checkpoints, ascending."""
+        return self._root.steps()
+
+    def keys(self, step: int) -> set[str]:
+        """The keys of a checkpoint, key parts joined by "/". Reads the index without verifying it.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+        """
+        index = read_index(self._root.folder(step))
+        return {*index["tensors"], *index["values"]}
+
+    def delete(self, step: int) -> None:
+        """Removes the checkpoint of a step; a kill midway leaves no half of it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self.wait()
+
+        def remove() -> None:
+            if self._exchange.rank == 0:
+                with self._root.locked():
+                    self._root.delete(step)
+
+        agree(self._exchange, remove)
+
+    def _save_in_background(self, step: int, staged: Callable[[], LocalState]) -> None:
+        try:
+            save_state(self._root, step, staged, self._exchange, self._keep)
+        except BaseException as error:
+            # Raised by wait() or the next save; logged as well, because a run may end before.
+            logger.error("asynchronous save of step %d failed: %s", step, error)
+            self._background_error = error
+
+
+def _checked(step: int) -> int:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step: got {step!r}, expected an int of at least 0")
+    return step
+
+
+def _staged(state: dict[str, Any]) -> Callable[[], LocalState]:
+    """Copies the state now; an error is kept for the save, where all ranks learn of it."""
+    try:
+        local = collect(state, copy=True)
+    except Exception as error:
+        kept = error
+
+        def fail() -> LocalState:
+            raise kept
+
+        return fail
+    return lambda: local

@@ -1,0 +1,1 @@
+"""Engines: what plays a scenario on one rank."""

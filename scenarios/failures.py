@@ -1,0 +1,98 @@
+"""Why a run failed: what each rank died of, which one was the cause, and how to say it."""
+
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SYMPTOMS = ("CollectiveTimeout", "PeerLost", "DistBackendError")
+"""Errors that a rank gets because another one failed."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """How one rank ended.
+
+    ``type`` is the name of the exception, or ``lost`` (killed by ``signal``), ``exited`` (no report
+    left), ``hung`` (stopped at the hang limit) or ``stopped`` (by us, after another one failed).
+    """
+
+    rank: int
+    type: str
+    message: str
+    step: int | None
+    signal: str | None
+    exit_code: int | None
+    log: str
+
+    def __str__(self) -> str:
+        if self.type == "lost":
+            return f"rank {self.rank} was lost, killed by {self.signal}"
+        if self.type in ("exited", "hung", "stopped"):
+            return f"rank {self.rank} {self.message}"
+        return f"rank {self.rank}: {self.type}: {self.message}"
+
+
+class RunFailed(RuntimeError):
+    """Ranks crashed, hung or were interrupted; the message names the root cause first."""
+
+    def __init__(
+        self,
+        failures: list[RankFailure],
+        *,
+        last_step: int | None,
+        log_dir: Path,
+        reason: str = "",
+        interrupted: bool = False,
+    ) -> None:
+        self.failures = sorted(failures, key=_cause_order)
+        self.last_step = last_step
+        self.log_dir = log_dir
+        self.reason = reason
+        self.interrupted = interrupted
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        when = f"after step {self.last_step}" if self.last_step else "before the first step"
+        parts = [f"{self.reason} {when}" if self.reason else ""]
+        told: set[str] = set()
+        for number, failure in enumerate(self.failures):
+            text = " ".join(str(failure).split())
+            if number == 0 and not self.reason:
+                text += f" {when}"
+            elif failure.type == "stopped" or failure.message in told:
+                continue
+            told.add(failure.message)
+            parts.append(text)
+        parts.append(f"logs: {self.log_dir}")
+        return "; ".join(part for part in parts if part)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``--json`` and verdict.json."""
+        return {
+            "message": str(self),
+            "last_step": self.last_step,
+            "logs": str(self.log_dir),
+            "ranks": [asdict(failure) for failure in self.failures],
+        }
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9 and so on."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _cause_order(failure: RankFailure) -> tuple[int, int]:
+    """A lost rank explains all others; a peer's complaint explains least."""
+    if failure.type == "lost":
+        order = 0
+    elif failure.type in SYMPTOMS:
+        order = 2 + SYMPTOMS.index(failure.type)
+    elif failure.type == "stopped":
+        order = 9
+    else:
+        order = 1
+    return order, failure.rank

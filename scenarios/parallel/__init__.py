@@ -1,0 +1,1 @@
+"""Parallel training in canonical arithmetic: layers, gradient buckets, ZeRO-1, scaler, schedule."""

@@ -1,0 +1,131 @@
+"""Parameters in buckets, and this rank's slices of them.
+
+[Note: bucket layout] A bucket's flat gradient buffer is [dp, partials, blocks, slices / dp, slice]
+per parameter: the outermost dim is the rank that will own the values. So one reduce_scatter does
+the data-parallel level of the tree for the whole bucket, every element is summed with the same
+partners in every layout and bucket size, and each rank receives whole slices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scenarios.parallel.parameters import NUM_SLICES, ParameterSpec
+
+
+@dataclass
+class Shard:
+    """One parameter's slices on this rank: views [blocks, local slices, slice numel] fp32."""
+
+    spec: ParameterSpec
+    main: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class Bucket:
+    """Some parameters whose gradients travel, and whose new values return, in one collective.
+
+    Args:
+        specs: the parameters, in order of use in the forward pass.
+        dp: data-parallel size; it divides NUM_SLICES.
+        dtype: the compute dtype of the parameters.
+    """
+
+    def __init__(self, specs: Sequence[ParameterSpec], dp: int, dtype: torch.dtype):
+        self.specs = tuple(specs)
+        self.dp = dp
+        self.local_slices = NUM_SLICES // dp
+        self._gradient_start: dict[str, int] = {}
+        gradient_numel = shard_numel = 0
+        for spec in self.specs:
+            self._gradient_start[spec.name] = gradient_numel
+            gradient_numel += spec.num_partials * spec.numel // dp
+            shard_numel += spec.numel // dp
+        self.gradient_full = torch.zeros(dp, gradient_numel)
+        self.gradient_shard = torch.zeros(gradient_numel)
+        self.parameter_full = torch.zeros(dp, shard_numel, dtype=dtype)
+        self.parameter_shard = torch.zeros(shard_numel, dtype=dtype)
+        self._state = torch.zeros(4, shard_numel)
+        self.shards: dict[str, Shard] = {}
+        start = 0
+        for spec in self.specs:
+            views = [
+                flat[start : start + spec.numel // dp].view(
+                    spec.num_blocks, self.local_slices, spec.slice_numel
+                )
+                for flat in self._state
+            ]
+            self.shards[spec.name] = Shard(spec, *views)
+            start += spec.numel // dp
+
+    def write_gradient(self, spec: ParameterSpec, first_partial: int, gradient: Tensor) -> None:
+        """Puts one accumulator's sum, [partials_per_gradient, *spec.shape], into the buffer."""
+        count, start = spec.partials_per_gradient, self._gradient_start[spec.name]
+        numel = spec.num_partials * spec.numel // self.dp
+        target = self.gradient_full[:, start : start + numel].view(
+            self.dp, spec.num_partials, spec.num_blocks, self.local_slices, spec.slice_numel
+        )
+        source = gradient.view(count, spec.num_blocks, self.dp, self.local_slices, spec.slice_numel)
+        target[:, first_partial : first_partial + count].copy_(source.permute(2, 0, 1, 3, 4))
+
+    def read_gradient(self, spec: ParameterSpec) -> Tensor:
+        """One parameter's data-parallel sums, [partials, blocks, local slices, slice numel]."""
+        start = self._gradient_start[spec.name]
+        numel = spec.num_partials * spec.numel // self.dp
+        return self.gradient_shard[start : start + numel].view(
+            spec.num_partials, spec.num_blocks, self.local_slices, spec.slice_numel
+        )
+
+    def round_parameters(self) -> None:
+        """Rounds the fp32 main parameters to the compute dtype, ready for the all_gather."""
+        self.parameter_shard.copy_(self._state[0])
+
+    def read_parameter(self, spec: ParameterSpec, out: Tensor) -> None:
+        """Copies one gathered parameter into the model's tensor."""
+        start = 0
+        for other in self.specs:
+            if other.name == spec.name:
+                break
+            start += other.numel // self.dp
+        flat = self.parameter_full[:, start : start + spec.numel // self.dp]
+        source = flat.view(self.dp, spec.num_blocks, self.local_slices, spec.slice_numel)
+        target = out.view(spec.num_blocks, self.dp, self.local_slices, spec.slice_numel)
+        target.copy_(source.transpose(0, 1))
+
+
+def make_buckets(
+    specs: Sequence[ParameterSpec], dp: int, dtype: torch.dtype, bucket_numel: int
+) -> list[Bucket]:
+    """Cuts the parameters into buckets in the order their gradients become ready.
+
+    Args:
+        specs: in order of use in the forward pass; backward finishes them in reverse.
+        dp: data-parallel size.
+        dtype: compute dtype.
+        bucket_numel: a bucket is closed as soon as it holds this many elements.
+
+    Raises:
+        ValueError: dp does not divide NUM_SLICES.
+    """
+    if dp < 1 or NUM_SLICES % dp:
+        raise ValueError(f"data-parallel size is {dp}; expected a divisor of {NUM_SLICES}")
+    buckets: list[Bucket] = []
+    pending: list[ParameterSpec] = []
+    for spec in reversed(specs):
+        pending.insert(0, spec)
+        if sum(other.numel for other in pending) >= bucket_numel:
+            buckets.append(Bucket(pending, dp, dtype))
+            pending = []
+    if pending:
+        buckets.append(Bucket(pending, dp, dtype))
+    return buckets
+
+
+def default_bucket_numel(specs: Sequence[ParameterSpec], dp: int) -> int:
+    """Megatron-LM's bucket size, but small models still get four buckets, so that they overlap."""
+    total = sum(spec.numel for spec in specs)
+    return min(max(40_000_000, 1_000_000 * dp), -(-total // 4))

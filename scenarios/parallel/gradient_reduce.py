@@ -1,0 +1,119 @@
+"""From microbatch gradients to this rank's slices of their sum.
+
+The order of every sum: microbatches of a rank -> ranks of dp (the reduce_scatter) -> partials
+(token blocks; lookup and head of the tied table). Together the first two are one tree over all
+microbatches of the step.
+"""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from primitives import canonical
+from scenarios.parallel.buckets import Bucket
+from scenarios.parallel.collectives import reduce_scatter_flat
+from scenarios.parallel.parameters import ParameterSpec
+from scenarios.parallel.tree import TreeAccumulator
+
+
+class GradientReducer:
+    """Accumulates gradients by global microbatch and reduces a bucket once it is complete.
+
+    Args:
+        buckets: in the order their gradients become ready.
+        num_microbatches: of the whole step, over all ranks.
+        overlap: start a bucket's reduce_scatter during backward instead of at the end.
+        group: the data-parallel group.
+
+    Contract: all ranks complete the buckets in the same order; the collectives are issued in
+    bucket order.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        num_microbatches: int,
+        overlap: bool,
+        group: dist.ProcessGroup | None,
+    ):
+        self._buckets = buckets
+        self._overlap = overlap
+        self._group = group
+        dp, dp_rank = dist.get_world_size(group), dist.get_rank(group)
+        if num_microbatches % dp:
+            raise ValueError(
+                f"{num_microbatches} microbatches on {dp} data-parallel ranks; expected a multiple"
+            )
+        per_rank = num_microbatches // dp
+        self._places: dict[str, tuple[Bucket, ParameterSpec, int]] = {}
+        self._accumulators: dict[str, TreeAccumulator] = {}
+        for bucket in buckets:
+            for spec in bucket.specs:
+                for i, name in enumerate(spec.gradients):
+                    self._places[name] = (bucket, spec, i * spec.partials_per_gradient)
+                    self._accumulators[name] = TreeAccumulator(
+                        num_microbatches, dp_rank * per_rank, per_rank
+                    )
+        self._missing: dict[int, int] = {}
+        self._works: list[dist.Work | None] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._missing = {
+            i: sum(len(spec.gradients) for spec in bucket.specs)
+            for i, bucket in enumerate(self._buckets)
+        }
+        self._works = []
+
+    def push(self, name: str, microbatch: int, gradient: Tensor) -> None:
+        """Takes ownership of one gradient; starts every bucket that is complete by it.
+
+        Args:
+            name: the accumulator.
+            microbatch: global index in the step.
+            gradient: fp32, [partials_per_gradient, *parameter shape].
+        """
+        accumulator = self._accumulators[name]
+        accumulator.add(microbatch, gradient)
+        if not accumulator.complete:
+            return
+        bucket, spec, first_partial = self._places[name]
+        bucket.write_gradient(spec, first_partial, accumulator.take())
+        self._missing[self._buckets.index(bucket)] -= 1
+        while self._overlap and len(self._works) < len(self._buckets):
+            if self._missing[len(self._works)]:
+                break
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        bucket = self._buckets[len(self._works)]
+        work = reduce_scatter_flat(
+            bucket.gradient_shard,
+            bucket.gradient_full.view(-1),
+            group=self._group,
+            async_op=self._overlap,
+        )
+        self._works.append(work)
+
+    def finish(self) -> None:
+        """Waits for all buckets and leaves each parameter's gradient in its shard.
+
+        Raises:
+            ValueError: a gradient of this step has not been pushed.
+        """
+        incomplete = [i for i, missing in self._missing.items() if missing]
+        if incomplete:
+            raise ValueError(f"buckets {incomplete} still wait for gradients at the end of a step")
+        while len(self._works) < len(self._buckets):
+            self._reduce_next()
+        for bucket, work in zip(self._buckets, self._works, strict=True):
+            if work is not None:
+                work.wait()
+            for shard in bucket.shards.values():
+                partials = bucket.read_gradient(shard.spec)
+                if len(partials) == 1:
+                    shard.grad.copy_(partials[0])
+                else:
+                    shard.grad.copy_(canonical.tree_sum(partials))
+        self._begin()

@@ -1,0 +1,207 @@
+"""Megatron-style layers in canonical arithmetic.
+
+Shapes: C canonical parts, T tokens of one microbatch, h hidden. Activations are in the compute
+dtype; every sum is made in fp32 and rounded once. A layer's backward hands its weight gradient,
+fp32 and per microbatch, to ``microbatch.gradients``; autograd only carries activations, and no
+tensor has more than two consumers, so autograd's own additions have one order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from primitives import canonical
+from scenarios.parallel.microbatch import Microbatch
+from scenarios.parallel.parameters import (
+    NUM_PARTS,
+    ParameterSpec,
+    column_spec,
+    row_spec,
+    token_spec,
+)
+
+
+class Layer(nn.Module):
+    """A module whose parameters are declared by ``ParameterSpec``s and filled by the optimizer."""
+
+    def __init__(self, specs: list[ParameterSpec], dtype: torch.dtype):
+        super().__init__()
+        self.specs = specs
+        for spec in specs:
+            parameter = nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=False)
+            self.register_parameter(spec.name.rpartition(".")[2], parameter)
+
+
+class _ColumnLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, mb: Microbatch
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias, ctx.name, ctx.mb = bias is not None, name, mb
+        return canonical.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        name, mb = ctx.name, ctx.mb
+        dy = dy.contiguous()  # [C, T, out / C]
+        if ctx.has_bias:
+            tokens = dy.view(-1, dy.shape[-1])
+            mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(tokens, len(dy)))
+        weight_name = f"{name}.weight" if ctx.has_bias else f"{name}.weight.head"
+        mb.gradients.push(weight_name, mb.index, canonical.gemm(dy, x, transpose_a=True))
+        dx = canonical.tree_sum(canonical.gemm(dy, weight), out_dtype=dy.dtype)
+        return dx, None, None, None, None
+
+
+column_linear: Callable[..., Tensor] = _ColumnLinear.apply
+
+
+class ColumnLinear(Layer):
+    """y[c] = x weight[c]^T + bias[c]: [T, in] -> [C, T, out / C]."""
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, std: float, dtype: torch.dtype
+    ):
+        specs = [
+            column_spec(f"{name}.weight", (out_features, in_features), init_std=std),
+            column_spec(f"{name}.bias", (out_features,), weight_decay=False),
+        ]
+        super().__init__(specs, dtype)
+        self.name = name
+
+    def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
+        """[T, in] -> [C, T, out / C], in the dtype of ``x``."""
+        return column_linear(x, self.weight, self.bias, self.name, mb)
+
+
+class _RowLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, name: str, mb: Microbatch
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.name, ctx.mb = name, mb
+        partials = canonical.gemm(x, weight, transpose_b=True)  # [C, T, out]
+        return canonical.tree_sum(partials, bias=bias, out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        name, mb = ctx.name, ctx.mb
+        dy = dy.contiguous()  # [T, out]
+        mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(dy, NUM_PARTS))
+        mb.gradients.push(f"{name}.weight", mb.index, canonical.gemm(dy, x, transpose_a=True))
+        return canonical.gemm(dy, weight, out_dtype=dy.dtype), None, None, None, None
+
+
+_row_linear: Callable[..., Tensor] = _RowLinear.apply
+
+
+class RowLinear(Layer):
+    """y = sum over c of x[c] weight[c]^T, + bias: [C, T, in / C] -> [T, out]."""
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, std: float, dtype: torch.dtype
+    ):
+        specs = [
+            row_spec(f"{name}.weight", out_features, in_features, init_std=std),
+            token_spec(f"{name}.bias", out_features),
+        ]
+        super().__init__(specs, dtype)
+        self.name = name
+
+    def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
+        """[C, T, in / C] -> [T, out], in the dtype of ``x``."""
+        return _row_linear(x, self.weight, self.bias, self.name, mb)
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, name: str, mb: Microbatch
+    ) -> Tensor:
+        y, mean, rstd = canonical.layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.name, ctx.mb = name, mb
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        name, mb = ctx.name, ctx.mb
+        dx, dweight, dbias = canonical.layer_norm_backward(
+            dy.contiguous(), x, mean, rstd, weight, NUM_PARTS
+        )
+        mb.gradients.push(f"{name}.weight", mb.index, dweight)
+        mb.gradients.push(f"{name}.bias", mb.index, dbias)
+        return dx, None, None, None, None, None
+
+
+_layer_norm: Callable[..., Tensor] = _LayerNorm.apply
+
+
+class LayerNorm(Layer):
+    """LayerNorm over the last dim."""
+
+    def __init__(self, name: str, hidden_size: int, eps: float, dtype: torch.dtype):
+        specs = [
+            token_spec(f"{name}.weight", hidden_size, mean=1.0),
+            token_spec(f"{name}.bias", hidden_size),
+        ]
+        super().__init__(specs, dtype)
+        self.name = name
+        self.eps = eps
+
+    def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
+        """[T, h] -> [T, h]."""
+        return _layer_norm(x, self.weight, self.bias, self.eps, self.name, mb)
+
+
+class _Gelu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return canonical.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return canonical.gelu_backward(dy.contiguous(), x)
+
+
+_gelu: Callable[..., Tensor] = _Gelu.apply
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, of any shape."""
+    return _gelu(x)
+
+
+class _DropoutAdd(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, residual: Tensor, probability: float, key: int, token_ids: Tensor
+    ) -> Tensor:
+        ctx.probability, ctx.key, ctx.token_ids = probability, key, token_ids
+        return canonical.dropout_add(y, residual, probability, key, token_ids)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        dout = dout.contiguous()
+        dy = canonical.dropout(dout, ctx.probability, ctx.key, ctx.token_ids)
+        return dy, dout, None, None, None
+
+
+_dropout_add: Callable[..., Tensor] = _DropoutAdd.apply
+
+
+def dropout_add(
+    y: Tensor, residual: Tensor, probability: float, key: int, token_ids: Tensor
+) -> Tensor:
+    """residual + dropout(y): [T, h], rounded once; an element's fate depends on its token only."""
+    return _dropout_add(y, residual, probability, key, token_ids)

@@ -1,0 +1,153 @@
+"""Token and position embedding, and the tied head with its loss."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from primitives import canonical
+from scenarios.parallel.layers import Layer, column_linear
+from scenarios.parallel.microbatch import Microbatch
+from scenarios.parallel.parameters import NUM_PARTS, ParameterSpec
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gradient_root: Tensor,
+        words: Tensor,
+        positions: Tensor,
+        probability: float,
+        name: str,
+        mb: Microbatch,
+    ) -> Tensor:
+        num_samples = mb.num_samples
+        ctx.words_shape, ctx.positions_shape = words.shape, positions.shape
+        ctx.probability, ctx.name, ctx.mb = probability, name, mb
+        ctx.key, ctx.token_ids = mb.dropout_key("embedding", "hidden"), mb.token_ids()
+        x = canonical.embedding(mb.tokens, words)
+        x += positions[: mb.seq_length].repeat_interleave(num_samples, dim=0)
+        return canonical.dropout(x, probability, ctx.key, ctx.token_ids)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        name, mb = ctx.name, ctx.mb
+        dx = canonical.dropout(dx.contiguous(), ctx.probability, ctx.key, ctx.token_ids)
+        by_position = dx.view(mb.seq_length, mb.num_samples, -1).transpose(0, 1).contiguous()
+        dpositions = torch.zeros(ctx.positions_shape)
+        dpositions[: mb.seq_length] = canonical.tree_sum(by_position)
+        mb.gradients.push(f"{name}.position_embeddings.weight", mb.index, dpositions)
+        dwords = canonical.embedding_backward(dx, mb.tokens, ctx.words_shape)
+        mb.gradients.push(f"{name}.word_embeddings.weight.lookup", mb.index, dwords)
+        return None, None, None, None, None, None
+
+
+_embedding: Callable[..., Tensor] = _Embedding.apply
+
+
+class WordTable(Layer):
+    """The tied table [C, V / C, h]; gradients of lookup and head stay apart until the end."""
+
+    def __init__(
+        self, name: str, vocab_size: int, hidden_size: int, std: float, dtype: torch.dtype
+    ):
+        if vocab_size % NUM_PARTS:
+            raise ValueError(f"vocab_size is {vocab_size}; expected a multiple of {NUM_PARTS}")
+        weight = f"{name}.weight"
+        spec = ParameterSpec(
+            weight,
+            (NUM_PARTS, vocab_size // NUM_PARTS, hidden_size),
+            NUM_PARTS,
+            (f"{weight}.lookup", f"{weight}.head"),
+            init_std=std,
+        )
+        super().__init__([spec], dtype)
+
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
+
+
+class PositionTable(Layer):
+    """Learned absolute positions [max positions, h]."""
+
+    def __init__(
+        self, name: str, num_positions: int, hidden_size: int, std: float, dtype: torch.dtype
+    ):
+        weight = f"{name}.weight"
+        spec = ParameterSpec(weight, (num_positions, hidden_size), 1, (weight,), init_std=std)
+        super().__init__([spec], dtype)
+
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
+
+
+class Embedding(torch.nn.Module):
+    """dropout(word[token] + position[t]): -> [T, h]."""
+
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        num_positions: int,
+        hidden_size: int,
+        std: float,
+        dropout: float,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.name = name
+        self.dropout = dropout
+        words, positions = f"{name}.word_embeddings", f"{name}.position_embeddings"
+        self.word_embeddings = WordTable(words, vocab_size, hidden_size, std, dtype)
+        self.position_embeddings = PositionTable(positions, num_positions, hidden_size, std, dtype)
+        # The weights ask autograd for nothing, so something else must start the graph.
+        self.gradient_root = torch.zeros(1, requires_grad=True)
+
+    def forward(self, mb: Microbatch) -> Tensor:
+        """-> [T, h] in the compute dtype."""
+        words, positions = self.word_embeddings(), self.position_embeddings()
+        return _embedding(self.gradient_root, words, positions, self.dropout, self.name, mb)
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mb: Microbatch) -> Tensor:
+        loss, maximum, sum_exp = canonical.cross_entropy(logits, mb.labels)
+        ctx.save_for_backward(logits, maximum, sum_exp)
+        ctx.labels = mb.labels
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, maximum, sum_exp = ctx.saved_tensors
+        dlogits = canonical.cross_entropy_backward(
+            logits, ctx.labels, maximum, sum_exp, dloss.contiguous()
+        )
+        return dlogits, None
+
+
+_cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
+
+
+def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Tensor:
+    """Cross entropy of every token: [T, h] -> [T] fp32, with the word table as the head.
+
+    Args:
+        x: [T, h], compute dtype.
+        table: the word table.
+        name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
+        mb: the microbatch whose labels to use.
+    """
+    logits = column_linear(x, table(), None, name, mb)
+    return _cross_entropy(logits, mb)
+
+
+def token_mean(loss: Tensor) -> Tensor:
+    """The mean [] fp32 of a per-token loss [T]: token blocks, then the tree over the blocks."""
+    total = canonical.tree_sum(canonical.token_block_sum(loss[:, None], NUM_PARTS))
+    return (total / torch.tensor(float(loss.numel()))).reshape(())
