@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from primitives.rendezvous import rank_info
 from scenarios.golden import write_atomically
 from scenarios.metrics_file import MetricsWriter
 from scenarios.run_context import RunContext
@@ -61,6 +60,9 @@ def die_with(parent: int) -> None:
 
 def run_rank(job: Job) -> None:
     """Joins the process group and trains, in this process."""
+    # The launcher imports this module too, and must not wait for torch.
+    from primitives.rendezvous import rank_info
+
     info = rank_info()
     if info is None:
         raise ValueError("RANK and WORLD_SIZE are not set: testbed run starts this module")
