@@ -4,13 +4,14 @@ Tensors lie in a ``tensordict.TensorDict``, other values of a row in object colu
 the whole batch in ``meta``.
 """
 
+import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch.distributed.device_mesh import DeviceMesh
 
 from primitives.collectives import check_same_keys
@@ -60,10 +61,16 @@ class ShardedTensorDict:
             meta: what belongs to the whole batch.
 
         Raises:
-            ValueError: tensors without exactly one batch dimension, or a column of another length.
+            ValueError: not exactly one batch dimension, a value in ``tensors`` that is no tensor,
+                or a column of another length.
         """
         if len(tensors.batch_size) != 1:
             raise ValueError(f"tensors: batch_size must be [rows], got {list(tensors.batch_size)}")
+        for key, value in tensors.items(include_nested=True):
+            if not isinstance(value, torch.Tensor | TensorDictBase):
+                raise ValueError(
+                    f"tensors: {key} is a {type(value).__name__}; it belongs in columns or meta"
+                )
         self.tensors = tensors
         self.columns: dict[str, np.ndarray] = {}
         self.meta = dict(meta or {})
@@ -108,19 +115,21 @@ class ShardedTensorDict:
         check_shards(shards)
 
         device = self.tensors.device or next((t.device for t in tensors.values()), None)
-        nbytes = [sum(leaf.stride_nbytes(s.num_rows) for leaf in leaves.values()) for s in shards]
-        packed = torch.zeros(max(nbytes), dtype=torch.uint8, device=device)
+        shard_nbytes = [
+            sum(leaf.stride_nbytes(s.num_rows) for leaf in leaves.values()) for s in shards
+        ]
+        nbytes = max(ALIGNMENT_NBYTES, *shard_nbytes)  # no rows at all are no special case
+        packed = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         offset = 0
         for key, leaf in leaves.items():
             size = leaf.nbytes(len(self))
             packed[offset : offset + size] = tensors[key].contiguous().reshape(-1).view(torch.uint8)
             offset += leaf.stride_nbytes(len(self))
-        full = torch.empty(group.size() * max(nbytes), dtype=torch.uint8, device=device)
-        if full.numel():
-            dist.all_gather_into_tensor(full, packed, group=group)
+        full = [torch.empty_like(packed) for _ in shards]
+        dist.all_gather(full, packed, group=group)
 
         parts: dict[Any, list[torch.Tensor]] = {key: [] for key in leaves}
-        for shard, data in zip(shards, full.reshape(group.size(), -1), strict=True):
+        for shard, data in zip(shards, full, strict=True):
             offset = 0
             for key, leaf in leaves.items():
                 flat = data[offset : offset + leaf.nbytes(shard.num_rows)].view(leaf.dtype)
@@ -159,8 +168,13 @@ def check_shards(shards: list[_Shard]) -> None:
                     f"{list(first.leaves[key].row_shape)}"
                 )
         for key, value in shard.meta.items():
-            if value != first.meta[key]:
+            if not equal(value, first.meta[key]):
                 raise ValueError(
                     f"all_gather of meta {key}: rank {rank} has {value!r}, "
                     f"rank 0 has {first.meta[key]!r}"
                 )
+
+
+def equal(a: Any, b: Any) -> bool:
+    """By bits where possible (so NaN equals NaN, and arrays are no special case), else by value."""
+    return pickle.dumps(a) == pickle.dumps(b) or bool(np.all(a == b))

@@ -37,7 +37,7 @@ def vocab_parallel_entropy(
     Source:
         H = log(sum exp(z - max)) - sum(p (z - max)); dH/dz = -p (z - max - sum(p (z - max))).
     """
-    entropy: torch.Tensor = _Entropy.apply(logits, group)
+    entropy: torch.Tensor = _Entropy.apply(logits, group)  # type: ignore[no-untyped-call]
     return entropy
 
 
@@ -70,15 +70,15 @@ def vocab_parallel_log_prob(
             f"targets: expected 0 <= target < {vocab}, "
             f"got values from {int(targets.min())} to {int(targets.max())}"
         )
-    log_prob: torch.Tensor = _LogProb.apply(logits, targets, group)
+    log_prob: torch.Tensor = _LogProb.apply(  # type: ignore[no-untyped-call]
+        logits, targets, group
+    )
     return log_prob
 
 
 class _Entropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         row_max, sum_exp, mean = row_statistics(logits, group)
         ctx.save_for_backward(logits, row_max, sum_exp, mean)
         return sum_exp.log() - mean

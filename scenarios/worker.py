@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -67,6 +68,7 @@ def run_rank(job: Job) -> None:
     writer = MetricsWriter(run_dir / "metrics.jsonl") if info.rank == 0 else None
     try:
         import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from primitives import backend
         from scenarios.schema import Scenario
@@ -77,7 +79,7 @@ def run_rank(job: Job) -> None:
             importlib.import_module(module), function
         )
         backend.register()
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
@@ -100,6 +102,7 @@ def run_rank(job: Job) -> None:
             "type": type(error).__name__,
             "message": str(error),
             "step": writer.last_step if writer else None,
+            "time_s": time.time(),
             "traceback": traceback.format_exc(),
         }
         write_atomically(failure_path(run_dir, info.rank), json.dumps(report, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""The control plane of a lockstep session: lines of JSON over Unix sockets, apart from the transport.
+"""The control plane of a lockstep session: lines of JSON over Unix sockets, not the transport.
 
-Rank 0 runs a ``Hub``; every rank, rank 0 too, is a ``Member`` connected to it. An open connection is
-the sign of life: a rank that dies closes it, and the others know at once. The sockets are abstract
-(Linux): nothing lies on disk that a killed session could leave behind.
+Rank 0 runs a ``Hub``; every rank, rank 0 too, is a ``Member`` connected to it. An open connection
+is the sign of life: a rank that dies closes it, and the others know at once. The sockets are
+abstract (Linux): nothing lies on disk that a killed session could leave behind.
 """
 
 import json
@@ -44,7 +44,10 @@ class Link:
 
 
 class Hub(threading.Thread):
-    """Rank 0's side: gathers values, spreads failures, sees who dies and who stays away."""
+    """Rank 0's side: gathers values, spreads failures, sees who dies and who stays away.
+
+    Runs until all other ranks' processes have ended, or until it ended the session.
+    """
 
     def __init__(self, address: str, world_size: int, answer_timeout_s: float) -> None:
         super().__init__(name="lockstep hub", daemon=True)
@@ -62,21 +65,24 @@ class Hub(threading.Thread):
 
     def run(self) -> None:
         start = time.monotonic()
+        leaving: set[int] = set()  # said goodbye; the end of its process closes the connection
         gone: set[int] = set()
-        while not self.ended and len(gone) < self.world_size:
+        while not self.ended and len(gone) < self.world_size - 1:
             for key, _ in self.selector.select(0.2):
                 if key.fileobj is self.listener:
                     self.join_rank()
                     continue
                 rank: int = key.data
                 messages = self.links[rank].receive()
-                if messages is None:
+                if messages is None and rank in leaving:
+                    gone.add(rank)
+                    self.selector.unregister(self.links[rank].connection)
+                elif messages is None:
                     self.end(f"rank {rank} died{self.missing_from()}")
                     break
-                for message in messages:
+                for message in messages or []:
                     if "bye" in message:
-                        gone.add(rank)
-                        self.selector.unregister(self.links[rank].connection)
+                        leaving.add(rank)
                     else:
                         self.handle(rank, message)
             now = time.monotonic()
@@ -166,7 +172,7 @@ class Member:
         extra_fd: int,
         on_extra: Callable[[bytes], None],
     ) -> None:
-        """Serves messages and ``extra_fd`` until the hub is gone; calls ``tick`` 5 times a second."""
+        """Serves messages and ``extra_fd`` until the hub is gone; ``tick``s 5 times a second."""
         selector = selectors.DefaultSelector()
         selector.register(self.link.connection, selectors.EVENT_READ)
         selector.register(extra_fd, selectors.EVENT_READ)

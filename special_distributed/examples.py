@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 
-
 class ExampleFailed(BaseException):
     """Not an Exception: hypothesis would replay the example to shrink it, on this rank alone."""
 

@@ -3,12 +3,12 @@
     mpirun -n 4 pytest special_distributed
     torchrun --nproc-per-node 4 -m pytest special_distributed
 
-[Note: lockstep] After each phase (setup, call, teardown) of a test the ranks exchange their outcomes
-over the control plane (never through the collectives under test). A failure on any rank fails the
-test once, on all ranks, and rank 0 alone prints it, with the traceback of the rank it came from. A
-rank that waits in a collective for a rank that has failed is freed by aborting the process groups;
-the next test gets new ones. Where nothing helps (a rank died, a rank stays blocked), the session
-ends with a report and exit code 3.
+[Note: lockstep] After each phase (setup, call, teardown) of a test the ranks exchange their
+outcomes over the control plane (never through the collectives under test). A failure on any rank
+fails the test once, on all ranks, and rank 0 alone prints it, with the traceback of the rank it
+came from. A rank that waits in a collective for a rank that has failed is freed by aborting the
+process groups; the next test gets new ones. Where nothing helps (a rank died, a rank stays
+blocked), the session ends with a report and exit code 3.
 """
 
 import faulthandler
@@ -26,6 +26,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from primitives.rendezvous import RankInfo, rank_info
 from special_distributed.control import Hub, Member, listed
@@ -47,15 +49,18 @@ class Outcome:
     def __init__(self, fields: dict[str, Any]) -> None:
         self.outcome: str = fields["outcome"]
         self.text: str = fields["text"]
+        self.headline: str = fields["headline"]  # the error without its traceback
         self.freed: str = fields["freed"]  # why this rank was freed from a wait, or ""
 
     @staticmethod
     def of(report: pytest.TestReport, freed: str) -> dict[str, Any]:
         text = "" if report.longrepr is None else report.longreprtext
+        crash = getattr(report.longrepr, "reprcrash", None)
+        headline = text if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}"
         if report.outcome == "failed":
             for title, content in report.sections:
                 text += f"\n{title}:\n{content[-2000:]}"
-        return {"outcome": report.outcome, "text": text, "freed": freed}
+        return {"outcome": report.outcome, "headline": headline, "text": text, "freed": freed}
 
 
 def merge(report: pytest.TestReport, outcomes: list[Outcome]) -> None:
@@ -69,11 +74,11 @@ def merge(report: pytest.TestReport, outcomes: list[Outcome]) -> None:
     causes = [r for r in failed if not outcomes[r].freed] or failed
     lines = [f"failed on rank {listed(causes)} of {len(outcomes)}"]
     lines += [f"rank {r} was freed: {o.freed}" for r, o in enumerate(outcomes) if o.freed]
-    by_text: dict[str, list[int]] = {}
+    by_headline: dict[str, list[int]] = {}
     for r in causes:
-        by_text.setdefault(outcomes[r].text, []).append(r)
-    for text, ranks in by_text.items():
-        lines.append(f"---- rank {listed(ranks)} ----\n{text}")
+        by_headline.setdefault(outcomes[r].headline, []).append(r)
+    for ranks in by_headline.values():  # the same error is shown once, as the first rank saw it
+        lines.append(f"---- rank {listed(ranks)} ----\n{outcomes[ranks[0]].text}")
     report.outcome, report.longrepr, report.sections = "failed", "\n".join(lines), []
 
 
@@ -86,9 +91,10 @@ class Lockstep:
         self.timeout_s: float = config.getoption("--ranks-timeout-s")
         self.limit_s: float = config.getoption("--ranks-limit-s")
         self.stdout = os.dup(1)  # capturing is suspended now: this is the real one
+        self.silence = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
         self.failures: list[str] = []
         self.collection_errors: list[str] = []
-        self.store: dist.Store | None = None
+        self.store: Any = None
         self.epoch = 0
         self.dirty = False  # a failure may have left the process groups out of step
 
@@ -192,7 +198,7 @@ class Lockstep:
                 primitives.backend.register()
             dist.init_process_group(
                 self.backend,
-                store=dist.PrefixStore(f"epoch {self.epoch}", self.store),
+                store=PrefixStore(f"epoch {self.epoch}", self.store),
                 rank=self.info.rank,
                 world_size=self.info.world_size,
                 timeout=timedelta(seconds=self.timeout_s),
@@ -201,12 +207,12 @@ class Lockstep:
         assert world is not None
         return world
 
-    def make_store(self) -> dist.Store:
+    def make_store(self) -> Any:
         serve = self.info.rank == 0
         wait = timedelta(seconds=self.limit_s)
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait, False) if serve else None
+        store = TCPStore("127.0.0.1", 0, None, True, wait, False) if serve else None
         port = self.gather("store", store.port if store else None)[0]
-        return store or dist.TCPStore("127.0.0.1", port, None, False, wait, False)
+        return store or TCPStore("127.0.0.1", port, None, False, wait, False)
 
     def gather(self, key: str, value: Any) -> list[Any]:
         with self.lock:
@@ -220,7 +226,7 @@ class Lockstep:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         if self.info.rank != 0:
             # Only rank 0 speaks: its reports hold what every rank has to say.
-            session.config.get_terminal_writer()._file = open(os.devnull, "w")
+            session.config.get_terminal_writer()._file = self.silence
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -263,7 +269,7 @@ class Lockstep:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         with self.lock:
-            self.phase, self.at_gather = call.when, True
+            self.at_gather = True
         if report.outcome == "failed":
             self.member.link.send({"failed": self.num_tests})
         key = f"{call.when} of {item.nodeid}"
@@ -274,6 +280,7 @@ class Lockstep:
                 self.dirty = True
                 self.failures.append(f"FAILED {key}\n{report.longrepr}")
             # Every rank knows the outcome of this phase; the next one starts anew.
+            self.phase = "call" if call.when == "setup" else "teardown"
             self.failed_at, self.freed, self.started = None, "", time.monotonic()
         return report
 
@@ -290,7 +297,7 @@ class Lockstep:
             if self.dirty:
                 abort_process_groups()
             dist.destroy_process_group()
-        # Launchers kill the job as soon as one rank's status is not 0: rank 0, last, says it for all.
+        # Launchers kill the job as soon as one rank fails: rank 0, the last one, speaks for all.
         if self.info.rank != 0:
             session.exitstatus = 0
         elif session.exitstatus == 0:
@@ -345,15 +352,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Lockstep(config, info), "lockstep session")
 
 
+def session_of(request: pytest.FixtureRequest) -> Lockstep:
+    session = request.config.pluginmanager.get_plugin("lockstep session")
+    assert isinstance(session, Lockstep)
+    return session
+
+
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> dist.ProcessGroup:
     """The process group of all ranks, also torch.distributed's default one."""
-    session: Lockstep = request.config.pluginmanager.get_plugin("lockstep session")
-    return session.world()
+    return session_of(request).world()
 
 
 @pytest.fixture(scope="session")
 def rank(request: pytest.FixtureRequest) -> int:
     """This rank."""
-    session: Lockstep = request.config.pluginmanager.get_plugin("lockstep session")
-    return session.info.rank
+    return session_of(request).info.rank

@@ -31,8 +31,6 @@ def test_all_gather_dict_of_a_subgroup(world: dist.ProcessGroup, rank: int) -> N
 
 def test_all_gather_dict_names_rank_and_key(world: dist.ProcessGroup, rank: int) -> None:
     metrics = {"loss": 1.0, "grad-norm" if rank != 2 else "grad_norm": 2.0}
-    with pytest.raises(
-        ValueError, match="rank 2 lacks grad-norm; rank 2 also has grad_norm"
-    ):
+    with pytest.raises(ValueError, match="rank 2 lacks grad-norm; rank 2 also has grad_norm"):
         all_gather_dict(metrics)
     assert all_gather_dict({"next": rank}) == {"next": [0, 1, 2, 3]}  # the group goes on

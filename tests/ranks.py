@@ -128,6 +128,10 @@ class ProcessRanks:
                 process.wait()
         return results
 
+    def leftovers(self) -> list[str]:
+        """Shared memory that these processes left behind."""
+        return [name for process in self.processes for name in leftovers(process.pid)]
+
 
 def init(timeout_s: float = 20.0) -> tuple[int, int]:
     """In a process of ProcessRanks: init_process_group; rank and world size."""
@@ -143,6 +147,7 @@ def init(timeout_s: float = 20.0) -> tuple[int, int]:
     return rank, world_size
 
 
-def leftovers() -> list[str]:
-    """Shared memory of this user that the transport left behind."""
-    return [p.name for p in Path("/dev/shm").glob(f"primitives-{os.getuid()}-*")]
+def leftovers(pid: int | None = None) -> list[str]:
+    """Shared memory that process ``pid`` (default: this one) left behind."""
+    pattern = f"primitives-{os.getuid()}-{pid or os.getpid()}-*"
+    return [path.name for path in Path("/dev/shm").glob(pattern)]

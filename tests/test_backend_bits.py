@@ -1,4 +1,4 @@
-"""Every collective against primitives.reference, bit for bit: dtypes, ops, sizes, strides, rank counts."""
+"""Every collective against primitives.reference, bit for bit: dtypes, ops, sizes, strides."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -34,10 +34,8 @@ CASES = [
     *((torch.bool, o) for o in INTEGER_OPS),
     *((d, o) for d in COMPLEX for o in ("sum", "avg")),
 ]
-# Around the kernels' blocks, chunks and the switch of algorithms: 512 elements, 64 KiB, 128 KiB, 512 KiB.
-NUMELS = st.one_of(
-    st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 70_003, 140_001, 300_007])
-)
+# Around the kernels' blocks (512 elements), chunks (128 KiB) and the switch of algorithms (64 KiB).
+NUMELS = st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 140_001]))
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
@@ -103,9 +101,11 @@ def options(kind: Any, **fields: Any) -> Any:
     return made
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(CASES), NUMELS, st.integers(0, 2), st.booleans(), st.integers(0, 999))
-def test_all_reduce(ranks: ThreadRanks, case: Any, numel: int, how: int, queued: bool, seed: int):
+def test_all_reduce(
+    ranks: ThreadRanks, case: Any, numel: int, how: int, queued: bool, seed: int
+) -> None:
     dtype, op = case
     xs = [draw((numel,), dtype, seed + r) for r in range(ranks.world_size)]
     expected = reference.all_reduce(xs, op)
@@ -120,13 +120,17 @@ def test_all_reduce(ranks: ThreadRanks, case: Any, numel: int, how: int, queued:
         assert_bits(got, want)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(CASES), NUMELS, st.integers(0, 2), st.booleans(), st.integers(0, 999))
-def test_reduce_scatter(ranks: ThreadRanks, case: Any, numel: int, how: int, lists: bool, seed: int):
+def test_reduce_scatter(
+    ranks: ThreadRanks, case: Any, numel: int, how: int, lists: bool, seed: int
+) -> None:
     dtype, op = case
     n = ranks.world_size
     sizes = [numel + 3 * r if lists else numel for r in range(n)]
-    xs = [[draw((size,), dtype, seed + 9 * s + r) for r, size in enumerate(sizes)] for s in range(n)]
+    xs = [
+        [draw((size,), dtype, seed + 9 * s + r) for r, size in enumerate(sizes)] for s in range(n)
+    ]
     expected = reference.reduce_scatter(xs, op)
 
     def call(backend: Any, rank: int) -> Tensor:
@@ -150,7 +154,9 @@ def test_reduce_scatter(ranks: ThreadRanks, case: Any, numel: int, how: int, lis
     st.sampled_from(["tensor", "list", "in place"]),
     st.integers(0, 999),
 )
-def test_all_gather(ranks: ThreadRanks, dtype: Any, numel: int, how: int, form: str, seed: int):
+def test_all_gather(
+    ranks: ThreadRanks, dtype: Any, numel: int, how: int, form: str, seed: int
+) -> None:
     n = ranks.world_size
     source = torch.uint8 if dtype == torch.float8_e4m3fn else dtype
     xs = [
@@ -176,12 +182,12 @@ def test_all_gather(ranks: ThreadRanks, dtype: Any, numel: int, how: int, form: 
             assert_bits(y.view(source), want.view(source))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data(), st.sampled_from([torch.float32, torch.int64, torch.bfloat16]), st.booleans())
-def test_all_to_all(ranks: ThreadRanks, data: st.DataObject, dtype: Any, lists: bool):
+def test_all_to_all(ranks: ThreadRanks, data: st.DataObject, dtype: Any, lists: bool) -> None:
     n = ranks.world_size
     sizes = [
-        [data.draw(st.sampled_from([0, 1, 7, 40_001, 90_000])) for _ in range(n)] for _ in range(n)
+        [data.draw(st.sampled_from([0, 1, 7, 20_001, 40_000])) for _ in range(n)] for _ in range(n)
     ]
     xs = [[draw((sizes[s][r],), dtype, 9 * s + r) for r in range(n)] for s in range(n)]
     expected = reference.all_to_all(xs)
@@ -200,9 +206,9 @@ def test_all_to_all(ranks: ThreadRanks, data: st.DataObject, dtype: Any, lists: 
         assert_bits(got, torch.cat(want))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(NUMELS, st.integers(0, 1), st.integers(0, 2), st.sampled_from([torch.float32, torch.int8]))
-def test_rooted(ranks: ThreadRanks, numel: int, root: int, how: int, dtype: Any):
+def test_rooted(ranks: ThreadRanks, numel: int, root: int, how: int, dtype: Any) -> None:
     n = ranks.world_size
     xs = [draw((numel,), dtype, r) for r in range(n)]
 
@@ -227,7 +233,7 @@ def test_rooted(ranks: ThreadRanks, numel: int, root: int, how: int, dtype: Any)
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(FLOATS), NUMELS, st.floats(-4, 4, width=16))
-def test_premultiplied_sum(ranks: ThreadRanks, dtype: Any, numel: int, factor: float):
+def test_premultiplied_sum(ranks: ThreadRanks, dtype: Any, numel: int, factor: float) -> None:
     xs = [draw((numel,), dtype, r) for r in range(ranks.world_size)]
     op = dist._make_nccl_premul_sum(factor)
 

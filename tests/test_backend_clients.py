@@ -1,10 +1,10 @@
-"""What torch builds on a backend: DDP, FSDP2, DTensor, DCP, object collectives, sub-groups, pipelining's p2p."""
+"""What torch builds on a backend: DDP, FSDP2, DTensor, DCP, objects, sub-groups, messages."""
 
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import ProcessRanks, init, leftovers
+from ranks import ProcessRanks, init
 from torch import nn
 
 
@@ -156,4 +156,4 @@ def test_torch_clients_run_on_the_backend(tmp_path: Path) -> None:
     ranks = ProcessRanks("test_backend_clients:clients", 4, tmp_path, (str(tmp_path),)).start()
     for code, output in ranks.wait(120):
         assert code == 0, output
-    assert leftovers() == []
+    assert ranks.leftovers() == []

@@ -1,4 +1,4 @@
-"""Each fault ends in bounded time, on every rank, with an error that names who and what; nothing is left behind."""
+"""Each fault ends soon, on every rank, with an error that says who and what; nothing is left."""
 
 import os
 import signal
@@ -284,7 +284,7 @@ def test_a_killed_rank_is_named_by_all_others(tmp_path: Path, number: int) -> No
         assert code == 1
         assert f"PeerLost: rank 1 (pid {victim.pid})" in output
         assert "all_reduce" in output
-    assert leftovers() == []
+    assert ranks.leftovers() == []
 
 
 def stopped_peer() -> None:
@@ -302,7 +302,7 @@ def test_a_stopped_rank_is_a_timeout_that_says_so(tmp_path: Path) -> None:
     ranks.wait()
     assert "CollectiveTimeout" in output
     assert "stopped" in output
-    assert leftovers() == []
+    assert ranks.leftovers() == []
 
 
 def leaves_without_a_word() -> None:
@@ -326,4 +326,4 @@ def test_a_crashed_rank_delivers_then_is_lost_and_nobody_hangs(tmp_path: Path) -
     assert "my own error" in output0
     assert code1 == 1
     assert "PeerLost: rank 0" in output1
-    assert leftovers() == []
+    assert ranks.leftovers() == []

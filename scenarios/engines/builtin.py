@@ -75,14 +75,23 @@ class Trainer:
 
     Args:
         scenario: what to train.
+        group: its data-parallel ranks; None for the default group.
         bucket_numel: elements after which a bucket is closed; default as Megatron-LM.
+
+    Raises:
+        ValueError: the scenario needs what this engine does not have.
     """
 
-    def __init__(self, scenario: Scenario, bucket_numel: int | None = None):
-        _refuse_unsupported(scenario)
+    def __init__(
+        self,
+        scenario: Scenario,
+        group: dist.ProcessGroup | None = None,
+        bucket_numel: int | None = None,
+    ):
+        self.group = group
+        self.dp, self.dp_rank = dist.get_world_size(group), dist.get_rank(group)
+        _refuse_unsupported(scenario, self.dp)
         training, optimizer = scenario.training, scenario.optimizer
-        self.group: dist.ProcessGroup | None = None
-        self.dp, self.dp_rank = dist.get_world_size(), dist.get_rank()
         self.scenario = scenario
         dtype = DTYPES[scenario.model.precision]
         self.model = Gpt(scenario.model, dtype)
@@ -198,7 +207,7 @@ class Trainer:
         return full
 
 
-def _refuse_unsupported(scenario: Scenario) -> None:
+def _refuse_unsupported(scenario: Scenario, num_ranks: int) -> None:
     layout = scenario.layout
     if scenario.family != "gpt":
         raise ValueError(f"the builtin engine trains family gpt; got {scenario.family}")
@@ -209,10 +218,9 @@ def _refuse_unsupported(scenario: Scenario) -> None:
         )
     if not scenario.optimizer.use_distributed_optimizer:
         raise ValueError("the builtin engine needs --use-distributed-optimizer, which is off")
-    if layout.world_size != dist.get_world_size():
+    if layout.world_size != num_ranks:
         raise ValueError(
-            f"layout {layout} needs {layout.world_size} ranks; the process group has "
-            f"{dist.get_world_size()}"
+            f"layout {layout} needs {layout.world_size} ranks; the process group has {num_ranks}"
         )
 
 

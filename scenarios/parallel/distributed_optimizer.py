@@ -108,7 +108,7 @@ class DistributedOptimizer:
         for shard in self.shards:
             values: Tensor = getattr(shard, kind)
             width = values.shape[-1] * values.element_size()
-            data = memoryview(values.contiguous().numpy()).cast("B")
+            data = values.numpy().tobytes()
             for start in range(0, len(data), width):
                 raw += hashlib.sha256(data[start : start + width]).digest()
         return torch.frombuffer(raw, dtype=torch.uint8).view(-1, 32)
