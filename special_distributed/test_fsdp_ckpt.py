@@ -10,24 +10,32 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from primitives.checkpoint import CheckpointManager
 from primitives.errors import CheckpointCorrupt
 from primitives.fsdp_checkpoint import FSDPCheckpointManager
 from primitives.random_state import random_state
 
-CONFIG = Qwen2Config(
-    num_hidden_layers=1,
-    hidden_size=64,
-    intermediate_size=144,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=150,  # 150 rows on 4 ranks: uneven shards
-    max_position_embeddings=32,
-    attention_dropout=0.1,  # draws from the random generator: a replay needs its state
-    tie_word_embeddings=False,
-)
+VOCAB_SIZE = 150  # rows on 4 ranks: uneven shards
+
+
+def qwen2(num_layers: int = 1) -> Qwen2ForCausalLM:
+    """A small Qwen2 with random weights."""
+    config = Qwen2Config(
+        num_hidden_layers=num_layers,
+        hidden_size=64,
+        intermediate_size=144,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=32,
+        attention_dropout=0.1,  # draws from the random generator: a replay needs its state
+        tie_word_embeddings=False,
+    )
+    return Qwen2ForCausalLM(config)
 
 
 def wrap_fsdp1(model: torch.nn.Module) -> torch.nn.Module:
@@ -57,7 +65,7 @@ class Run(NamedTuple):
 
     def update(self) -> torch.Tensor:
         """One step on drawn tokens; returns the logits."""
-        tokens = torch.randint(CONFIG.vocab_size, (2, 16))
+        tokens = torch.randint(VOCAB_SIZE, (2, 16))
         output = self.model(input_ids=tokens, labels=tokens)
         (output.loss * (1 + random.random() + np.random.rand())).backward()
         self.optimizer.step()
@@ -84,7 +92,7 @@ class Run(NamedTuple):
 
 def make_run(wrap: str, rank: int, seed: int) -> Run:
     torch.manual_seed(seed)  # equal weights on all ranks
-    model = WRAPS[wrap](Qwen2ForCausalLM(CONFIG))
+    model = WRAPS[wrap](qwen2())
     for number, seed_generator in enumerate((torch.manual_seed, random.seed, np.random.seed)):
         seed_generator(seed * 1000 + rank * 10 + number)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -207,7 +215,32 @@ def test_one_changed_bit_is_noticed(folder: Path, rank: int) -> None:
 def test_other_model_is_refused(folder: Path, rank: int) -> None:
     run = make_run("fsdp2", rank, seed=7)
     FSDPCheckpointManager(folder, *run).save(1)
-    torch.manual_seed(0)
-    larger = Qwen2ForCausalLM(Qwen2Config(**(CONFIG.to_diff_dict() | {"num_hidden_layers": 2})))
     with pytest.raises(ValueError, match=r"only in the training state \['model/model.layers.1"):
-        FSDPCheckpointManager(folder, larger).load(1)
+        FSDPCheckpointManager(folder, qwen2(num_layers=2)).load(1)
+
+
+LAYOUTS = [
+    ((4,), [Shard(0)]),
+    ((4,), [Shard(1)]),
+    ((2, 2), [Shard(0), Shard(1)]),
+    ((2, 2), [Replicate(), Shard(0)]),
+    ((4,), [Replicate()]),
+]
+
+
+def test_shards_load_into_any_other_layout(folder: Path) -> None:
+    full = torch.randn(7, 5, generator=torch.Generator().manual_seed(8)).bfloat16()
+    manager = CheckpointManager(folder)
+
+    def laid_out(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            str(number): distribute_tensor(tensor, dist.init_device_mesh("cpu", sizes), placements)
+            for number, (sizes, placements) in enumerate(LAYOUTS)
+        }
+
+    manager.save(1, laid_out(full))
+    for shift in range(len(LAYOUTS)):
+        loaded = laid_out(torch.zeros_like(full))
+        numbers = [str((number + shift) % len(LAYOUTS)) for number in range(len(LAYOUTS))]
+        manager.load(dict(zip(numbers, loaded.values(), strict=True)))
+        assert_same_bits(loaded, laid_out(full))
