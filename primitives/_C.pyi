@@ -74,8 +74,6 @@ def canonical_adam_step(
 class Backend(c10d.Backend):
     class Options(c10d.Backend.Options):
         shm_dir: str
-        group_name: str
-        global_ranks_in_group: list[int]
         def __init__(self, timeout: timedelta) -> None: ...
         def __deepcopy__(self, memo: dict[int, Any]) -> Backend.Options: ...
 
