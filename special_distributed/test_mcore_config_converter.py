@@ -15,7 +15,7 @@ from transformers import Qwen2Config
 
 from scenarios.convert import MegatronModel, convert
 
-pytestmark = pytest.mark.usefixtures("group")
+pytestmark = pytest.mark.usefixtures("world")
 
 TP, PP = 2, 2
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
