@@ -1,9 +1,11 @@
 """Types of the native half."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._C._distributed_c10d as c10d
 from torch import Tensor
 
 cuda_built: bool
@@ -67,3 +69,19 @@ def canonical_adam_step(
     bias_correction1: float,
     bias_correction2_sqrt: float,
 ) -> None: ...
+
+# transport: documented in primitives/backend.py
+class Backend(c10d.Backend):
+    class Options(c10d.Backend.Options):
+        shm_dir: str
+        def __init__(self, timeout: timedelta) -> None: ...
+        def __deepcopy__(self, memo: dict[int, Any]) -> Backend.Options: ...
+
+    def __init__(
+        self, store: c10d.Store, rank: int, world_size: int, options: Backend.Options
+    ) -> None: ...
+    @property
+    def options(self) -> Backend.Options: ...
+
+def close_all_backends(limit_s: float) -> None: ...
+def sweep_segments(folder: str) -> int: ...

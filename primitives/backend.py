@@ -15,7 +15,7 @@ from primitives.env import SHM_DIR
 from primitives.rendezvous import install
 
 if TYPE_CHECKING:
-    from primitives import _C
+    import primitives._C as _C
 
 NAME = "primitives"
 EXIT_LIMIT_S = 2.0  # for collectives still queued when the interpreter ends
@@ -35,7 +35,7 @@ def register() -> None:
 
 def _create(group: Any, options: Any) -> "_C.Backend":
     """A backend for one process group, from torch's DistributedBackendOptions."""
-    from primitives import _C
+    import primitives._C as _C
 
     if not isinstance(options, _C.Backend.Options):
         options = _C.Backend.Options(_as_timedelta(group.timeout))

@@ -1,4 +1,4 @@
-"""What each collective means, in plain torch on one process: the definition the transport is tested against.
+"""What each collective means, in plain torch on one process: what the transport is tested against.
 
 Every function takes the inputs of all ranks (``xs[r]`` is rank r's) and returns the outputs of all
 ranks. Reductions run along the adjacent-pair tree over ranks, an odd last one carried up:
@@ -70,7 +70,9 @@ def reduce(xs: Sequence[Tensor], op: str = "sum", factor: float = 1.0) -> Tensor
         wide = [x * torch.tensor(factor, dtype=x.dtype) for x in wide]
     result = tree(wide, COMBINE[op])
     if op == "avg":
-        result = result / len(xs)
+        # A complex quotient has its own rounding; the mean divides real and imaginary parts.
+        parts = torch.view_as_real(result) if dtype.is_complex else result
+        parts /= len(xs)
     return result.to(dtype)
 
 

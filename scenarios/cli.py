@@ -5,9 +5,11 @@ hang, lost rank). With ``--json`` standard output holds one JSON document and no
 """
 
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +37,7 @@ def run_options(command: Command) -> Command:
         click.option("--master-port", type=click.IntRange(0, 65535), default=0,
                      help="Port of the rendezvous [a free one]."),
         click.option("--timeout", "timeout_s", type=click.FloatRange(min=1), default=300.0,
-                     show_default=True, help="Hang limit in seconds without a step."),
+                     show_default=True, help="Hang limit: seconds without a step."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -104,7 +106,9 @@ def run(
 @scale_option
 @run_options
 @json_option
+@click.pass_obj
 def record(
+    arguments: list[str],
     case: str,
     scale: str,
     layout: str | None,
@@ -124,7 +128,7 @@ def record(
         scale=scale,
         layout=layout,
         out=out,
-        command=" ".join(["testbed", *sys.argv[1:]]),
+        command=shlex.join(["testbed", *arguments]),
         options=LaunchOptions(_progress_stream(as_json), master_port, timeout_s),
     )
     if as_json:
@@ -179,10 +183,19 @@ def doctor(as_json: bool) -> int:
 @testbed.command()
 @click.argument("golden", type=ExistingFile)
 @click.argument("actual", type=ExistingFile)
-@click.option("--rules", type=click.Choice(["strict", "megatron"]), default="strict",
-              show_default=True, help="megatron: Megatron-LM's own rules, for its golden files.")
-@click.option("--metric", "metrics", multiple=True,
-              help="Metric for --rules megatron to judge; may be given again [lm loss, num-zeros].")
+@click.option(
+    "--rules",
+    type=click.Choice(["strict", "megatron"]),
+    default="strict",
+    show_default=True,
+    help="megatron: Megatron-LM's own rules, for its golden files.",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="Metric for --rules megatron to judge; may be given again [lm loss, num-zeros].",
+)
 @click.option("--scale", type=click.Choice(["ci", "full"]), help="Where a file holds both.")
 @json_option
 def compare(
@@ -211,11 +224,46 @@ def data() -> None:
     """Makes training data."""
 
 
+@data.command("build")
+@click.argument("texts", nargs=-1, required=True, type=ExistingFile, metavar="TEXT...")
+@click.option(
+    "--tokenizer",
+    required=True,
+    metavar="bytes|TOKENIZER_JSON",
+    help="bytes: one token per byte; or the tokenizer.json of a Hugging Face model.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "prefix",
+    required=True,
+    type=ExistingFile,
+    metavar="PREFIX",
+    help="PREFIX.bin, PREFIX.idx and PREFIX.json are written.",
+)
+@json_option
+def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: bool) -> int:
+    """Turns text (blank lines between documents, or .jsonl) into Megatron's token files."""
+    from scenarios.data.indexed import build
+    from scenarios.progress import show_bytes
+
+    with show_bytes(_progress_stream(as_json), "tokens") as on_bytes:
+        facts = build(texts, tokenizer, prefix, progress=on_bytes)
+    if as_json:
+        _echo_json({"prefix": str(prefix), **asdict(facts)})
+    else:
+        click.echo(
+            f"{prefix}.bin, .idx, .json: {facts.num_documents} documents, "
+            f"{facts.num_tokens} tokens, vocabulary of {facts.vocab_size}"
+        )
+    return EXIT_PASS
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; user errors are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = testbed.main(given, prog_name="testbed", standalone_mode=False)
+        code = testbed.main(given, prog_name="testbed", standalone_mode=False, obj=given)
         return code if isinstance(code, int) else EXIT_PASS
     except click.ClickException as error:
         return _fail(given, EXIT_USAGE, error.format_message())

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from primitives.env import SHM_DIR
 from scenarios.provenance import active_isa, cpu_model, versions
 
 SHM_NEEDED_NBYTES = 64 << 20
@@ -60,15 +61,16 @@ def _memory_nbytes() -> int:
 
 
 def _shm() -> Finding:
+    folder = SHM_DIR.get()
     try:
-        usage = shutil.disk_usage("/dev/shm")
+        usage = shutil.disk_usage(folder)
     except OSError as error:
-        return Finding("/dev/shm", str(error.strerror), False)
+        return Finding(folder, str(error.strerror), False)
     text = f"{usage.free / 2**20:.0f} MiB free of {usage.total / 2**20:.0f} MiB"
     enough = usage.free >= SHM_NEEDED_NBYTES
     if not enough:
         text += f", expected at least {SHM_NEEDED_NBYTES >> 20} MiB"
-    return Finding("/dev/shm", text, enough)
+    return Finding(folder, text, enough)
 
 
 def _gpus() -> Finding:

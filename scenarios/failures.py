@@ -24,6 +24,8 @@ class RankFailure:
     signal: str | None
     exit_code: int | None
     log: str
+    time_s: float = 0.0
+    """When it was reported (Unix time); 0 without a report."""
 
     def __str__(self) -> str:
         if self.type == "lost":
@@ -55,14 +57,15 @@ class RunFailed(RuntimeError):
     def _message(self) -> str:
         when = f"after step {self.last_step}" if self.last_step else "before the first step"
         parts = [f"{self.reason} {when}" if self.reason else ""]
-        told: set[str] = set()
+        symptom_told = False
         for number, failure in enumerate(self.failures):
             text = " ".join(str(failure).split())
             if number == 0 and not self.reason:
                 text += f" {when}"
-            elif failure.type == "stopped" or failure.message in told:
+            elif failure.type == "stopped" or (failure.type in SYMPTOMS and symptom_told):
                 continue
-            told.add(failure.message)
+            # What the first peer saw names the collective; the others saw the same.
+            symptom_told |= failure.type in SYMPTOMS
             parts.append(text)
         parts.append(f"logs: {self.log_dir}")
         return "; ".join(part for part in parts if part)
@@ -85,8 +88,8 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _cause_order(failure: RankFailure) -> tuple[int, int]:
-    """A lost rank explains all others; a peer's complaint explains least."""
+def _cause_order(failure: RankFailure) -> tuple[int, float, int]:
+    """A lost rank explains all others; a peer's complaint explains least; else the first one."""
     if failure.type == "lost":
         order = 0
     elif failure.type in SYMPTOMS:
@@ -95,4 +98,4 @@ def _cause_order(failure: RankFailure) -> tuple[int, int]:
         order = 9
     else:
         order = 1
-    return order, failure.rank
+    return order, failure.time_s, failure.rank

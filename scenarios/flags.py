@@ -16,7 +16,10 @@ Value = bool | int | float | str
 def _integer(value: Value) -> int:
     if isinstance(value, bool | float):
         raise ValueError("an integer")
-    return int(value)
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("64 bits")
+    return number
 
 
 def _number(value: Value) -> float:
@@ -48,7 +51,7 @@ def _split(value: Value) -> tuple[str, ...]:
 
 
 PARSERS = {
-    int: (_integer, "an integer"),
+    int: (_integer, "an integer of 64 bits"),
     float: (_number, "a number"),
     bool: (_switch, "true or false"),
     str: (_text, "text"),
@@ -284,5 +287,5 @@ def _parse(flag: str, value: Value, kind: type, where: str) -> Any:
     parser, expected = PARSERS[kind]
     try:
         return parser(value)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, OverflowError, ZeroDivisionError):
         raise ValueError(f"{where}: {flag}: got {value!r}, expected {expected}") from None

@@ -223,7 +223,7 @@ def _parse_metrics(path: Path, document: Any, where: str, *, check: bool) -> Met
         if check and list(parsed) != list(range(bounds[0], bounds[1] + 1, bounds[2])):
             steps = f"{min(parsed)}..{max(parsed)} ({len(parsed)} steps)"
             _refuse(path, f"{place}.values", "each step from {} to {} by {}".format(*bounds), steps)
-        metrics[name] = Metric(*bounds, parsed)
+        metrics[name] = Metric(bounds[0], bounds[1], bounds[2], parsed)
     return metrics
 
 

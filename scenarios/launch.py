@@ -26,6 +26,8 @@ from scenarios.worker import Job, failure_path
 
 GRACE_S = 10.0
 POLL_S = 0.05
+STARTUP_S = 60.0
+"""Added to the hang limit until the first step: imports, rendezvous, loading a checkpoint."""
 OnStep = Callable[[int, dict[str, Value]], None]
 
 
@@ -43,7 +45,7 @@ def launch(
         job: what the ranks are told; its ``run_dir`` must exist.
         world_size: how many ranks.
         master_port: port of the rendezvous store on 127.0.0.1; 0 takes a free one.
-        timeout_s: hang limit: the longest time from start to step 1 and from step to step.
+        timeout_s: hang limit: the longest time between steps; ``STARTUP_S`` more for the first.
         on_step: called with each step that rank 0 logs.
 
     Raises:
@@ -123,8 +125,9 @@ class _Rank:
             log=str(self.log),
         )
         report = self._report()
+        changes: dict[str, Any]
         if report is not None:
-            changes = {"type": report["type"], "message": report["message"]}
+            changes = {key: report[key] for key in ("type", "message", "time_s")}
         elif self.stopped:
             changes = dict(zip(("type", "message"), self.stopped, strict=True))
         elif code < 0:
@@ -173,7 +176,8 @@ def _watch(
             raise RunFailed(_failures(ranks, last_step), last_step=last_step, log_dir=log_dir)
         if not running:
             return
-        if time.monotonic() - last_progress > timeout_s:
+        limit_s = timeout_s if last_step is not None else timeout_s + STARTUP_S
+        if time.monotonic() - last_progress > limit_s:
             for rank in ranks:
                 rank.send(signal.SIGUSR1)  # Python stacks of all threads into the log.
             time.sleep(0.5)
@@ -182,7 +186,7 @@ def _watch(
                 _failures(ranks, last_step),
                 last_step=last_step,
                 log_dir=log_dir,
-                reason=f"hang: no step for {timeout_s:g} s (stacks of all ranks are in the logs)",
+                reason=f"hang: no step for {limit_s:g} s (stacks of all ranks are in the logs)",
             )
         time.sleep(POLL_S)
 
@@ -223,7 +227,7 @@ def _listen(port: int) -> socket.socket:
 def _hold_store(listener: socket.socket) -> object:
     """The rendezvous store on a socket that already listens (ranks may have connected)."""
     # Imported here: the ranks are starting meanwhile, and commands that start none stay quick.
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     port = listener.getsockname()[1]
     return TCPStore(

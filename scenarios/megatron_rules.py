@@ -1,11 +1,12 @@
 """Megatron-LM's own comparison of a run with its golden files, as an opt-in.
 
-It is here to read Megatron's golden files by Megatron's rules, not to trust them. Its holes, kept as
-they are because a faithful reading needs them, and absent from ``scenarios.compare``:
+It is here to read Megatron's golden files by Megatron's rules, not to trust them. Its holes, kept
+as they are because a faithful reading needs them, and absent from ``scenarios.compare``:
 
 - values are rounded to 5 decimals before anything is compared;
 - a ``"nan"`` string and a missing step both become infinity, and infinity equals infinity;
-- of n steps, min(max(n // 100, 1), 50) may be off by any amount: one loss of 1e9 in 100 steps passes;
+- of n steps, min(max(n // 100, 1), 50) may be off by any amount: one loss of 1e9 in 100
+  steps passes;
 - steps and metrics that the golden lacks are ignored;
 - the iteration time is one median, of steps 5..20 or 30..45.
 

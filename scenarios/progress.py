@@ -1,7 +1,7 @@
 """Shows a run's steps: a bar on a terminal, now and then a plain line elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -38,6 +38,20 @@ def show_steps(stream: TextIO, label: str, first_step: int, last_step: int) -> I
     stream.write(f"{label}: starting ranks\n")
     stream.flush()
     yield write_line
+
+
+@contextmanager
+def show_bytes(stream: TextIO, label: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a callback (bytes done, bytes in all); a bar on a terminal, else nothing is shown."""
+    if not stream.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=stream)) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from primitives.rendezvous import rank_info
 from scenarios.golden import write_atomically
 from scenarios.metrics_file import MetricsWriter
 from scenarios.run_context import RunContext
@@ -60,6 +60,9 @@ def die_with(parent: int) -> None:
 
 def run_rank(job: Job) -> None:
     """Joins the process group and trains, in this process."""
+    # The launcher imports this module too, and must not wait for torch.
+    from primitives.rendezvous import rank_info
+
     info = rank_info()
     if info is None:
         raise ValueError("RANK and WORLD_SIZE are not set: testbed run starts this module")
@@ -67,6 +70,7 @@ def run_rank(job: Job) -> None:
     writer = MetricsWriter(run_dir / "metrics.jsonl") if info.rank == 0 else None
     try:
         import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from primitives import backend
         from scenarios.schema import Scenario
@@ -77,7 +81,7 @@ def run_rank(job: Job) -> None:
             importlib.import_module(module), function
         )
         backend.register()
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
@@ -100,6 +104,7 @@ def run_rank(job: Job) -> None:
             "type": type(error).__name__,
             "message": str(error),
             "step": writer.last_step if writer else None,
+            "time_s": time.time(),
             "traceback": traceback.format_exc(),
         }
         write_atomically(failure_path(run_dir, info.rank), json.dumps(report, indent=1) + "\n")

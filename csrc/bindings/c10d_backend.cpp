@@ -1,11 +1,12 @@
-// The life of a backend: meeting, queueing, splitting, leaving. The collectives are in c10d_collectives.cpp.
+// The life of a backend: meeting, queueing, splitting, leaving. The collectives are in
+// c10d_collectives.cpp.
 #include "bindings/c10d_backend.hpp"
+
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <mutex>
 #include <set>
-
-#include <torch/csrc/utils/pybind.h>
 
 #include "bindings/c10d_errors.hpp"
 
@@ -40,8 +41,8 @@ Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int wor
                          ? options_->group_name
                          : options_->group_desc;
   group_ = translated([&] {
-    return std::make_unique<Group>(meeting, GroupOptions{rank, world_size, name, options_->shm_dir,
-                                                         options_->timeout});
+    return std::make_unique<Group>(
+        meeting, GroupOptions{rank, world_size, name, options_->shm_dir, options_->timeout});
   });
   mailbox_ = std::make_unique<Mailbox>(*group_);
   init();

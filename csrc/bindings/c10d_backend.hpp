@@ -3,10 +3,9 @@
 
 #include <memory>
 #include <string>
-#include <vector>
-
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
+#include <vector>
 
 #include "bindings/c10d_tensors.hpp"
 #include "bindings/c10d_work.hpp"
@@ -74,8 +73,8 @@ class Backend : public c10d::Backend {
   void abort() override;
   void shutdown() override { close(Milliseconds(30000)); }
 
-  // Ends this rank's part in the group: waits up to `limit` for what is queued. Peers that still wait for this
-  // rank then get PeerLost. Idempotent.
+  // Ends this rank's part in the group: waits up to `limit` for what is queued. Peers that still
+  // wait for this rank then get PeerLost. Idempotent.
   void close(Milliseconds limit);
 
  private:

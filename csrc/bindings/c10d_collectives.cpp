@@ -102,7 +102,8 @@ Backend::WorkPtr Backend::allgather_coalesced(TensorLists& out, Tensors& in,
   return translated([&] {
     std::vector<Job> jobs;
     Tensors all;
-    for (const Tensors& list : out) check_list(list.size(), static_cast<int>(in.size()), "all_gather");
+    for (const Tensors& list : out)
+      check_list(list.size(), static_cast<int>(in.size()), "all_gather");
     check_list(out.size(), getSize(), "all_gather: output lists");
     for (size_t i = 0; i < in.size(); i++) {
       Tensors of_one;  // c10d passes [rank][tensor]
@@ -273,7 +274,8 @@ Backend::WorkPtr Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptio
   });
 }
 
-Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in, const c10d::GatherOptions& options) {
+Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in,
+                                 const c10d::GatherOptions& options) {
   return translated([&] {
     const at::Tensor& tensor = only(in, "gather");
     check_tensor(tensor, "gather: input");
@@ -353,7 +355,8 @@ Backend::WorkPtr Backend::alltoall_base(at::Tensor& out, at::Tensor& in,
   });
 }
 
-Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in, const c10d::AllToAllOptions& options) {
+Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
+                                   const c10d::AllToAllOptions& options) {
   return translated([&] {
     check_list(in.size(), getSize(), "all_to_all: inputs");
     check_list(out.size(), getSize(), "all_to_all: outputs");

@@ -40,10 +40,9 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
     check_peer(dst, getSize(), "send");
     const at::Tensor source = readable(tensor);
     auto work = c10::make_intrusive<Work>(c10d::OpType::SEND, tensors);
-    mailbox_->send(source.data_ptr(), envelope_of(source, tag), dst, options_->timeout,
-                   [work, source](std::exception_ptr error, int) {
-                     work->complete(as_python_error(error));
-                   });
+    mailbox_->send(
+        source.data_ptr(), envelope_of(source, tag), dst, options_->timeout,
+        [work, source](std::exception_ptr error, int) { work->complete(as_python_error(error)); });
     if (coalescing_) coalesced_.push_back(work);
     return work;
   });

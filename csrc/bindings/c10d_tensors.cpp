@@ -112,8 +112,8 @@ void check_tensor(const at::Tensor& tensor, const std::string& what) {
 void check_same_dtype(const at::Tensor& tensor, const at::Tensor& other, const std::string& what) {
   check_tensor(tensor, what);
   if (tensor.scalar_type() == other.scalar_type()) return;
-  throw std::invalid_argument(what + ": expected dtype " + dtype_name(other.scalar_type()) + ", got " +
-                              dtype_name(tensor.scalar_type()));
+  throw std::invalid_argument(what + ": expected dtype " + dtype_name(other.scalar_type()) +
+                              ", got " + dtype_name(tensor.scalar_type()));
 }
 
 void check_numel(const at::Tensor& tensor, int64_t expected, const std::string& what) {
@@ -158,7 +158,7 @@ void Output::store() {
 Part part_of(const at::Tensor& tensor) { return {tensor.data_ptr(), tensor.nbytes()}; }
 
 std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t>& counts,
-                        const std::string& what) {
+                      const std::string& what) {
   std::vector<Part> parts(n);
   char* at = static_cast<char*>(tensor.data_ptr());
   if (counts.empty()) {
@@ -182,7 +182,7 @@ std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t
   if (static_cast<int>(counts.size()) != n || total != num_rows || negative) {
     throw std::invalid_argument(what + ": expected " + std::to_string(n) +
                                 " split sizes that sum to " + std::to_string(num_rows) + ", got " +
-                                c10::str(counts));
+                                c10::str(at::IntArrayRef(counts)));
   }
   const size_t row_nbytes = num_rows == 0 ? 0 : tensor.nbytes() / num_rows;
   for (int r = 0; r < n; r++) {
@@ -213,14 +213,16 @@ Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::Reduc
     reduction.kernel = find_reduce(static_cast<DType>(dtype), call.reduce_op);
   }
   if (reduction.kernel == nullptr) {
-    throw std::invalid_argument(std::string(op_name(call.op)) + ": " + reduce_op_name(call.reduce_op) +
-                                " is not defined for " + call.dtype);
+    throw std::invalid_argument(std::string(op_name(call.op)) + ": " +
+                                reduce_op_name(call.reduce_op) + " is not defined for " +
+                                call.dtype);
   }
   reduction.itemsize = tensor.element_size() / (tensor.is_complex() ? 2 : 1);
   reduction.factor = world_size;
   if (call.reduce_op == ReduceOp::kPremulSum) {
     const auto& by = dynamic_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
-    reduction.factor = by.tensor_factor.defined() ? by.tensor_factor.item<double>() : by.double_factor;
+    reduction.factor =
+        by.tensor_factor.defined() ? by.tensor_factor.item<double>() : by.double_factor;
     call.factor = reduction.factor;
   }
   return reduction;

@@ -1,11 +1,11 @@
 // Tensors as the memory the collectives work on: checked once, made contiguous where they are not.
 #pragma once
 
-#include <string>
-#include <vector>
-
 #include <ATen/ATen.h>
+
+#include <string>
 #include <torch/csrc/distributed/c10d/Types.hpp>
+#include <vector>
 
 #include "collectives/collectives.hpp"
 
@@ -22,12 +22,13 @@ at::Tensor& only(std::vector<at::Tensor>& tensors, const char* op);
 // Tensors whose contents go in: contiguous, without conjugate or negative bits.
 at::Tensor readable(const at::Tensor& tensor);
 
-// A tensor that receives a result: itself when contiguous, else a temporary that store() copies back.
+// A tensor that receives a result: itself when contiguous, else a temporary that store() copies
+// back.
 class Output {
  public:
-  // `load`: the temporary starts as the tensor's contents (in-place collectives). `apart_from`: memory that is
-  // still read while the result is written; a temporary is used when they overlap, unless they start at
-  // the same address `allowed_at`.
+  // `load`: the temporary starts as the tensor's contents (in-place collectives). `apart_from`:
+  // memory that is still read while the result is written; a temporary is used when they overlap,
+  // unless they start at the same address `allowed_at`.
   explicit Output(const at::Tensor& tensor, bool load = false);
   void keep_apart(const at::Tensor& input, const void* allowed_at = nullptr);
   void store();
@@ -40,12 +41,14 @@ class Output {
 };
 
 Part part_of(const at::Tensor& tensor);
-// `tensor` (contiguous) cut into n runs; of equal size when `counts` (of rows of dimension 0) is empty.
+// `tensor` (contiguous) cut into n runs; of equal size when `counts` (of rows of dimension 0) is
+// empty.
 std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t>& counts,
-                        const std::string& what);
+                      const std::string& what);
 
 Call make_call(Op op, const at::Tensor& tensor, int64_t numel, int root = -1);
 // Throws std::invalid_argument when the reduction does not exist for the dtype; completes the call.
-Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op, int world_size);
+Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
+                         int world_size);
 
 }  // namespace primitives

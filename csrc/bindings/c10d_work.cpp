@@ -110,14 +110,15 @@ c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFuture() {
   auto future = new_future();
   if (works_.empty()) future->markCompleted(c10::IValue(std::vector<at::Tensor>{}));
   for (const auto& work : works_) {
-    work->getFuture()->addCallback([pending, future, tensors = result()](c10::ivalue::Future& part) {
-      if (part.hasError()) {
-        if (!pending->failed.exchange(true)) future->setError(part.exception_ptr());
-      }
-      if (pending->num_left.fetch_sub(1) == 1 && !pending->failed) {
-        future->markCompleted(c10::IValue(tensors));
-      }
-    });
+    work->getFuture()->addCallback(
+        [pending, future, tensors = result()](c10::ivalue::Future& part) {
+          if (part.hasError()) {
+            if (!pending->failed.exchange(true)) future->setError(part.exception_ptr());
+          }
+          if (pending->num_left.fetch_sub(1) == 1 && !pending->failed) {
+            future->markCompleted(c10::IValue(tensors));
+          }
+        });
   }
   return future;
 }

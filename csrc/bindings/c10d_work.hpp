@@ -1,15 +1,16 @@
-// Work of the backend, and the thread that runs asynchronous collectives in the order of their calls.
+// Work of the backend, and the thread that runs asynchronous collectives in the order of their
+// calls.
 #pragma once
+
+#include <ATen/ATen.h>
 
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <vector>
-
-#include <ATen/ATen.h>
 #include <torch/csrc/distributed/c10d/Work.hpp>
+#include <vector>
 
 namespace primitives {
 
@@ -54,8 +55,8 @@ class WorkBatch : public c10d::Work {
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
 
-// Runs jobs one at a time in the order they came: asynchronous ones on its thread, a synchronous one on the
-// caller's when nothing is queued. No job may need the GIL.
+// Runs jobs one at a time in the order they came: asynchronous ones on its thread, a synchronous
+// one on the caller's when nothing is queued. No job may need the GIL.
 class WorkQueue {
  public:
   using Job = std::function<void()>;

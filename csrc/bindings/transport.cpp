@@ -29,10 +29,11 @@ void bind_transport(py::module_& m) {
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("options"),
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("options", [](Backend& self) { return self.getBackendOptions(); });
-  m.def("close_all_backends",
-        [](double limit_s) { close_all_backends(Milliseconds(static_cast<int64_t>(limit_s * 1e3))); },
-        py::arg("limit_s"), py::call_guard<py::gil_scoped_release>(),
-        "Leave every process group of this process; peers that wait for it get PeerLost.");
+  m.def(
+      "close_all_backends",
+      [](double limit_s) { close_all_backends(Milliseconds(static_cast<int64_t>(limit_s * 1e3))); },
+      py::arg("limit_s"), py::call_guard<py::gil_scoped_release>(),
+      "Leave every process group of this process; peers that wait for it get PeerLost.");
   m.def("sweep_segments", &sweep_segments, py::arg("folder"),
         "Remove shared memory whose owner has ended; how many pieces.");
 }

@@ -15,8 +15,8 @@ namespace {
 
 // Tile: as many chains as the registers hold (32 vectors in AVX-512, 16 else), enough to hide fma
 // latency.
-constexpr int kMr = kWidth == 16 ? 8 : 4;
-constexpr int kNv = 3;
+constexpr int kMr = kWidth == 16 ? 12 : 4;
+constexpr int kNv = kWidth == 16 ? 2 : 3;
 constexpr int kNr = kNv * kWidth;
 constexpr int64_t kKc = 256;
 constexpr int64_t kMc = 16 * kMr;
@@ -38,7 +38,7 @@ CANONICAL_FN void advance_chains(int64_t num_k, const float* a, const float* b,
     Vec row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) row[v] = load<Float32>(b + k * kNr + v * kWidth);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kMr; i++) {
       const Vec element = set<Vec>(a_element<kTransposed>(a, i, k));
 #pragma GCC unroll 4
@@ -61,7 +61,7 @@ CANONICAL_FN void finish(const Destination& to, Vec chains[kMr][kVectors]) {
   with_dtype(to.out.dtype, [&](auto dtype) {
     using T = decltype(dtype);
     auto* out = static_cast<typename T::Storage*>(to.out.data) + to.offset;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kMr; i++) {
       if (i >= to.num_rows) break;
 #pragma GCC unroll 4
@@ -87,7 +87,7 @@ template <int kVectors, bool kTransposed>
 void tile(int64_t num_k, const float* a, const float* b, float* waiting, bool first, bool last,
           const Destination& to) {
   Vec chains[kMr][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kMr; i++) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
@@ -99,7 +99,7 @@ void tile(int64_t num_k, const float* a, const float* b, float* waiting, bool fi
     finish<kVectors>(to, chains);
     return;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kMr; i++) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) store_raw(waiting + i * kNr + v * kWidth, chains[i][v]);
@@ -116,7 +116,7 @@ void pack_a(const typename T::Storage* a, int64_t row_stride, bool transposed, i
     if (transposed) {
       for (int64_t kk = 0; kk < num_k; kk++) {
         const auto* source = a + (k + kk) * row_stride + row + i0;
-        // kMr is a half or a quarter of a vector: whole vectors are read where A has them.
+        // kMr is less than a vector or a whole one: whole vectors are read where A has them.
         const bool whole = m - row - i0 >= kWidth;
         const Vec x = whole ? load<T>(source) : load<T>(source, rows_here);
         memcpy(packed + kk * kMr, &x, 4 * kMr);
@@ -173,8 +173,8 @@ template <bool kTransposed>
 CANONICAL_FN void choose_tile(int64_t num_k, const float* a, const float* b, float* waiting,
                               bool first, bool last, const Destination& to) {
   const int vectors = (to.num_columns + kWidth - 1) / kWidth;
-  if (vectors >= 3) {
-    tile<3, kTransposed>(num_k, a, b, waiting, first, last, to);
+  if (vectors == kNv) {
+    tile<kNv, kTransposed>(num_k, a, b, waiting, first, last, to);
   } else if (vectors == 2) {
     tile<2, kTransposed>(num_k, a, b, waiting, first, last, to);
   } else {

@@ -113,9 +113,9 @@ constexpr float kGeluMinus2Scale = -1.59576912f;  // -2 sqrt(2 / pi)
 constexpr float kGeluSlopeCubic = 0.21406444f;    // 2 sqrt(2 / pi) * 3 * 0.044715
 constexpr float kGeluSlope = 1.59576912f;
 
-CANONICAL_FN Vec gelu_sigmoid(Vec x) {
-  const Vec inner = fma((x * x) * x, set<Vec>(kGeluCubic), x);
-  return sigmoid_of_exp(exp(inner * kGeluMinus2Scale));
+// exp(-2 u), from which sigmoid(2 u) = s and 1 - s = exp(-2 u) * s follow.
+CANONICAL_FN Vec gelu_exp(Vec x) {
+  return exp(fma((x * x) * x, set<Vec>(kGeluCubic), x) * kGeluMinus2Scale);
 }
 
 inline void gelu(Input x, int64_t n, Output y) {
@@ -123,7 +123,7 @@ inline void gelu(Input x, int64_t n, Output y) {
     using X = decltype(x_type);
     for_lanes(n, [&](int64_t i, auto lanes) {
       const Vec v = load<X>(as<X>(x) + i, lanes);
-      store<X>(as<X>(y) + i, v * gelu_sigmoid(v), lanes);
+      store<X>(as<X>(y) + i, v * sigmoid_of_exp(gelu_exp(v)), lanes);
     });
   });
 }
@@ -132,10 +132,12 @@ inline void gelu_backward(Input dy, Input x, int64_t n, Output dx) {
   with_dtype(x.dtype, [&](auto x_type) {
     using X = decltype(x_type);
     for_lanes(n, [&](int64_t i, auto lanes) {
-      const Vec v = load<X>(as<X>(x) + i, lanes);
-      const Vec s = gelu_sigmoid(v);
+      // Beyond 10 the derivative is 1 or 0 to the last bit; the clamp keeps exp and x^2 finite.
+      Vec v = load<X>(as<X>(x) + i, lanes);
+      v = select(v < -10.0f, set<Vec>(-10.0f), select(v > 10.0f, set<Vec>(10.0f), v));
+      const Vec e = gelu_exp(v), s = sigmoid_of_exp(e);
       const Vec slope = fma(v * v, set<Vec>(kGeluSlopeCubic), set<Vec>(kGeluSlope));
-      const Vec derivative = fma((v * s) * (1.0f - s), slope, s);
+      const Vec derivative = fma((v * s) * (e * s), slope, s);
       store<X>(as<X>(dx) + i, load<X>(as<X>(dy) + i, lanes) * derivative, lanes);
     });
   });

@@ -28,8 +28,8 @@ void all_reduce_small(Group& group, char* data, size_t nbytes, const Reduction& 
   reduction.kernel(sources.data(), n, data, nbytes / reduction.itemsize, reduction.factor, false);
 }
 
-// Pipeline: in step s, chunk s goes in, this rank sums its slice of chunk s - 1, and the sums of chunk s - 2
-// come out. A rank's own slice never passes through staging on its way in.
+// Pipeline: in step s, chunk s goes in, this rank sums its slice of chunk s - 1, and the sums of
+// chunk s - 2 come out. A rank's own slice never passes through staging on its way in.
 void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reduction& reduction) {
   const int n = group.world_size(), me = group.rank();
   size_t chunk = kPipelineNbytes;
@@ -65,7 +65,8 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
         for (int r = 0; r < n; r++) sources[r] = r == me ? own : group.slot(r, epoch) + mine.begin;
         char* sums = group.slot(me, epoch + 1) + kPipelineNbytes + mine.begin;
         const size_t size = mine.end - mine.begin;
-        reduction.kernel(sources.data(), n, sums, size / reduction.itemsize, reduction.factor, false);
+        reduction.kernel(sources.data(), n, sums, size / reduction.itemsize, reduction.factor,
+                         false);
         copy(own, sums, size, false);
       }
     }
@@ -79,8 +80,8 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
 
 }  // namespace
 
-void all_reduce(Group& group, const Call& call, void* data, size_t nbytes, const Reduction& reduction,
-                Milliseconds timeout) {
+void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
+                const Reduction& reduction, Milliseconds timeout) {
   group.start(call, nullptr, nullptr, timeout);
   if (nbytes <= kSmallNbytes || group.world_size() == 1) {
     if (group.world_size() == 1) {

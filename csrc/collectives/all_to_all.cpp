@@ -39,7 +39,8 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
       const int r = (me + j) % n;
       const char* from = r == me ? static_cast<const char*>(in[me].data) + at
                                  : group.slot(r, group.epoch()) + me * block;
-      copy(static_cast<char*>(out[r].data) + at, from, chunk_nbytes(out[r].nbytes, i, block), stream);
+      copy(static_cast<char*>(out[r].data) + at, from, chunk_nbytes(out[r].nbytes, i, block),
+           stream);
     }
   }
   if (stream) stream_fence();

@@ -11,8 +11,8 @@
 namespace primitives {
 
 constexpr size_t kChunkNbytes = 128 << 10;
-constexpr size_t kSmallNbytes = 64 << 10;   // all_reduce: every rank sums everything
-constexpr size_t kStreamNbytes = 2 << 20;   // results from here on are written around the caches
+constexpr size_t kSmallNbytes = 64 << 10;  // all_reduce: every rank sums everything
+constexpr size_t kStreamNbytes = 2 << 20;  // results from here on are written around the caches
 
 // Bytes of one of n blocks that share a slot.
 inline size_t block_nbytes(int n) {

@@ -1,12 +1,14 @@
-// The collectives, on memory. Buffers are this rank's; n is the world size; all ranks of the group call the same
-// function with matching arguments, which the first barrier verifies. When a function returns, the
-// results are there and the inputs may be changed.
+// The collectives, on memory. Buffers are this rank's; n is the world size; all ranks of the group
+// call the same function with matching arguments, which the first barrier verifies. When a function
+// returns, the results are there and the inputs may be changed.
 //
 // steps and bytes for S bytes a rank (all_gather: the shard; others: the input):
 //   all_gather      S in, n S out, one barrier a 128 KiB chunk
 //   reduce_scatter  S in, S / n out, one barrier a 256 KiB chunk
-//   all_reduce      up to 64 KiB one barrier, every rank sums all; above, each rank sums 1 / n of a chunk
-//                   in a pipeline: in k | sum k - 1 | out k - 2, one barrier a chunk and two at the end
+//   all_reduce      up to 64 KiB one barrier, every rank sums all; above, each rank sums 1 / n of a
+//   chunk
+//                   in a pipeline: in k | sum k - 1 | out k - 2, one barrier a chunk and two at the
+//                   end
 #pragma once
 
 #include <cstddef>
@@ -37,8 +39,8 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
 // out = the tree over ranks of their in[this rank].
 void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
                     const Reduction& reduction, Milliseconds timeout);
-void all_reduce(Group& group, const Call& call, void* data, size_t nbytes, const Reduction& reduction,
-                Milliseconds timeout);
+void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
+                const Reduction& reduction, Milliseconds timeout);
 // out[r] receives in[this rank] of rank r.
 void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
                 const std::vector<Part>& out, Milliseconds timeout);
@@ -50,8 +52,8 @@ void reduce(Group& group, const Call& call, void* data, size_t nbytes, const Red
 void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
             const std::vector<Part>& out, Milliseconds timeout);
 // `in` is empty but on call.root.
-void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out, size_t out_nbytes,
-             Milliseconds timeout);
+void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
+             size_t out_nbytes, Milliseconds timeout);
 void barrier(Group& group, Milliseconds timeout);
 
 }  // namespace primitives

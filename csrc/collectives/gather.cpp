@@ -1,4 +1,5 @@
-// all_gather, gather, broadcast and scatter: bytes that move through the staging slots of their owners.
+// all_gather, gather, broadcast and scatter: bytes that move through the staging slots of their
+// owners.
 #include <numeric>
 
 #include "collectives/chunks.hpp"
@@ -31,14 +32,15 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
     const size_t at = i * kChunkNbytes;
     const char* mine = static_cast<const char*>(in) + at;
     if (n > 1) {
-      copy(group.slot(me, group.epoch() + 1), mine, chunk_nbytes(in_nbytes, i, kChunkNbytes), false);
+      copy(group.slot(me, group.epoch() + 1), mine, chunk_nbytes(in_nbytes, i, kChunkNbytes),
+           false);
     }
     i == 0 ? group.meet() : group.barrier();
     for (int j = 0; j < n; j++) {
       const int r = (me + j) % n;
       const char* from = r == me ? mine : group.slot(r, group.epoch());
-      copy(static_cast<char*>(out[r].data) + at, from,
-           chunk_nbytes(out[r].nbytes, i, kChunkNbytes), stream);
+      copy(static_cast<char*>(out[r].data) + at, from, chunk_nbytes(out[r].nbytes, i, kChunkNbytes),
+           stream);
     }
   }
   if (stream) stream_fence();
@@ -79,8 +81,8 @@ void broadcast(Group& group, const Call& call, void* data, size_t nbytes, Millis
   group.finish();
 }
 
-void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out, size_t out_nbytes,
-             Milliseconds timeout) {
+void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
+             size_t out_nbytes, Milliseconds timeout) {
   const int n = group.world_size(), me = group.rank();
   const size_t block = block_nbytes(n);
   const size_t num_chunks = std::max<size_t>(1, ceil_div(out_nbytes, block));

@@ -6,10 +6,10 @@
 
 namespace primitives {
 
-#define PRIMITIVES_DECLARE(isa)                                     \
-  namespace isa {                                                   \
-  ReduceFn find_reduce(DType dtype, ReduceOp op);                   \
-  void copy_stream(void* out, const void* in, size_t nbytes);       \
+#define PRIMITIVES_DECLARE(isa)                               \
+  namespace isa {                                             \
+  ReduceFn find_reduce(DType dtype, ReduceOp op);             \
+  void copy_stream(void* out, const void* in, size_t nbytes); \
   }
 PRIMITIVES_DECLARE(scalar)
 PRIMITIVES_DECLARE(avx2)

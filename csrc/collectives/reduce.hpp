@@ -1,9 +1,9 @@
 // Sums and friends over ranks, element by element, in the order of [Note: tree].
 //
 // [Note: tree] x0..xn-1 are combined as adjacent pairs, level by level, an odd last one carried up:
-// ((x0 + x1) + (x2 + x3)) + x4. The order depends on the number of ranks alone, never on message size, chunk,
-// SIMD width or arrival. float16 and bfloat16 are widened to float32, combined there, and rounded once
-// (to nearest, ties to even, subnormals kept).
+// ((x0 + x1) + (x2 + x3)) + x4. The order depends on the number of ranks alone, never on message
+// size, chunk, SIMD width or arrival. float16 and bfloat16 are widened to float32, combined there,
+// and rounded once (to nearest, ties to even, subnormals kept).
 #pragma once
 
 #include <cstddef>
@@ -27,12 +27,13 @@ enum class DType : uint8_t {
 };
 constexpr int kNumDTypes = 10;
 
-// out[i] = op over ranks of in[rank][i]. `out` may be one of the inputs, but may not overlap them otherwise.
+// out[i] = op over ranks of in[rank][i]. `out` may be one of the inputs, but may not overlap them
+// otherwise.
 using ReduceFn = void (*)(const void* const* in, int num_in, void* out, size_t numel, double factor,
                           bool stream);
 
-// Null when the operation has no meaning for the type. `factor`: what kPremulSum multiplies with, what kAvg
-// divides by. `stream` writes around the caches.
+// Null when the operation has no meaning for the type. `factor`: what kPremulSum multiplies with,
+// what kAvg divides by. `stream` writes around the caches.
 ReduceFn find_reduce(DType dtype, ReduceOp op);
 
 // Copies around the caches: for results too large to be read back from them.

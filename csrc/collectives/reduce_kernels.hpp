@@ -1,12 +1,14 @@
-// The kernels of reduce.hpp, compiled once per instruction set: reduce_{scalar,avx2,avx512}.cpp define ISA and
-// ISA_LEVEL (0, 1, 2) and include this file inside their target region. No other header may be included here:
-// a function of a standard header compiled in that region could be used by the linker for all machines.
-// (No include guard: one inclusion per translation unit, under another name.)
+// The kernels of reduce.hpp, compiled once per instruction set: reduce_{scalar,avx2,avx512}.cpp
+// define ISA and ISA_LEVEL (0, 1, 2) and include this file inside their target region. No other
+// header may be included here: a function of a standard header compiled in that region could be
+// used by the linker for all machines. (No include guard: one inclusion per translation unit, under
+// another name.)
 
 namespace primitives::ISA {
 namespace {
 
-constexpr size_t kBlock = 512;  // elements combined at a time: the partial results stay in the L1 cache
+constexpr size_t kBlock =
+    512;  // elements combined at a time: the partial results stay in the L1 cache
 
 // ---- types: how elements are stored, and what they are combined in
 template <class T>
@@ -86,33 +88,66 @@ struct Float16 {
 
 // ---- operations: what happens to an input, to two values, and to the result
 struct Sum {
-  template <class A> static A in(A x, A) { return x; }
-  template <class A> static A two(A a, A b) { return static_cast<A>(a + b); }
-  template <class A> static A out(A x, A) { return x; }
+  template <class A>
+  static A in(A x, A) {
+    return x;
+  }
+  template <class A>
+  static A two(A a, A b) {
+    return static_cast<A>(a + b);
+  }
+  template <class A>
+  static A out(A x, A) {
+    return x;
+  }
 };
 struct Avg : Sum {
-  template <class A> static A out(A x, A num_ranks) { return x / num_ranks; }
+  template <class A>
+  static A out(A x, A num_ranks) {
+    return x / num_ranks;
+  }
 };
 struct PremulSum : Sum {
-  template <class A> static A in(A x, A factor) { return x * factor; }
+  template <class A>
+  static A in(A x, A factor) {
+    return x * factor;
+  }
 };
 struct Product : Sum {
-  template <class A> static A two(A a, A b) { return static_cast<A>(a * b); }
+  template <class A>
+  static A two(A a, A b) {
+    return static_cast<A>(a * b);
+  }
 };
 struct Min : Sum {  // a NaN wins, as in torch.minimum
-  template <class A> static A two(A a, A b) { return a != a || a < b ? a : b; }
+  template <class A>
+  static A two(A a, A b) {
+    return a != a || a < b ? a : b;
+  }
 };
 struct Max : Sum {
-  template <class A> static A two(A a, A b) { return a != a || a > b ? a : b; }
+  template <class A>
+  static A two(A a, A b) {
+    return a != a || a > b ? a : b;
+  }
 };
 struct Band : Sum {
-  template <class A> static A two(A a, A b) { return static_cast<A>(a & b); }
+  template <class A>
+  static A two(A a, A b) {
+    return static_cast<A>(a & b);
+  }
 };
 struct Bor : Sum {
-  template <class A> static A two(A a, A b) { return static_cast<A>(a | b); }
+  template <class A>
+  static A two(A a, A b) {
+    return static_cast<A>(a | b);
+  }
 };
 struct Bxor : Sum {
-  template <class A> static A two(A a, A b) { return static_cast<A>(a ^ b); }
+  template <class A>
+  static A two(A a, A b) {
+    return static_cast<A>(a ^ b);
+  }
 };
 
 // ---- the tree: splitting at the largest power of two below n gives adjacent pairs, level by level

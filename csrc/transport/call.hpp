@@ -1,5 +1,6 @@
-// What a rank is asking for: published by every rank at the first barrier of each collective, so that a
-// difference between ranks is an error that names both sides and never a hang or a wrong sum.
+// What a rank is asking for: published by every rank at the first barrier of each collective, so
+// that a difference between ranks is an error that names both sides and never a hang or a wrong
+// sum.
 #pragma once
 
 #include <cstddef>

@@ -16,11 +16,11 @@ enum class RankState : uint32_t { kAbsent = 0, kAttached = 1, kClosed = 2 };
 
 // One rank's news. The first 64 bytes are read by every waiter, the rest rarely.
 struct alignas(64) RankLine {
-  std::atomic<uint32_t> epoch;  // last barrier this rank arrived at
-  std::atomic<int32_t> cpu;     // where it arrived
-  std::atomic<uint32_t> state;  // RankState
-  std::atomic<uint32_t> op;     // Op of the last call
-  std::atomic<uint64_t> seq;    // number of the last call
+  std::atomic<uint32_t> epoch;   // last barrier this rank arrived at
+  std::atomic<int32_t> cpu;      // where it arrived
+  std::atomic<uint32_t> state;   // RankState
+  std::atomic<uint32_t> op;      // Op of the last call
+  std::atomic<uint64_t> seq;     // number of the last call
   std::atomic<uint32_t> inside;  // the last call has not returned
   int32_t pid;
   uint64_t start_time;
@@ -47,7 +47,8 @@ struct Control {
   RankLine& line(int rank) { return reinterpret_cast<RankLine*>(this + 1)[rank]; }
 };
 
-static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+static_assert(std::atomic<uint64_t>::is_always_lock_free &&
+              std::atomic<uint32_t>::is_always_lock_free);
 
 // Followed by 2 * world_size counts: bytes to each rank, bytes from each rank.
 struct alignas(64) CallRecord {
@@ -72,9 +73,13 @@ class Layout {
     return align(sizeof(Control) + world_size_ * sizeof(RankLine)) +
            (2 * rank + parity) * record_nbytes();
   }
-  size_t stage(int rank) const { return page_align(record(world_size_, 0)) + rank * 2 * kSlotNbytes; }
+  size_t stage(int rank) const {
+    return page_align(record(world_size_, 0)) + rank * 2 * kSlotNbytes;
+  }
   // What every group uses; the rings come on demand, except for their heads.
-  size_t num_committed() const { return page_align(ring_heads() + world_size_ * world_size_ * sizeof(Ring)); }
+  size_t num_committed() const {
+    return page_align(ring_heads() + world_size_ * world_size_ * sizeof(Ring));
+  }
   size_t ring_head(int src, int dst) const {
     return ring_heads() + (src * world_size_ + dst) * sizeof(Ring);
   }
@@ -86,7 +91,9 @@ class Layout {
  private:
   static size_t align(size_t nbytes) { return (nbytes + 63) & ~size_t{63}; }
   static size_t page_align(size_t nbytes) { return (nbytes + 4095) & ~size_t{4095}; }
-  size_t record_nbytes() const { return sizeof(CallRecord) + align(2 * world_size_ * sizeof(uint64_t)); }
+  size_t record_nbytes() const {
+    return sizeof(CallRecord) + align(2 * world_size_ * sizeof(uint64_t));
+  }
   size_t ring_heads() const { return stage(world_size_); }
 
   size_t world_size_;

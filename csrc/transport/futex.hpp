@@ -14,7 +14,8 @@
 namespace primitives {
 
 // Returns at the latest after `limit`; the caller looks again.
-inline void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, std::chrono::milliseconds limit) {
+inline void futex_wait(std::atomic<uint32_t>* word, uint32_t seen,
+                       std::chrono::milliseconds limit) {
   const timespec time{limit.count() / 1000, (limit.count() % 1000) * 1000000};
   syscall(SYS_futex, word, FUTEX_WAIT, seen, &time, nullptr, 0);
 }

@@ -59,8 +59,9 @@ void Group::attach(Meeting& meeting) {
       const size_t cut = value.find('\n');
       if (value.substr(0, cut) != this_boot) {
         throw TransportError(Failure::kOther,
-                             here() + " runs on another host than rank 0; all ranks of the "
-                                      "primitives backend must run on one host");
+                             here() +
+                                 " runs on another host than rank 0; all ranks of the "
+                                 "primitives backend must run on one host");
       }
       segment_.emplace(Segment::open(options_.folder, value.substr(cut + 1)));
       if (segment_->nbytes() != layout_.nbytes()) {
@@ -194,8 +195,9 @@ void Group::barrier() {
   wait_generation(epoch);
 }
 
-// Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on this very
-// core; otherwise keep the core awake for a while, because waking it costs more than the wait.
+// Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on
+// this very core; otherwise keep the core awake for a while, because waking it costs more than the
+// wait.
 void Group::wait_generation(uint32_t epoch) {
   Control& c = control();
   auto arrived = [&] {

@@ -1,12 +1,12 @@
 // A group of ranks that share one segment: who they are, one barrier, deadlines, and failure.
 //
-// [Note: staging] Each rank owns two staging slots and two call records, used by turns of the barrier epoch:
-// what is written before barrier e goes to slot e & 1. It is read by the peers after barrier e and
-// overwritten only after barrier e + 1, where every reader has arrived; so one barrier per chunk
-// is enough and none trails.
+// [Note: staging] Each rank owns two staging slots and two call records, used by turns of the
+// barrier epoch: what is written before barrier e goes to slot e & 1. It is read by the peers after
+// barrier e and overwritten only after barrier e + 1, where every reader has arrived; so one
+// barrier per chunk is enough and none trails.
 //
-// [Note: failure] The first rank that sees a failure writes it into the segment ("poison"); every other rank
-// that waits finds it there and throws the same error. A failed group stays failed.
+// [Note: failure] The first rank that sees a failure writes it into the segment ("poison"); every
+// other rank that waits finds it there and throws the same error. A failed group stays failed.
 #pragma once
 
 #include <atomic>
@@ -60,8 +60,9 @@ class Group {
   const std::string& name() const { return options_.name; }
   uint64_t seq() const { return line(rank()).seq.load(std::memory_order_relaxed); }
 
-  // --- one collective: start, write the first chunk to slot(rank, epoch() + 1), meet, then barriers.
-  // The counts are bytes to each rank and from each rank, or null when all parts are equal.
+  // --- one collective: start, write the first chunk to slot(rank, epoch() + 1), meet, then
+  // barriers. The counts are bytes to each rank and from each rank, or null when all parts are
+  // equal.
   void start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
              Milliseconds timeout);
   // The first barrier: afterwards every rank is known to have made the same call.

@@ -27,7 +27,8 @@ std::string Group::describe_rank(int rank) const {
   text += ")";
   const uint64_t seq = of.seq.load();
   if (seq == 0) return text + ", which made no collective call yet";
-  return text + (of.inside.load() ? ", last seen inside collective " : ", last seen after collective ") +
+  return text +
+         (of.inside.load() ? ", last seen inside collective " : ", last seen after collective ") +
          std::to_string(seq) + ", " + op_name(static_cast<Op>(of.op.load()));
 }
 
@@ -78,8 +79,8 @@ void Group::throw_poison() {
 
 void Group::check() {
   if (closed_.load(std::memory_order_relaxed)) {
-    throw TransportError(Failure::kOther, "group '" + name() + "' is closed on rank " +
-                                              std::to_string(rank()));
+    throw TransportError(Failure::kOther,
+                         "group '" + name() + "' is closed on rank " + std::to_string(rank()));
   }
   if (control().poison.state.load(std::memory_order_acquire) == 2) throw_poison();
   if (getpid() != self_.pid) {

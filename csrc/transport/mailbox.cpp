@@ -24,7 +24,8 @@ void Mailbox::send(const void* data, const Envelope& envelope, int dst, Millisec
 }
 
 void Mailbox::recv(void* data, const Envelope& envelope, int src, Milliseconds timeout, Done done) {
-  post(recvs_, {static_cast<char*>(data), envelope, src, 0, Clock::now() + timeout, std::move(done)});
+  post(recvs_,
+       {static_cast<char*>(data), envelope, src, 0, Clock::now() + timeout, std::move(done)});
 }
 
 void Mailbox::post(std::list<Operation>& to, Operation operation) {
@@ -206,7 +207,8 @@ bool Mailbox::wanted_from(int src) const {
   });
 }
 
-// Gives the message whose header was just read to the first receive that asks for it, or puts it aside.
+// Gives the message whose header was just read to the first receive that asks for it, or puts it
+// aside.
 bool Mailbox::start_incoming(int src, const Envelope& envelope) {
   Incoming& incoming = incoming_[src];
   const auto recv = std::find_if(recvs_.begin(), recvs_.end(), [&](const Operation& posted) {
@@ -233,9 +235,9 @@ bool Mailbox::match_aside() {
     bool matched = false;
     for (int src = 0; src < group_.world_size() && !matched; src++) {
       if (recv->peer != src && recv->peer != kAnySource) continue;
-      const auto aside = std::find_if(aside_[src].begin(), aside_[src].end(), [&](const Aside& kept) {
-        return kept.envelope.tag == recv->envelope.tag;
-      });
+      const auto aside =
+          std::find_if(aside_[src].begin(), aside_[src].end(),
+                       [&](const Aside& kept) { return kept.envelope.tag == recv->envelope.tag; });
       if (aside == aside_[src].end()) continue;
       check_match(*recv, aside->envelope, src);
       std::memcpy(recv->data, aside->payload.data(), aside->payload.size());
@@ -260,8 +262,8 @@ void Mailbox::check_match(const Operation& recv, const Envelope& sent, int src) 
                                       std::to_string(group_.rank()) + " called recv" + text(asked));
 }
 
-// Every 100 ms: deadlines, and peers that are gone. A peer counts as gone the second time, so that what it
-// wrote just before is read first.
+// Every 100 ms: deadlines, and peers that are gone. A peer counts as gone the second time, so that
+// what it wrote just before is read first.
 void Mailbox::check_pending() {
   const std::string here =
       " on rank " + std::to_string(group_.rank()) + " of group '" + group_.name() + "'";
@@ -286,8 +288,8 @@ void Mailbox::check_pending() {
     if (lost || Clock::now() >= operation.deadline) {
       const std::string who = peers.size() > 1 ? "any rank" : "rank " + std::to_string(peers[0]);
       const auto deadline = lost ? Clock::time_point::max() : operation.deadline;
-      group_.check_missing(peers, deadline, what + who + ", tag " +
-                                                std::to_string(operation.envelope.tag) + here);
+      group_.check_missing(peers, deadline,
+                           what + who + ", tag " + std::to_string(operation.envelope.tag) + here);
     }
   };
   for (const auto& list : sends_) {

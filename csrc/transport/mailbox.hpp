@@ -1,11 +1,13 @@
 // Point to point: messages with tags, independent of the collectives.
 //
-// Each ordered pair of ranks has a ring in the segment: a stream of bytes, where every message is a header and
-// its payload. One thread per rank moves the bytes, so a send goes on though nobody waits for it.
+// Each ordered pair of ranks has a ring in the segment: a stream of bytes, where every message is a
+// header and its payload. One thread per rank moves the bytes, so a send goes on though nobody
+// waits for it.
 //
-// [Note: unexpected messages] A message nobody asked for stays in the ring and holds its sender back, unless
-// this rank waits for another message behind it: then it is put aside in memory. So two ranks that post sends
-// before receives cannot block each other, and a fast sender cannot fill a slow receiver's memory.
+// [Note: unexpected messages] A message nobody asked for stays in the ring and holds its sender
+// back, unless this rank waits for another message behind it: then it is put aside in memory. So
+// two ranks that post sends before receives cannot block each other, and a fast sender cannot fill
+// a slow receiver's memory.
 #pragma once
 
 #include <deque>
@@ -31,7 +33,8 @@ struct Envelope {
 
 class Mailbox {
  public:
-  // Called once per operation, on the mailbox thread: its error or null, and the rank the message came from.
+  // Called once per operation, on the mailbox thread: its error or null, and the rank the message
+  // came from.
   using Done = std::function<void(std::exception_ptr, int src)>;
 
   explicit Mailbox(Group& group);

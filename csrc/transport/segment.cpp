@@ -127,12 +127,14 @@ int sweep_segments(const std::string& folder) {
     unsigned uid = 0;
     int pid = 0;
     unsigned long long start_time = 0;
-    if (std::sscanf(entry->d_name, "primitives-%u-%d-%llu-", &uid, &pid, &start_time) != 3) continue;
+    if (std::sscanf(entry->d_name, "primitives-%u-%d-%llu-", &uid, &pid, &start_time) != 3)
+      continue;
     if (uid != getuid() || is_alive({pid, start_time})) continue;
     const std::string path = folder + "/" + entry->d_name;
     const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0) continue;
-    // The owner may live in another pid namespace, where its pid means nothing here: the lock decides.
+    // The owner may live in another pid namespace, where its pid means nothing here: the lock
+    // decides.
     if (flock(fd, LOCK_EX | LOCK_NB) == 0 && ::unlink(path.c_str()) == 0) num_removed++;
     close(fd);
   }

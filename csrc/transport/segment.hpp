@@ -1,8 +1,8 @@
-// One piece of shared memory: a file in /dev/shm that is unlinked as soon as every rank has mapped it, so
-// that nothing is left whatever kills a process.
+// One piece of shared memory: a file in /dev/shm that is unlinked as soon as every rank has mapped
+// it, so that nothing is left whatever kills a process.
 //
-// What dies between create and unlink leaves a file behind; its name holds uid, pid and start time of
-// the owner, who also holds a file lock, and the next start sweeps it.
+// What dies between create and unlink leaves a file behind; its name holds uid, pid and start time
+// of the owner, who also holds a file lock, and the next start sweeps it.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,9 @@ namespace primitives {
 
 class Segment {
  public:
-  // Memory of `nbytes`, of which the first `num_committed` are backed by pages at once; the rest only by
-  // commit(). Throws TransportError when `folder` has too little room: never a SIGBUS later.
+  // Memory of `nbytes`, of which the first `num_committed` are backed by pages at once; the rest
+  // only by commit(). Throws TransportError when `folder` has too little room: never a SIGBUS
+  // later.
   static Segment create(const std::string& folder, size_t nbytes, size_t num_committed);
   static Segment open(const std::string& folder, const std::string& name);
   // Memory of this process only, for a group of one rank.

@@ -153,6 +153,18 @@ class CheckpointRoot:
         replaced = self._replaced(step)
         return replaced if replaced.exists() and not committed.exists() else committed
 
+    def existing_folder(self, step: int | None) -> Path:
+        """The committed folder of a step, or of the latest checkpoint for None.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+        """
+        chosen = self.latest() if step is None else step
+        if chosen is None or not self.folder(chosen).is_dir():
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise FileNotFoundError(f"{self.path}: no {wanted}; have steps {self.steps()}")
+        return self.folder(chosen)
+
     def latest(self) -> int | None:
         """The step saved last; None when there is none.
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from primitives.checkpoint.chunks import LocalState, collect
 from primitives.checkpoint.exchange import agree, make_exchange
-from primitives.checkpoint.folder import CheckpointRoot
+from primitives.checkpoint.folder import CheckpointRoot, verify_digest, verify_listing
 from primitives.checkpoint.reader import load_state, read_index
-from primitives.checkpoint.writer import save_state
+from primitives.checkpoint.writer import INDEX, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,15 @@ class CheckpointManager:
         return self._root.steps()
 
     def keys(self, step: int) -> set[str]:
-        """The keys of a checkpoint, key parts joined by "/". Reads the index without verifying it.
+        """The keys of a checkpoint, key parts joined by "/" ("~1" stands for "/", "~0" for "~").
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
+            CheckpointCorrupt: a file is missing, foreign or resized, or the index was changed.
         """
-        index = read_index(self._root.folder(step))
+        folder = self._root.existing_folder(step)
+        verify_digest(folder, INDEX, verify_listing(folder, step).files[INDEX])
+        index = read_index(folder)
         return {*index["tensors"], *index["values"]}
 
     def delete(self, step: int) -> None:

@@ -67,18 +67,17 @@ def load_state(
         ValueError: a key is missing, or its dtype or shape differs; ``state`` is untouched.
     """
 
-    def choose() -> int | None:
+    def choose() -> tuple[int, Path] | None:
         if exchange.rank:
             return None
         chosen = root.latest() if step is None else step
-        if chosen is None or not root.folder(chosen).is_dir():
-            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise FileNotFoundError(f"{root.path}: no {wanted}; have steps {root.steps()}")
-        return chosen
+        folder = root.existing_folder(chosen)
+        assert chosen is not None
+        return chosen, folder
 
-    chosen = agree(exchange, choose, io_error=CheckpointCorrupt)[0]
-    assert chosen is not None
-    folder = root.folder(chosen)
+    choice = agree(exchange, choose, io_error=CheckpointCorrupt)[0]
+    assert choice is not None
+    chosen, folder = choice
     agree(exchange, lambda: verify(folder, chosen, exchange), io_error=CheckpointCorrupt)
     plans: list[ReadPlan] = []  # holds this rank's plan, which must not travel
     agree(

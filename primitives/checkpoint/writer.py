@@ -30,7 +30,10 @@ def shard_name(rank: int) -> str:
 
 def entry_name(key: str, box: Box, shape: tuple[int, ...]) -> str:
     """The name of a box inside its file: the key, with the offset unless the tensor is whole."""
-    return key if box.shape == shape else f"{key}[{','.join(map(str, box.offset))}]"
+    if box.shape != shape:
+        return f"{key}[{','.join(map(str, box.offset))}]"
+    # Names stay unique, and never are the one that safetensors keeps for itself.
+    return f"{key}[]" if key.endswith("]") or key == "__metadata__" else key
 
 
 def save_state(

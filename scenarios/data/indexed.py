@@ -10,7 +10,8 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,27 +23,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from scenarios.data.index_format import DTYPES, TokenIndex, index_bytes, parse_index
 from scenarios.data.text_files import read_documents
+from scenarios.data.token_facts import TokenFacts, check_digest, read_facts
 from scenarios.data.tokenizer import load_tokenizer
 
 UINT16_VOCABULARY = 65500
 """Megatron-LM stores ids of vocabularies below this size in two bytes, others in four."""
 DOCUMENTS_AT_ONCE = 256
 TOKENS_AT_ONCE = 1 << 24
-
-
-@dataclass(frozen=True)
-class TokenFacts:
-    """The content of PREFIX.json."""
-
-    tokenizer: str
-    vocab_size: int
-    """Ids are below it; a model pads it to a multiple of 8."""
-    eod: int
-    """Id at the end of every document."""
-    num_documents: int
-    num_tokens: int
-    sha256_bin: str = ""
-    sha256_idx: str = ""
 
 
 class IndexedDataset:
@@ -58,13 +45,13 @@ class IndexedDataset:
         """
         self.prefix = Path(prefix)
         content, tokens = _map(_file(self.prefix, "idx")), _map(_file(self.prefix, "bin"))
-        self._facts = _read_facts(_file(self.prefix, "json"))
+        self._facts = read_facts(_file(self.prefix, "json"))
         try:
             index = parse_index(content, len(tokens))
         except ValueError as error:
             raise ValueError(f"{_file(self.prefix, 'idx')}: corrupt: {error}") from None
         if self._facts is not None:
-            _check_digest(_file(self.prefix, "idx"), content, self._facts.sha256_idx)
+            check_digest(_file(self.prefix, "idx"), content, self._facts.sha256_idx)
         self._lengths, self._documents = index.lengths, index.documents
         self._tokens: NDArray[np.integer[Any]] = tokens.view(index.dtype)
 
@@ -123,7 +110,7 @@ class IndexedDataset:
         """
         if self._facts is not None:
             path = _file(self.prefix, "bin")
-            _check_digest(path, _map(path), self._facts.sha256_bin)
+            check_digest(path, _map(path), self._facts.sha256_bin)
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
@@ -205,11 +192,15 @@ class IndexedDatasetWriter:
             if kind is None:
                 self._put_in_place()
         except OSError as failure:
-            raise ValueError(f"{self.prefix}: cannot be written: {failure.strerror}") from None
+            error = failure
         finally:
-            self._bin.close()
+            # Closing writes what is still buffered, which fails again on a full disk.
+            with suppress(OSError):
+                self._bin.close()
             for suffix in ("bin", "json", "idx"):
                 _staging(self.prefix, suffix).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{self.prefix}: cannot be written: {error.strerror}") from None
 
     def _put_in_place(self) -> None:
         """The old index goes first, the new one comes last: without one nothing is read."""
@@ -220,11 +211,12 @@ class IndexedDatasetWriter:
         )
         files = {"idx": index}
         if self.facts is not None:
-            facts = asdict(self.facts) | {
-                "sha256_bin": self._digest.hexdigest(),
-                "sha256_idx": hashlib.sha256(index).hexdigest(),
-            }
-            files["json"] = (json.dumps(facts, indent=2) + "\n").encode()
+            self.facts = replace(
+                self.facts,
+                sha256_bin=self._digest.hexdigest(),
+                sha256_idx=hashlib.sha256(index).hexdigest(),
+            )
+            files["json"] = (json.dumps(asdict(self.facts), indent=2) + "\n").encode()
         for suffix, content in files.items():
             with _staging(self.prefix, suffix).open("wb") as file:
                 file.write(content)
@@ -306,21 +298,3 @@ def _map(path: Path) -> NDArray[np.uint8]:
         return np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_facts(path: Path) -> TokenFacts | None:
-    try:
-        facts = TokenFacts(**json.loads(path.read_bytes()))
-        if not (isinstance(facts.vocab_size, int) and facts.vocab_size > 0):
-            raise ValueError(f"got vocab_size {facts.vocab_size!r}, expected a positive integer")
-    except FileNotFoundError:
-        return None
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: corrupt: {error}") from None
-    return facts
-
-
-def _check_digest(path: Path, content: NDArray[np.uint8], expected: str) -> None:
-    got = hashlib.sha256(content.data).hexdigest()
-    if got != expected:
-        raise ValueError(f"{path}: corrupt: got SHA-256 {got}, expected {expected}")

@@ -1,0 +1,1 @@
+"""Tests that run on four ranks in lockstep; see README.md."""

@@ -1,0 +1,205 @@
+"""The sharded batch, and entropy and log-probability over a split vocabulary, on a 2x2 mesh."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from primitives.sharded_tensordict import ShardedTensorDict
+from primitives.vocab_parallel import vocab_parallel_entropy, vocab_parallel_log_prob
+from special_distributed.examples import examples
+
+NUM_TOKENS = 256
+VOCAB = 155136
+
+
+@pytest.fixture
+def mesh(world: dist.ProcessGroup) -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    same_kind = actual.dtype == expected.dtype and actual.shape == expected.shape
+    return same_kind and torch.equal(bits(actual), bits(expected))
+
+
+def batch_of(dp: int, num_rows: int) -> ShardedTensorDict:
+    """A batch that is known on every rank; each row tells where it comes from."""
+    generator = torch.Generator().manual_seed(dp)
+    scores = torch.randn(num_rows, 5, generator=generator)
+    scores[:, 0] = float("nan")
+    tensors = TensorDict(
+        {
+            "ids": torch.arange(num_rows * 3).reshape(num_rows, 3) + 1000 * dp,
+            "scores": scores,
+            "mask": torch.arange(num_rows) % 2 == dp,
+            "nested": {"half": scores[:, 1:].to(torch.bfloat16)},
+        },
+        batch_size=[num_rows],
+    )
+    columns: dict[str, Any] = {
+        "prompt": [f"prompt {dp}.{row}" for row in range(num_rows)],
+        "turns": [[dp] * row for row in range(num_rows)],
+    }
+    return ShardedTensorDict(tensors, columns, {"temperature": 0.7, "seed": 1})
+
+
+@examples(10, rows=st.tuples(st.integers(0, 5), st.integers(0, 5)))
+def test_all_gather_concatenates_in_rank_order(
+    mesh: DeviceMesh, rank: int, rows: tuple[int, int]
+) -> None:
+    mine = batch_of(mesh["dp"].get_local_rank(), rows[mesh["dp"].get_local_rank()])
+    full = mine.all_gather(mesh, "dp")
+    parts = [batch_of(dp, num_rows) for dp, num_rows in enumerate(rows)]
+    assert len(full) == sum(rows)
+    for key in ("ids", "scores", "mask", ("nested", "half")):
+        expected = torch.cat([part.tensors[key] for part in parts])
+        assert same_bits(full.tensors[key], expected), key
+    for name in ("prompt", "turns"):
+        assert full.columns[name].dtype == np.dtype(object)
+        assert list(full.columns[name]) == [v for part in parts for v in part.columns[name]]
+    assert full.meta == {"temperature": 0.7, "seed": 1}
+    assert same_bits(mine.tensors["scores"], parts[mesh["dp"].get_local_rank()].tensors["scores"])
+
+
+def test_all_gather_refuses_what_does_not_fit(mesh: DeviceMesh, rank: int) -> None:
+    dp = mesh["dp"].get_local_rank()
+    batch = batch_of(dp, 2)
+    batch.meta["seed"] = dp
+    with pytest.raises(ValueError, match="meta seed: rank 1 has 1, rank 0 has 0"):
+        batch.all_gather(mesh, "dp")
+    batch = batch_of(dp, 2)
+    if dp == 1:
+        batch.tensors["ids"] = batch.tensors["ids"].int()
+    with pytest.raises(ValueError, match=r"ids: rank 1 has torch\.int32 rows of shape \[3\]"):
+        batch.all_gather(mesh, "dp")
+    batch = batch_of(dp, 2)
+    if dp == 1:
+        del batch.columns["turns"]
+    with pytest.raises(ValueError, match="rank 1 lacks turns"):
+        batch.all_gather(mesh, "dp")
+
+
+def test_columns_must_have_a_value_a_row() -> None:
+    tensors = TensorDict({"x": torch.zeros(3)}, batch_size=[3])
+    with pytest.raises(ValueError, match=r"column 'name': .* got 2 values for 3 rows"):
+        ShardedTensorDict(tensors, {"name": ["a", "b"]})
+
+
+def test_tensors_must_be_tensors_of_rows() -> None:
+    tensors = TensorDict({"x": torch.zeros(3)}, batch_size=[3])
+    tensors.set_non_tensor("name", "abc")
+    with pytest.raises(ValueError, match="name is a NonTensorData; it belongs in columns or meta"):
+        ShardedTensorDict(tensors)
+    with pytest.raises(ValueError, match=r"batch_size must be \[rows\], got \[3, 2\]"):
+        ShardedTensorDict(TensorDict({"x": torch.zeros(3, 2)}, batch_size=[3, 2]))
+
+
+def logits_and_grad(seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full logits [tokens, vocab] with 64 padded columns, and a gradient [tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(NUM_TOKENS, VOCAB, generator=generator).mul_(4).to(dtype)
+    logits[:, -64:] = float("-inf")
+    return logits, torch.randn(NUM_TOKENS, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        ("entropy", torch.float32),
+        ("entropy", torch.bfloat16),
+        ("log_prob", torch.float32),
+    ],
+)
+def test_vocab_parallel_equals_unsharded(
+    mesh: DeviceMesh, rank: int, function: str, dtype: torch.dtype
+) -> None:
+    tp = mesh["tp"]
+    full, grad = logits_and_grad(mesh["dp"].get_local_rank(), dtype)
+    targets = (torch.arange(NUM_TOKENS) * 7919) % (VOCAB - 64)
+
+    def evaluate(
+        logits: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = logits.clone().requires_grad_()
+        if function == "entropy":
+            value = vocab_parallel_entropy(leaf, group)
+        else:
+            value = vocab_parallel_log_prob(leaf, targets, group)
+        torch.autograd.backward(value, grad)
+        assert same_bits(leaf.detach(), logits)  # unaltered
+        assert leaf.grad is not None
+        return value.detach(), leaf.grad
+
+    shard = full.chunk(2, dim=1)[tp.get_local_rank()]
+    value, shard_grad = evaluate(shard, tp.get_group())
+    full_value, full_grad = evaluate(full, None)
+    assert same_bits(value, full_value)
+    assert same_bits(shard_grad, full_grad.chunk(2, dim=1)[tp.get_local_rank()])
+    assert bool(value.isfinite().all())
+    assert bool(shard_grad.isfinite().all())
+
+
+def test_unsharded_is_the_textbook_formula(world: dist.ProcessGroup, rank: int) -> None:
+    """Against float64, within the bound of the tree.
+
+    With u = 2^-24, shifted logits |d| <= D, n columns: exp of a rounded d is off by at most
+    (D + 2) u relative, a tree of depth L = 3 + ceil(log2(n / 8)) adds L u, product and quotient
+    one u each. So sum_exp is off by (D + 2 + L) u relative; log of it by as much absolute plus one
+    rounding of log S <= log n; the mean |E| <= D by 2 (D + 2 + L) + 3 relative units of u.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    logits = torch.randn(16, 4096, generator=generator) * 4
+    entropy = vocab_parallel_entropy(logits).double()
+    log_probs = logits.double().log_softmax(1)
+    exact = -(log_probs.exp() * log_probs).sum(1)
+    d = (logits.amax(1, keepdim=True) - logits).double().amax(1)
+    mean = (logits.double().softmax(1) * (logits.amax(1, keepdim=True) - logits).double()).sum(1)
+    depth = 3 + 9
+    relative = d + 2 + depth
+    bound = (relative + 9 + (2 * relative + 3) * mean + entropy) * 2.0**-24
+    assert bool(((entropy - exact).abs() <= bound).all())
+    assert float(bound.max()) < 2e-4  # the bound itself says something
+
+    targets = torch.arange(16) * 255
+    log_prob = vocab_parallel_log_prob(logits, targets).double()
+    exact = log_probs.gather(1, targets[:, None])[:, 0]
+    assert bool(((log_prob - exact).abs() <= (relative + 9 + exact.abs() + d) * 2.0**-24).all())
+
+
+def test_gradients_are_the_derivatives(world: dist.ProcessGroup, rank: int) -> None:
+    """Against autograd in float64: each grad element is within 1e-5 of the largest one's size."""
+    generator = torch.Generator().manual_seed(rank)
+    logits = (torch.randn(8, 64, generator=generator) * 3).requires_grad_()
+    targets = torch.arange(8) * 7
+    grad = torch.randn(8, generator=generator)
+    exact_logits = logits.detach().double().requires_grad_()
+    log_probs = exact_logits.log_softmax(1)
+    for value, exact in (
+        (vocab_parallel_entropy(logits), -(log_probs.exp() * log_probs).sum(1)),
+        (vocab_parallel_log_prob(logits, targets), log_probs.gather(1, targets[:, None])[:, 0]),
+    ):
+        (actual,) = torch.autograd.grad(value, logits, grad)
+        (expected,) = torch.autograd.grad(exact, exact_logits, grad.double(), retain_graph=True)
+        error = (actual.double() - expected).abs().max()
+        assert float(error) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("columns", [12, 7])
+def test_vocabulary_must_be_eight_parts(columns: int) -> None:
+    with pytest.raises(ValueError, match=f"got {columns} columns on each of 1 ranks"):
+        vocab_parallel_entropy(torch.zeros(2, columns))
+
+
+def test_targets_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 <= target < 16, got values from 3 to 16"):
+        vocab_parallel_log_prob(torch.zeros(2, 16), torch.tensor([3, 16]))

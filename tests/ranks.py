@@ -1,0 +1,153 @@
+"""Ranks for tests: threads of this process (fast), or processes of their own (real faults)."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = """
+import importlib, sys
+sys.path[:0] = sys.argv[1:3]
+module, function = sys.argv[3].split(":")
+getattr(importlib.import_module(module), function)(*sys.argv[4:])
+"""
+
+
+class ThreadRanks:
+    """Backends of one group, each used by a thread of its own."""
+
+    def __init__(self, world_size: int, timeout_s: float = 20.0, **options: Any) -> None:
+        from primitives import _C
+
+        store = dist.HashStore()
+
+        def make(rank: int) -> Any:
+            settings = _C.Backend.Options(timedelta(seconds=timeout_s))
+            for name, value in options.items():
+                setattr(settings, name, value)
+            return _C.Backend(store, rank, world_size, settings)
+
+        self.world_size = world_size
+        self.backends = run_threads(world_size, make)
+
+    def __call__(self, function: Callable[[Any, int], Any]) -> list[Any]:
+        """``function(backend, rank)`` on every rank at once; the results in rank order."""
+        return run_threads(self.world_size, lambda r: function(self.backends[r], r))
+
+    def errors(self, function: Callable[[Any, int], Any]) -> list[BaseException | None]:
+        """What each rank raised."""
+
+        def call(rank: int) -> BaseException | None:
+            try:
+                function(self.backends[rank], rank)
+            except Exception as error:
+                return error
+            return None
+
+        return run_threads(self.world_size, call)
+
+    def close(self) -> None:
+        run_threads(self.world_size, lambda r: self.backends[r].shutdown())
+        self.backends = []
+
+
+def run_threads(num: int, function: Callable[[int], Any], timeout_s: float = 60.0) -> list[Any]:
+    """``function(i)`` on ``num`` threads; raises the first error."""
+    results: list[Any] = [None] * num
+    errors: list[BaseException] = []
+
+    def call(i: int) -> None:
+        try:
+            results[i] = function(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    return results
+
+
+@dataclass
+class ProcessRanks:
+    """``module:function`` on ``world_size`` processes that meet through a file in ``folder``."""
+
+    target: str
+    world_size: int
+    folder: Path
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(self) -> "ProcessRanks":
+        for rank in range(self.world_size):
+            env = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TEST_RANK": str(rank),
+                "TEST_WORLD_SIZE": str(self.world_size),
+                "TEST_STORE": str(self.folder / "store"),
+                **self.env,
+            }
+            argv = [sys.executable, "-c", WORKER, str(ROOT), str(ROOT / "tests"), self.target]
+            self.processes.append(
+                subprocess.Popen(
+                    [*argv, *self.args],
+                    env=env,
+                    cwd=self.folder,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        return self
+
+    def wait(self, timeout_s: float = 60.0) -> list[tuple[int, str]]:
+        """Exit code and output of each rank; kills what does not end."""
+        results = []
+        try:
+            for process in self.processes:
+                output, _ = process.communicate(timeout=timeout_s)
+                results.append((process.returncode, output))
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        return results
+
+    def leftovers(self) -> list[str]:
+        """Shared memory that these processes left behind."""
+        return [name for process in self.processes for name in leftovers(process.pid)]
+
+
+def init(timeout_s: float = 20.0) -> tuple[int, int]:
+    """In a process of ProcessRanks: init_process_group; rank and world size."""
+    import primitives.backend
+
+    primitives.backend.register()
+    rank, world_size = int(os.environ["TEST_RANK"]), int(os.environ["TEST_WORLD_SIZE"])
+    store = dist.FileStore(os.environ["TEST_STORE"], world_size)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "primitives", store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    return rank, world_size
+
+
+def leftovers(pid: int | None = None) -> list[str]:
+    """Shared memory that process ``pid`` (default: this one) left behind."""
+    pattern = f"primitives-{os.getuid()}-{pid or os.getpid()}-*"
+    return [path.name for path in Path("/dev/shm").glob(pattern)]

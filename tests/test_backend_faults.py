@@ -1,0 +1,329 @@
+"""Each fault ends soon, on every rank, with an error that says who and what; nothing is left."""
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import ProcessRanks, ThreadRanks, init, leftovers, run_threads
+
+from primitives import errors
+
+
+def all_reduce(backend: Any, numel: int = 8, dtype: torch.dtype = torch.float32) -> None:
+    backend.allreduce([torch.ones(numel, dtype=dtype)]).wait()
+
+
+@pytest.mark.parametrize(
+    ("odd_one", "words"),
+    [
+        (lambda b: all_reduce(b, 9), ["numel 8", "numel 9"]),
+        (lambda b: all_reduce(b, 8, torch.float16), ["float32", "float16"]),
+        (lambda b: b.broadcast([torch.ones(8)]).wait(), ["all_reduce(sum", "broadcast(", "root 0"]),
+        (lambda b: b.barrier().wait(), ["rank 0, 2: all_reduce", "rank 1: barrier"]),
+    ],
+)
+def test_mismatch_names_both_sides_on_all_ranks(odd_one: Any, words: list[str]) -> None:
+    ranks = ThreadRanks(3)
+    all_of_one = ranks.errors(lambda b, r: odd_one(b) if r == 1 else all_reduce(b))
+    for error in all_of_one:
+        assert isinstance(error, errors.CollectiveMismatch)
+        assert "collective 1 of group" in str(error)
+        for word in words:
+            assert word in str(error)
+    # A failed group stays failed, on the caller's thread and on the queue.
+    for error in ranks.errors(lambda b, r: all_reduce(b)):
+        assert isinstance(error, errors.CollectiveMismatch)
+    ranks.close()
+
+
+def test_uneven_lists_that_do_not_fit() -> None:
+    ranks = ThreadRanks(2)
+
+    def gather(backend: Any, rank: int) -> None:
+        sizes = [3, 4] if rank == 0 else [3, 5]
+        outs = [torch.empty(size) for size in sizes]
+        backend.allgather([outs], [torch.ones(sizes[rank])]).wait()
+
+    for error in ranks.errors(gather):
+        assert isinstance(error, errors.CollectiveMismatch)
+    ranks.close()
+
+
+def test_timeout_names_the_missing_rank() -> None:
+    ranks = ThreadRanks(3, timeout_s=0.5)
+    ranks(lambda b, r: all_reduce(b))
+    start = time.monotonic()
+    found = ranks.errors(lambda b, r: all_reduce(b) if r != 2 else None)
+    assert time.monotonic() - start < 5
+    assert found[2] is None
+    for error in found[:2]:
+        assert isinstance(error, errors.CollectiveTimeout)
+        assert "in all_reduce, collective 2" in str(error)
+        assert "missing: rank 2" in str(error)
+        assert "after collective 1, all_reduce" in str(error)
+    ranks.close()
+
+
+def test_a_rank_that_leaves_is_lost_to_the_others() -> None:
+    ranks = ThreadRanks(3, timeout_s=30)
+
+    def call(backend: Any, rank: int) -> None:
+        if rank == 0:
+            backend.shutdown()
+        else:
+            all_reduce(backend)
+
+    for error in ranks.errors(call)[1:]:
+        assert isinstance(error, errors.PeerLost)
+        assert "rank 0" in str(error)
+        assert "has left" in str(error)
+    ranks.close()
+
+
+def test_abort_frees_a_blocked_wait_everywhere() -> None:
+    ranks = ThreadRanks(3, timeout_s=30)
+
+    def call(backend: Any, rank: int) -> None:
+        if rank == 0:
+            timer = threading.Timer(0.2, backend.abort)
+            timer.start()
+        if rank < 2:
+            all_reduce(backend)
+        else:
+            backend.recv([torch.empty(1)], 0, 0).wait()
+
+    start = time.monotonic()
+    for error in ranks.errors(call):
+        assert isinstance(error, errors.PeerLost)
+        assert "aborted" in str(error)
+    assert time.monotonic() - start < 5
+    ranks.close()
+
+
+def test_caller_mistakes_are_value_errors_and_harm_nobody() -> None:
+    ranks = ThreadRanks(2)
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.AVG
+
+    def call(backend: Any, rank: int) -> None:
+        wrong = [
+            (lambda: backend.allreduce([torch.ones(2, dtype=torch.int32)], options), "int32"),
+            (lambda: backend.allreduce([torch.ones(2, device="meta")]), "meta"),
+            (lambda: backend.allreduce([torch.ones(2).to_sparse()]), "dense"),
+            (lambda: backend._allgather_base(torch.empty(5), torch.ones(2)), "expected 4"),
+            (lambda: backend._allgather_base(torch.empty(4).int(), torch.ones(2)), "float32"),
+            (lambda: backend.allgather([[torch.empty(2)]], [torch.ones(2)]), "2, got 1"),
+            (lambda: backend.alltoall_base(torch.empty(2), torch.ones(2), [2, 1], []), "[2, 1]"),
+            (lambda: backend.send([torch.ones(2)], 5, 0), "[0, 2)"),
+        ]
+        for function, word in wrong:
+            with pytest.raises(ValueError) as caught:
+                function().wait()
+            assert word in str(caught.value), str(caught.value)
+        all_reduce(backend)
+
+    ranks(call)
+    ranks.close()
+
+
+def test_messages_by_tag_any_source_and_mismatch() -> None:
+    ranks = ThreadRanks(3, timeout_s=20)
+    big = torch.arange(200_000.0)
+
+    def call(backend: Any, rank: int) -> Any:
+        if rank == 0:
+            first, second, third = torch.empty_like(big), torch.empty(3), torch.empty(1)
+            backend.recv([second], 1, 5).wait()  # behind the big one with tag 4
+            backend.recv([first.view(2, -1).t()], 1, 4).wait()
+            work = backend.recv_anysource([third], 9)
+            work.wait()
+            return first, second, third, work._source_rank()
+        if rank == 1:
+            works = [backend.send([big], 0, 4), backend.send([torch.ones(3)], 0, 5)]
+            for work in works:
+                work.wait()
+        else:
+            backend.send([torch.tensor([2.5])], 0, 9)
+        return None
+
+    first, second, third, source = ranks(call)[0]
+    assert torch.equal(first.view(2, -1).t().reshape(-1), big)
+    assert second.tolist() == [1, 1, 1]
+    assert (third.item(), source) == (2.5, 2)
+
+    def wrong(backend: Any, rank: int) -> None:
+        if rank == 0:
+            backend.recv([torch.empty(2)], 1, 0).wait()
+        elif rank == 1:
+            backend.send([torch.ones(3)], 0, 0)
+            backend.recv([torch.ones(3)], 0, 1).wait()
+
+    for error in ranks.errors(wrong)[:2]:
+        assert isinstance(error, errors.CollectiveMismatch)
+        assert "12 bytes" in str(error)
+        assert "8 bytes" in str(error)
+    ranks.close()
+
+
+def test_recv_times_out_and_names_the_peer() -> None:
+    ranks = ThreadRanks(2, timeout_s=0.5)
+    found = ranks.errors(lambda b, r: b.recv([torch.empty(1)], 1, 3).wait() if r == 0 else None)
+    assert isinstance(found[0], errors.CollectiveTimeout)
+    assert "recv from rank 1, tag 3 on rank 0" in str(found[0])
+    ranks.close()
+
+
+def test_a_rank_that_never_joins_is_named() -> None:
+    from primitives import _C
+
+    store = dist.HashStore()
+
+    def join(rank: int) -> str:
+        with pytest.raises(errors.CollectiveTimeout) as caught:
+            _C.Backend(store, rank, 3, _C.Backend.Options(timedelta(seconds=0.5)))
+        return str(caught.value)
+
+    for text in run_threads(2, join):
+        assert "rank 2 did not come" in text
+    assert leftovers() == []
+
+
+def test_full_shared_memory_is_one_clear_error_on_every_rank(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    if os.system(f"mount -t tmpfs -o size=1m tmpfs {tmp_path} 2>/dev/null") != 0:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        for error in run_threads(2, lambda r: create_error(r, str(tmp_path), STORE)):
+            assert type(error) is errors.CollectiveError
+            assert "shared memory is full" in str(error)
+            assert "bytes free" in str(error)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.system(f"umount {tmp_path}")
+
+
+STORE = dist.HashStore()
+
+
+def create_error(rank: int, folder: str, store: Any) -> BaseException | None:
+    from primitives import _C
+
+    options = _C.Backend.Options(timedelta(seconds=5))
+    options.shm_dir = folder
+    try:
+        _C.Backend(store, rank, 2, options)
+    except Exception as error:
+        return error
+    return None
+
+
+def test_no_such_folder_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    for error in run_threads(2, lambda r: create_error(r, str(tmp_path / "none"), store)):
+        assert type(error) is errors.CollectiveError
+        assert "No such file" in str(error)
+
+
+def test_sweep_removes_only_what_a_dead_owner_left(tmp_path: Path) -> None:
+    from primitives import _C
+
+    uid = os.getuid()
+    start = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    stale = tmp_path / f"primitives-{uid}-{2**22 + 5}-77-abc"
+    reused = tmp_path / f"primitives-{uid}-{os.getpid()}-{int(start) - 1}-abc"
+    keep = [
+        tmp_path / f"primitives-{uid}-{os.getpid()}-{start}-abc",
+        tmp_path / f"primitives-{uid + 1}-{2**22 + 5}-77-abc",
+        tmp_path / "primitives-other",
+    ]
+    for path in (stale, reused, *keep):
+        path.touch()
+    assert _C.sweep_segments(str(tmp_path)) == 2
+    assert sorted(tmp_path.iterdir()) == sorted(keep)
+
+
+# ---- faults of whole processes
+
+
+def loop_of_all_reduces() -> None:
+    """Trains for ever; says when it has begun."""
+    init(timeout_s=60)
+    Path(f"begun{dist.get_rank()}").touch()
+    while True:
+        work = dist.all_reduce(torch.ones(50_000), async_op=True)
+        work.wait()
+
+
+def begin(folder: Path) -> ProcessRanks:
+    ranks = ProcessRanks("test_backend_faults:loop_of_all_reduces", 3, folder).start()
+    deadline = time.monotonic() + 60
+    while not all((folder / f"begun{r}").exists() for r in range(3)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return ranks
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_rank_is_named_by_all_others(tmp_path: Path, number: int) -> None:
+    ranks = begin(tmp_path)
+    victim = ranks.processes[1]
+    victim.send_signal(number)
+    start = time.monotonic()
+    results = ranks.wait(30)
+    assert time.monotonic() - start < 10
+    assert results[1][0] == -number
+    for code, output in (results[0], results[2]):
+        assert code == 1
+        assert f"PeerLost: rank 1 (pid {victim.pid})" in output
+        assert "all_reduce" in output
+    assert ranks.leftovers() == []
+
+
+def stopped_peer() -> None:
+    rank, _ = init(timeout_s=1.0)
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(3))
+
+
+def test_a_stopped_rank_is_a_timeout_that_says_so(tmp_path: Path) -> None:
+    ranks = ProcessRanks("test_backend_faults:stopped_peer", 2, tmp_path).start()
+    output, _ = ranks.processes[0].communicate(timeout=60)
+    ranks.processes[1].kill()
+    ranks.wait()
+    assert "CollectiveTimeout" in output
+    assert "stopped" in output
+    assert ranks.leftovers() == []
+
+
+def leaves_without_a_word() -> None:
+    rank, _ = init(timeout_s=60)
+    dist.all_reduce(torch.ones(3))
+    if rank == 0:
+        dist.all_reduce(torch.ones(3), async_op=True)  # never waited for
+        dist.isend(torch.ones(3), 1)
+        raise RuntimeError("my own error")
+    dist.all_reduce(torch.ones(3))
+    value = torch.empty(3)
+    dist.recv(value, 0)
+    assert value.tolist() == [1, 1, 1]
+    dist.all_reduce(torch.ones(3))
+
+
+def test_a_crashed_rank_delivers_then_is_lost_and_nobody_hangs(tmp_path: Path) -> None:
+    ranks = ProcessRanks("test_backend_faults:leaves_without_a_word", 2, tmp_path).start()
+    (code0, output0), (code1, output1) = ranks.wait(40)
+    assert code0 == 1
+    assert "my own error" in output0
+    assert code1 == 1
+    assert "PeerLost: rank 0" in output1
+    assert ranks.leftovers() == []

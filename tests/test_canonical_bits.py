@@ -1,0 +1,262 @@
+"""Matrix product, sums, elementwise functions and layers against their slow definitions."""
+
+from fractions import Fraction
+
+import canonical_definition as slow
+import numpy as np
+import pytest
+import torch
+from canonical_definition import assert_detected, assert_same_bits, rounded, widened
+from canonical_inputs import SPECIAL, draw, dtypes, families, few, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from primitives import canonical
+
+
+@pytest.fixture(autouse=True)
+def _quiet_numpy():
+    with np.errstate(all="ignore"):
+        yield
+
+
+@few
+@given(seeds, families)
+def test_the_slow_fma_is_exact(seed: int, family: str) -> None:
+    a, b, c = (widened(draw((64,), torch.float32, seed + i, family)) for i in range(3))
+    c = np.where(np.arange(64) % 2 == 0, -(a * b), c).astype(np.float32)  # cancellation
+    got = slow.fma(a, b, c)
+    for i in range(64):
+        if not (np.isfinite(a[i]) and np.isfinite(b[i]) and np.isfinite(c[i])):
+            continue
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        if not np.isfinite(got[i]):
+            assert abs(exact) >= Fraction(2**128) - Fraction(2**103)
+            continue
+        error = abs(Fraction(float(got[i])) - exact)
+        for neighbour in (np.nextafter(got[i], np.float32(s)) for s in (np.inf, -np.inf)):
+            if np.isfinite(neighbour):
+                assert error <= abs(Fraction(float(neighbour)) - exact)
+
+
+@few
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(0, 40), st.integers(1, 70)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(True, True), (True, False), (False, True), (False, False)]),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from([1.0, 0.125, 1 / 3]),
+    st.tuples(dtypes, dtypes, dtypes),
+    seeds,
+    families,
+)
+def test_gemm(sizes, transpose_a, transpose_b, batched, bias_dims, alpha, types, seed, family):
+    num_batches, m, k, n = sizes
+    a = draw((num_batches, m, k), types[0], seed, family)
+    b = draw((num_batches, k, n), types[1], seed + 1, family)
+    a, b = (x if keep else x[0] for x, keep in zip((a, b), batched, strict=True))
+    num_batches = num_batches if any(batched) else 1
+    bias = {None: None, 1: (n,), 2: (num_batches, n)}[bias_dims]
+    bias = None if bias is None else draw(bias, types[0], seed + 2, family)
+    expected = slow.gemm(
+        widened(a), widened(b), alpha, None if bias is None else widened(bias)
+    ).reshape((num_batches, m, n) if any(batched) else (m, n))
+    got = canonical.gemm(
+        a.mT.contiguous() if transpose_a else a,
+        b.mT.contiguous() if transpose_b else b,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+        bias=bias,
+        alpha=alpha,
+        out_dtype=types[2],
+    )
+    assert_same_bits(got, rounded(expected, types[2]), "gemm")
+
+
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, True), (True, False)])
+def test_gemm_over_several_blocks_of_every_dimension(transpose_a: bool, transpose_b: bool) -> None:
+    a, b = draw((150, 530), torch.float32, 1), draw((530, 500), torch.float32, 2)
+    got = canonical.gemm(
+        a.T.contiguous() if transpose_a else a,
+        b.T.contiguous() if transpose_b else b,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+    )
+    assert_same_bits(got, rounded(slow.gemm(widened(a), widened(b), 1.0, None), torch.float32))
+
+
+def test_gemm_takes_strided_operands() -> None:
+    packed = draw((3, 10, 48), torch.float32, 3)  # q and k side by side in each row
+    q, k = packed[..., :16], packed[..., 16:32]
+    expected = slow.gemm(widened(q), widened(k.mT), 1.0, None)
+    assert_same_bits(canonical.gemm(q, k, transpose_b=True), rounded(expected, torch.float32))
+
+
+def test_gemm_tells_a_fused_chain_from_an_unfused_one() -> None:
+    a, b = draw((8, 40), torch.float32, 4), draw((40, 8), torch.float32, 5)
+
+    def unfused() -> slow.Floats:
+        c = np.zeros((8, 8), np.float32)
+        for k in range(40):
+            c = c + widened(a)[:, k : k + 1] * widened(b)[k : k + 1]
+        return c
+
+    got = canonical.gemm(a, b)
+    assert_detected(unfused, got)
+    assert_detected(lambda: slow.gemm(widened(a.flip(1)), widened(b.flip(0)), 1.0, None), got)
+
+
+@few
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(0, 2),
+    st.booleans(),
+    dtypes,
+    dtypes,
+    seeds,
+    families,
+)
+def test_tree_sum(shape, dim, with_bias, dtype, out_dtype, seed, family):
+    dim = dim % len(shape)
+    x = draw(tuple(shape), dtype, seed, family)
+    expected = slow.tree(widened(x), dim)
+    bias = None
+    if with_bias and dim + 1 < len(shape):
+        bias = draw((shape[-1],), dtype, seed + 1, family)
+        expected = expected + widened(bias)
+    got = canonical.tree_sum(x, dim, bias=bias, out_dtype=out_dtype)
+    assert_same_bits(got, rounded(expected, out_dtype), "tree_sum")
+
+
+@few
+@given(st.integers(0, 300), st.integers(1, 3), dtypes, seeds, families)
+def test_row_sum_and_sum_of_squares(n, rows, dtype, seed, family):
+    x = draw((rows, n), dtype, seed, family)
+    assert_same_bits(canonical.row_sum(x), rounded(slow.tree(widened(x)), torch.float32))
+    squares = slow.tree(widened(x) * widened(x))
+    assert_same_bits(canonical.sum_of_squares(x.float()), rounded(squares, torch.float32))
+
+
+@few
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 40), dtypes, seeds)
+def test_token_block_sum(block, num_blocks, n, dtype, seed):
+    dy = draw((block * num_blocks, n), dtype, seed)
+    expected = slow.tree(widened(dy).reshape(num_blocks, block, n), 1)
+    assert_same_bits(canonical.token_block_sum(dy, num_blocks), rounded(expected, torch.float32))
+
+
+@given(st.sampled_from([3, 5, 6, 7, 11, 33]), seeds)
+@few
+def test_the_tree_is_told_from_other_orders(n: int, seed: int) -> None:
+    x = draw((16 * n, 64), torch.float32, seed)
+    got = canonical.tree_sum(x)
+
+    def in_order() -> slow.Floats:
+        total = np.zeros(64, np.float32)
+        for row in widened(x):
+            total = total + row
+        return total
+
+    def folded() -> slow.Floats:
+        half = 8 * n
+        return slow.tree(widened(x)[:half] + widened(x)[half:], 0)
+
+    assert_detected(in_order, got)
+    assert_detected(folded, got)
+
+
+def test_subtrees_of_ranks_make_the_whole_tree() -> None:
+    x = draw((64, 33), torch.bfloat16, 6)
+    for num_ranks in (2, 4, 8):
+        parts = torch.stack([canonical.tree_sum(part) for part in x.chunk(num_ranks)])
+        assert_same_bits(canonical.tree_sum(parts), canonical.tree_sum(x), f"{num_ranks} ranks")
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "tanh_", "sqrt"])
+def test_elementwise(name: str) -> None:
+    definition = {"exp": slow.exp, "log": slow.log, "tanh_": slow.tanh, "sqrt": np.sqrt}[name]
+    steps = torch.arange(-(2**31), 2**31, 70001, dtype=torch.int64).to(torch.int32)
+    x = torch.cat([steps.view(torch.float32), torch.linspace(-110, 95, 4001)])
+    x = torch.cat([x, torch.tensor(SPECIAL), torch.randn(1000)])
+    got = getattr(canonical, name)(x)
+    assert_same_bits(got, rounded(definition(widened(x)), torch.float32), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_stores(dtype: torch.dtype) -> None:
+    steps = torch.arange(-(2**31), 2**31, 40009, dtype=torch.int64).to(torch.int32)
+    everywhere = steps.view(torch.float32)
+    exact = torch.arange(0, 2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = torch.cat([everywhere, exact.float(), torch.tensor(SPECIAL)])
+    halfway = (x.view(torch.int32) & ~0x1FFF | 0x1000).view(torch.float32)  # ties of float16
+    x = torch.cat([x, halfway, (x.view(torch.int32) & ~0xFFFF | 0x8000).view(torch.float32)])
+    x = x[~x.isnan()]
+    assert_same_bits(canonical.tree_sum(x[None], out_dtype=dtype), x.to(dtype), "store")
+    assert_same_bits(
+        canonical.tree_sum(exact[None]), rounded(exact.float().numpy(), torch.float32), "load"
+    )
+
+
+@few
+@given(st.integers(1, 9), st.integers(1, 70), dtypes, seeds, families)
+def test_layer_norm(tokens, hidden, dtype, seed, family):
+    x = draw((tokens, hidden), dtype, seed, family)
+    w, b = draw((hidden,), dtype, seed + 1), draw((hidden,), dtype, seed + 2)
+    got = canonical.layer_norm(x, w, b, 1e-5)
+    expected = slow.layer_norm(widened(x), widened(w), widened(b), 1e-5)
+    for g, e, kind in zip(got, expected, (dtype, torch.float32, torch.float32), strict=True):
+        assert_same_bits(g, rounded(e, kind), "layer_norm")
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 70), dtypes, seeds, families)
+def test_layer_norm_backward(num_blocks, block, hidden, dtype, seed, family):
+    x = draw((num_blocks * block, hidden), dtype, seed, family)
+    dy, w = draw(tuple(x.shape), dtype, seed + 1), draw((hidden,), dtype, seed + 2)
+    _, mean, rstd = canonical.layer_norm(x, w, w, 1e-5)
+    got = canonical.layer_norm_backward(dy, x, mean, rstd, w, num_blocks)
+    expected = slow.layer_norm_backward(
+        *(widened(t) for t in (dy, x, mean, rstd, w)), num_blocks=num_blocks
+    )
+    for g, e, kind in zip(got, expected, (dtype, torch.float32, torch.float32), strict=True):
+        assert_same_bits(g, rounded(e, kind), "layer_norm_backward")
+
+
+@few
+@given(st.integers(1, 100), dtypes, seeds, families)
+def test_gelu(n, dtype, seed, family):
+    x, dy = draw((n,), dtype, seed, family) * 3, draw((n,), dtype, seed + 1)
+    assert_same_bits(canonical.gelu(x), rounded(slow.gelu(widened(x)), dtype), "gelu")
+    expected = slow.gelu_backward(widened(dy), widened(x))
+    assert_same_bits(canonical.gelu_backward(dy, x), rounded(expected, dtype), "gelu_backward")
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 40), dtypes, seeds, families)
+def test_causal_softmax(num, length, dtype, seed, family):
+    scores = draw((num, length, length), dtype, seed, family)
+    probs = canonical.causal_softmax(scores, 0.25)
+    assert_same_bits(probs, rounded(slow.causal_softmax(widened(scores), 0.25), dtype), "softmax")
+    dprobs = draw((num, length, length), dtype, seed + 1, family)
+    got = canonical.causal_softmax_backward(dprobs, probs, 0.25)
+    expected = slow.causal_softmax_backward(widened(dprobs), widened(probs), 0.25)
+    assert_same_bits(got, rounded(expected, dtype), "softmax backward")
+
+
+@few
+@given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 70), dtypes, seeds, families)
+def test_cross_entropy(parts, tokens, width, dtype, seed, family):
+    logits = draw((parts, tokens, width), dtype, seed, family)
+    targets = torch.randint(0, parts * width, (tokens,))
+    got = canonical.cross_entropy(logits, targets)
+    expected = slow.cross_entropy(widened(logits), targets.numpy())
+    for g, e in zip(got, expected, strict=True):
+        assert_same_bits(g, rounded(e, torch.float32), "cross_entropy")
+    grad = draw((tokens,), torch.float32, seed + 1)
+    _, m, total = got
+    backward = canonical.cross_entropy_backward(logits, targets, m, total, grad)
+    slow_backward = slow.cross_entropy_backward(
+        widened(logits), targets.numpy(), m.numpy(), total.numpy(), grad.numpy()
+    )
+    assert_same_bits(backward, rounded(slow_backward, dtype), "cross_entropy_backward")
