@@ -138,3 +138,32 @@ def test_reference_notices_a_missing_layer_norm_bias() -> None:
         parameters["decoder.layers.1.mlp.linear_fc1.bias"].add_(1e-3)
     wrong = reference_loss(scenario, parameters, batch.tokens, batch.labels)
     assert wrong.item() != pytest.approx(right.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_is_the_slope_of_the_loss(dropout: float) -> None:
+    """With dropout, which the reference does not have: same masks forward, again and backward."""
+    trainer = Trainer(tiny_scenario(1, precision="fp32", dropout=dropout))
+    shards = trainer.optimizer.shards
+    generator = torch.Generator().manual_seed(0)
+    for shard in shards:  # away from the start, where most gradients are tiny
+        noise = torch.randn(shard.main.shape, generator=generator)
+        shard.main.add_(noise, alpha=0.1)
+
+    def loss() -> float:
+        trainer.gather.start()
+        losses = trainer.forward_backward()
+        trainer.reducer.finish()
+        return float(losses.double().mean())
+
+    loss()
+    start = [shard.main.clone() for shard in shards]
+    direction = [shard.grad.clone() for shard in shards]
+    square = sum(float(gradient.double().square().sum()) for gradient in direction)
+    values = []
+    for sign in (1, -1):
+        for shard, main, gradient in zip(shards, start, direction, strict=True):
+            shard.main.copy_(main + sign * 2e-3 / math.sqrt(square) * gradient)
+        values.append(loss())
+    slope = (values[0] - values[1]) / (2 * 2e-3)
+    assert slope == pytest.approx(math.sqrt(square), rel=5e-3)

@@ -130,7 +130,7 @@ class Trainer:
 
         A step whose gradients overflow changes no parameter: its norm and zeros are None.
         """
-        losses = self._forward_backward()
+        losses = self.forward_backward()
         self.reducer.finish()
         finite = self.optimizer.unscale(self.scaler.scale)
         flag = torch.tensor([1.0 if finite else 0.0])
@@ -165,7 +165,7 @@ class Trainer:
             "params-digest": digest,
         }
 
-    def _forward_backward(self) -> Tensor:
+    def forward_backward(self) -> Tensor:
         """This rank's microbatches; returns their mean losses, [microbatches of this rank] fp32."""
         training = self.scenario.training
         per_rank = self.num_microbatches // self.dp
