@@ -27,7 +27,7 @@ run() {
 }
 
 for file in special_distributed/test_*.py; do
-  run "$file" torchrun --standalone --nproc-per-node 4 -m pytest -q "$file"
+  run "$file" python -m torch.distributed.run --standalone --nproc-per-node 4 -m pytest -q "$file"
 done
 run "scenario S1" testbed run S1
 
