@@ -129,12 +129,11 @@ def test_any_module_can_be_the_first_import(module: str, tmp_path: Path) -> None
     (info / "entry_points.txt").write_text(
         "[torch.backends]\nprimitives = primitives.backend:register\n"
     )
-    code = f"import primitives.{module}, torch.distributed as d; print('primitives' in d.Backend.backend_list)"
-    root = Path(__file__).resolve().parent.parent
+    code = f"import primitives.{module}, torch.distributed as d; print(d.Backend.backend_list)"
     shown = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True,
         text=True,
     )
-    assert shown.stdout == "True\n", shown.stderr
+    assert "'primitives'" in shown.stdout, shown.stderr
