@@ -23,7 +23,7 @@ run() {
     verdict="FAIL (exit code $?)"
     status=1
   fi
-  summary+=$(printf '%4d s  %-48s %s' $((SECONDS - start)) "$name" "$verdict")$'\n'
+  summary+=$(printf '%4d s  %-52s %s' $((SECONDS - start)) "$name" "$verdict")$'\n'
 }
 
 for file in special_distributed/test_*.py; do
