@@ -2,9 +2,36 @@
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
-from ranks import ThreadRanks
+import torch
+import torch.distributed as dist
+from ranks import ProcessRanks, ThreadRanks, init
+
+
+def callbacks_that_communicate() -> None:
+    rank, world_size = init()
+    total = torch.tensor([float(rank)])
+
+    def then_gather(future: Any) -> list[torch.Tensor]:  # as DDP's PowerSGD hook does
+        twice = future.value()[0] * 2
+        work = dist.all_reduce(twice, async_op=True)
+        work.get_future().wait()
+        parts = [torch.empty(1) for _ in range(world_size)]
+        dist.all_gather(parts, twice)
+        return parts
+
+    future = dist.all_reduce(total, async_op=True).get_future().then(then_gather)
+    expected = float(world_size * (world_size - 1) * world_size)
+    assert [part.item() for part in future.wait()] == [expected] * world_size
+    dist.destroy_process_group()
+
+
+def test_a_callback_may_communicate(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:callbacks_that_communicate"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
 
 
 def test_no_free_file_descriptor_is_not_a_dead_peer() -> None:
