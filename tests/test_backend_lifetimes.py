@@ -1,6 +1,8 @@
 """Forks, callbacks, and what runs out: nothing hangs, nothing dies, nobody is blamed wrongly."""
 
+import os
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,33 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import ProcessRanks, ThreadRanks, init
+
+from primitives import errors
+
+
+def forks_after_asynchronous_work() -> None:
+    rank, _ = init()
+    dist.all_reduce(torch.ones(3), async_op=True).wait()
+    if rank == 0:
+        pending = dist.all_reduce(torch.ones(3), async_op=True)
+        child = os.fork()
+        if child == 0:
+            with pytest.raises(errors.CollectiveError, match="a fork cannot use it"):
+                dist.all_reduce(torch.ones(3))
+            sys.exit(0)  # an ordinary end, with every exit handler
+        assert os.waitpid(child, 0)[1] == 0
+        pending.wait()
+    else:
+        time.sleep(1.0)  # the child of rank 0 ends while a collective is running
+        dist.all_reduce(torch.ones(3))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_forked_child_ends_and_leaves_the_group_alone(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:forks_after_asynchronous_work"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
 
 
 def callbacks_that_communicate() -> None:
@@ -78,3 +107,28 @@ def test_no_free_file_descriptor_is_not_a_dead_peer() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     ranks.close()
+
+
+def test_no_room_for_messages_is_an_error_on_both_sides(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    if os.system(f"mount -t tmpfs -o size=2200k tmpfs {tmp_path} 2>/dev/null") != 0:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        ranks = ThreadRanks(2, timeout_s=30.0, shm_dir=str(tmp_path))
+        start = time.monotonic()
+
+        def call(backend: Any, rank: int) -> None:
+            if rank == 0:
+                backend.send([torch.ones(2)], 1, 0).wait()
+            else:
+                backend.recv([torch.ones(2)], 0, 0).wait()
+
+        for error in ranks.errors(call):
+            assert isinstance(error, errors.CollectiveError)
+            assert "shared memory is full" in str(error)
+            assert "send to rank 1" in str(error)
+        assert time.monotonic() - start < 5
+        ranks.close()
+    finally:
+        os.system(f"umount -l {tmp_path}")
