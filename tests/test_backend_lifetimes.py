@@ -132,3 +132,21 @@ def test_no_room_for_messages_is_an_error_on_both_sides(tmp_path: Path) -> None:
         ranks.close()
     finally:
         os.system(f"umount -l {tmp_path}")
+
+
+def leaves_in_no_time() -> None:
+    from primitives import _C
+
+    rank, _ = init()
+    dist.send(torch.ones(1), 1) if rank == 0 else dist.recv(torch.ones(1), 0)
+    if rank == 0:
+        _C.close_all_backends(0.0)
+    else:
+        with pytest.raises(errors.PeerLost, match="has left"):
+            dist.barrier()
+
+
+def test_no_time_to_leave_is_no_failure_when_nothing_is_pending(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:leaves_in_no_time"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output

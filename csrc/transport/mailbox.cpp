@@ -40,16 +40,16 @@ void Mailbox::post(std::list<Operation>& to, Operation operation) {
 }
 
 bool Mailbox::drain(Milliseconds limit) {
-  for (const auto end = Clock::now() + limit; Clock::now() < end;) {
+  for (const auto end = Clock::now() + limit;;) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const bool empty =
           std::all_of(sends_.begin(), sends_.end(), [](const auto& list) { return list.empty(); });
       if (empty) return true;
     }
+    if (Clock::now() >= end) return false;
     std::this_thread::sleep_for(Milliseconds(1));
   }
-  return false;
 }
 
 void Mailbox::stop() {
