@@ -43,6 +43,21 @@ def test_mismatch_names_both_sides_on_all_ranks(odd_one: Any, words: list[str]) 
     ranks.close()
 
 
+def test_factors_are_told_apart() -> None:
+    ranks = ThreadRanks(2)
+
+    def call(backend: Any, rank: int) -> None:
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist._make_nccl_premul_sum(1e-9 * (rank + 1))
+        backend.allreduce([torch.ones(2)], options).wait()
+
+    for error in ranks.errors(call):
+        assert isinstance(error, errors.CollectiveMismatch)
+        assert "rank 0: all_reduce" in str(error)
+        assert "rank 1: all_reduce" in str(error)
+    ranks.close()
+
+
 def test_uneven_lists_that_do_not_fit() -> None:
     ranks = ThreadRanks(2)
 

@@ -56,18 +56,23 @@ Backend::~Backend() {
     backends().erase(this);
   }
   close(Milliseconds(30000));
+  if (!group_->forked()) return;
+  // The threads stayed in the parent: here they can be neither joined nor detached.
+  static_cast<void>(mailbox_.release());
+  static_cast<void>(queue_.release());
 }
 
 void Backend::close(Milliseconds limit) {
+  if (group_->forked()) return;
   // The queue's thread may need the GIL to end a callback.
   std::optional<pybind11::gil_scoped_release> no_gil;
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
   const auto end = Clock::now() + limit;
   auto left = [&] { return std::chrono::duration_cast<Milliseconds>(end - Clock::now()); };
-  if (!group_->failed() && !(queue_.drain(limit) && mailbox_->drain(left()))) {
+  if (!group_->failed() && !(queue_->drain(limit) && mailbox_->drain(left()))) {
     group_->abort("it left with operations unfinished");
   }
-  queue_.stop();
+  queue_->stop();
   mailbox_->stop();
   group_->close();
 }
@@ -78,7 +83,11 @@ void close_all_backends(Milliseconds limit) {
     std::lock_guard<std::mutex> lock(backends_mutex);
     all.assign(backends().begin(), backends().end());
   }
-  for (Backend* backend : all) backend->close(limit);
+  const auto end = Clock::now() + limit;
+  for (Backend* backend : all) {
+    const auto left = std::chrono::duration_cast<Milliseconds>(end - Clock::now());
+    backend->close(std::max(left, Milliseconds(0)));
+  }
 }
 
 Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Job job) {
@@ -86,10 +95,10 @@ Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Jo
     group_->check();
     auto work = c10::make_intrusive<Work>(type, std::move(outputs));
     if (async || coalescing_) {
-      queue_.run_async(work, std::move(job));
+      queue_->run_async(work, std::move(job));
       if (coalescing_) coalesced_.push_back(work);
     } else {
-      queue_.run_sync(job);
+      queue_->run_sync(job);
       work->complete();
     }
     return work;

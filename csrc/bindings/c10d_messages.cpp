@@ -56,7 +56,11 @@ Backend::WorkPtr Backend::receive(Tensors& tensors, int src, int tag) {
   Output result(tensor);
   mailbox_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
                  [work, result](std::exception_ptr error, int from) mutable {
-                   if (!error) result.store();
+                   try {
+                     if (!error) result.store();
+                   } catch (...) {
+                     error = std::current_exception();
+                   }
                    work->set_source_rank(from);
                    work->complete(as_python_error(error));
                  });

@@ -151,8 +151,9 @@ void Output::keep_apart(const at::Tensor& input, const void* allowed_at) {
 
 void Output::store() {
   if (memory_.is_same(tensor_)) return;
-  const at::NoGradGuard no_grad;
-  tensor_.detach().copy_(memory_);
+  // As the collectives write: without autograd, and whatever mode made the tensor.
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  tensor_.copy_(memory_);
 }
 
 Part part_of(const at::Tensor& tensor) { return {tensor.data_ptr(), tensor.nbytes()}; }

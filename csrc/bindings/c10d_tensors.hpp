@@ -26,10 +26,10 @@ at::Tensor readable(const at::Tensor& tensor);
 // back.
 class Output {
  public:
-  // `load`: the temporary starts as the tensor's contents (in-place collectives). `apart_from`:
-  // memory that is still read while the result is written; a temporary is used when they overlap,
-  // unless they start at the same address `allowed_at`.
+  // `load`: the temporary starts as the tensor's contents (in-place collectives).
   explicit Output(const at::Tensor& tensor, bool load = false);
+  // `input` is still read while the result is written: a temporary is used when they overlap,
+  // unless the input starts at `allowed_at`.
   void keep_apart(const at::Tensor& input, const void* allowed_at = nullptr);
   void store();
   void* data() const { return memory_.data_ptr(); }

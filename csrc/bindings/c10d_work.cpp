@@ -58,11 +58,13 @@ c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
 }
 
 void Work::complete(std::exception_ptr error) {
-  finish(error);
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto future = future_;
+  completed_ = true;
+  exception_ = error;
+  const auto future = future_;  // one made from now on is completed by getFuture()
   lock.unlock();
-  if (!future || future->completed()) return;
+  cv_.notify_all();
+  if (!future) return;
   if (error) {
     future->setError(error);
   } else {
@@ -124,16 +126,25 @@ c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFuture() {
 }
 
 void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
   entries_.push_back({std::move(work), std::move(job)});
   if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
-  changed_.notify_all();
+  if (on_own_thread()) {
+    run_queued(lock);
+  } else {
+    changed_.notify_all();
+  }
 }
 
 void WorkQueue::run_sync(const Job& job) {
   std::unique_lock<std::mutex> lock(mutex_);
   // Entries that are queued now go first: collectives keep the order of their calls.
+  if (!stopping_ && on_own_thread()) {
+    run_queued(lock);
+    lock.unlock();
+    return job();
+  }
   changed_.wait(lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
   busy_ = true;
@@ -179,9 +190,17 @@ void WorkQueue::loop() {
   for (;;) {
     changed_.wait(lock, [&] { return stopping_ || (!busy_ && !entries_.empty()); });
     if (stopping_) return;
+    busy_ = true;
+    run_queued(lock);
+    busy_ = false;
+    changed_.notify_all();
+  }
+}
+
+void WorkQueue::run_queued(std::unique_lock<std::mutex>& lock) {
+  while (!stopping_ && !entries_.empty()) {
     Entry entry = std::move(entries_.front());
     entries_.pop_front();
-    busy_ = true;
     lock.unlock();
     std::exception_ptr error;
     try {
@@ -193,8 +212,6 @@ void WorkQueue::loop() {
     entry.work->complete(error);
     entry.work.reset();
     lock.lock();
-    busy_ = false;
-    changed_.notify_all();
   }
 }
 

@@ -25,18 +25,15 @@ class Work : public c10d::Work {
   std::vector<at::Tensor> result() override { return outputs_; }
   int sourceRank() const override { return source_rank_; }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
-  uint64_t getSequencenumber() const override { return seq_; }
 
   // Called once, by whoever ran it.
   void complete(std::exception_ptr error = nullptr);
   void set_source_rank(int rank) { source_rank_ = rank; }
-  void set_seq(uint64_t seq) { seq_ = seq; }
 
  private:
   std::vector<at::Tensor> outputs_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when somebody asks
   int source_rank_ = -1;
-  uint64_t seq_ = 0;
 };
 
 // Several works as one (endCoalescing).
@@ -56,7 +53,8 @@ class WorkBatch : public c10d::Work {
 };
 
 // Runs jobs one at a time in the order they came: asynchronous ones on its thread, a synchronous
-// one on the caller's when nothing is queued. No job may need the GIL.
+// one on the caller's when nothing is queued. No job may need the GIL. A callback of a future runs
+// on the queue's thread; what it asks for is run right there, or it would wait for itself.
 class WorkQueue {
  public:
   using Job = std::function<void()>;
@@ -76,6 +74,8 @@ class WorkQueue {
     Job job;
   };
   void loop();
+  void run_queued(std::unique_lock<std::mutex>& lock);
+  bool on_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
 
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -1,5 +1,7 @@
 #include "transport/call.hpp"
 
+#include <cstdio>
+
 namespace primitives {
 
 const char* op_name(Op op) {
@@ -65,7 +67,11 @@ std::string describe(const Call& call, const uint64_t* counts, int num_counts) {
   if (call.reduce_op != ReduceOp::kNone) text += reduce_op_name(call.reduce_op) + std::string(", ");
   text += call.dtype + std::string(", numel ") + std::to_string(call.numel);
   if (call.root >= 0) text += ", root " + std::to_string(call.root);
-  if (call.reduce_op == ReduceOp::kPremulSum) text += ", factor " + std::to_string(call.factor);
+  if (call.reduce_op == ReduceOp::kPremulSum) {
+    char factor[32];
+    std::snprintf(factor, sizeof factor, "%.17g", call.factor);
+    text += std::string(", factor ") + factor;
+  }
   if (call.has_counts && counts != nullptr) {
     text += ", numel per rank [";
     for (int i = 0; i < num_counts; i++) {

@@ -16,7 +16,6 @@ namespace primitives {
 Group::Group(Meeting& meeting, GroupOptions options)
     : options_(std::move(options)), layout_(options_.world_size), self_(this_process()) {
   deadline_ = Clock::now() + options_.timeout;
-  deadline_span_ = options_.timeout;
   if (world_size() == 1) {
     segment_.emplace(Segment::anonymous(layout_.nbytes()));
   } else {
@@ -112,8 +111,7 @@ void Group::attach(Meeting& meeting) {
 void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
                   Milliseconds timeout) {
   check();
-  deadline_span_ = timeout.count() > 0 ? timeout : options_.timeout;
-  deadline_ = Clock::now() + deadline_span_;
+  deadline_ = Clock::now() + (timeout.count() > 0 ? timeout : options_.timeout);
   RankLine& mine = line(rank());
   const uint64_t seq = mine.seq.load(std::memory_order_relaxed) + 1;
   mine.op.store(static_cast<uint32_t>(call.op), std::memory_order_relaxed);
@@ -247,10 +245,14 @@ void Group::wait_generation(uint32_t epoch) {
     check();
     if (Clock::now() >= next_check) {
       std::vector<int> missing_ranks;
+      int gone = -1;
       for (int r = 0; r < world_size(); r++) {
-        if (missing(r)) missing_ranks.push_back(r);
+        if (!missing(r)) continue;
+        missing_ranks.push_back(r);
+        // It may have arrived and left since: what it did before it went is visible now.
+        if (gone < 0 && has_gone(r) && missing(r)) gone = r;
       }
-      check_missing(missing_ranks, deadline_, here());
+      check_missing(missing_ranks, gone, deadline_, here());
       next_check = Clock::now() + Milliseconds(100);
     }
     const auto left = std::chrono::duration_cast<Milliseconds>(deadline_ - Clock::now());

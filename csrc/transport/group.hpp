@@ -82,9 +82,14 @@ class Group {
   [[noreturn]] void fail(Failure failure, const std::string& what);
   // Throws when the group has failed, was aborted, or belongs to another process (a fork).
   void check();
-  // Throws when a rank of `missing` can never arrive, or the deadline has passed.
-  void check_missing(const std::vector<int>& missing, Clock::time_point deadline,
+  // Another rank that left or died.
+  bool has_gone(int rank) const;
+  // Throws when `gone`, the first of `missing` that can never arrive (-1: none), is a rank, or the
+  // deadline has passed.
+  void check_missing(const std::vector<int>& missing, int gone, Clock::time_point deadline,
                      const std::string& waiting_for);
+  // In a child of the process that made the group, which cannot use it.
+  bool forked() const;
   // Any thread: blocked waits of this and all other ranks end with an error.
   void abort(const std::string& why);
   // This rank leaves; peers that wait for it get PeerLost at once. Idempotent.
@@ -106,6 +111,7 @@ class Group {
   CallRecord& record(int rank, uint32_t epoch) const {
     return *reinterpret_cast<CallRecord*>(segment_->data() + layout_.record(rank, epoch & 1));
   }
+  bool has_left(int rank) const;
   [[noreturn]] void throw_poison();
   std::string here() const;
 
@@ -119,7 +125,6 @@ class Group {
   bool oversubscribed_ = false;
   bool attached_ = false;
   Clock::time_point deadline_;
-  Milliseconds deadline_span_{0};
   std::atomic<bool> closed_{false};
 };
 

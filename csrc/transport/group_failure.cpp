@@ -32,17 +32,22 @@ std::string Group::describe_rank(int rank) const {
          std::to_string(seq) + ", " + op_name(static_cast<Op>(of.op.load()));
 }
 
-void Group::check_missing(const std::vector<int>& missing, Clock::time_point deadline,
+bool Group::has_left(int rank) const {
+  return line(rank).state.load(std::memory_order_acquire) ==
+         static_cast<uint32_t>(RankState::kClosed);
+}
+
+bool Group::has_gone(int rank) const {
+  if (rank == this->rank()) return false;
+  const RankLine& of = line(rank);
+  return has_left(rank) || (watched_[rank] && !is_alive({of.pid, of.start_time}));
+}
+
+void Group::check_missing(const std::vector<int>& missing, int gone, Clock::time_point deadline,
                           const std::string& waiting_for) {
-  for (int r : missing) {
-    if (r == rank()) continue;
-    const RankLine& of = line(r);
-    if (of.state.load(std::memory_order_acquire) == static_cast<uint32_t>(RankState::kClosed)) {
-      fail(Failure::kPeerLost, describe_rank(r) + ", has left; " + waiting_for + " still needs it");
-    }
-    if (watched_[r] && !is_alive({of.pid, of.start_time})) {
-      fail(Failure::kPeerLost, describe_rank(r) + ", has died; " + waiting_for + " still needs it");
-    }
+  if (gone >= 0) {
+    const std::string how = has_left(gone) ? ", has left; " : ", has died; ";
+    fail(Failure::kPeerLost, describe_rank(gone) + how + waiting_for + " still needs it");
   }
   if (Clock::now() < deadline) return;
   std::string text = waiting_for + " passed its deadline";
@@ -83,11 +88,13 @@ void Group::check() {
                          "group '" + name() + "' is closed on rank " + std::to_string(rank()));
   }
   if (control().poison.state.load(std::memory_order_acquire) == 2) throw_poison();
-  if (getpid() != self_.pid) {
+  if (forked()) {
     throw TransportError(Failure::kOther, "group '" + name() + "' belongs to process " +
                                               std::to_string(self_.pid) + "; a fork cannot use it");
   }
 }
+
+bool Group::forked() const { return getpid() != self_.pid; }
 
 bool Group::failed() const { return control().poison.state.load(std::memory_order_acquire) == 2; }
 
@@ -96,6 +103,7 @@ Failure Group::failure() const {
 }
 
 void Group::abort(const std::string& why) {
+  if (forked()) return;
   try {
     fail(Failure::kPeerLost, describe_rank(rank()) + ", aborted the group: " + why);
   } catch (const TransportError&) {  // told to everybody, which is all that is wanted here
@@ -103,7 +111,7 @@ void Group::abort(const std::string& why) {
 }
 
 void Group::close() {
-  if (!attached_ || getpid() != self_.pid || closed_.exchange(true)) return;
+  if (!attached_ || forked() || closed_.exchange(true)) return;
   line(rank()).state.store(static_cast<uint32_t>(RankState::kClosed), std::memory_order_release);
   if (world_size() == 1) return;
   futex_wake_all(&control().generation);

@@ -40,16 +40,16 @@ void Mailbox::post(std::list<Operation>& to, Operation operation) {
 }
 
 bool Mailbox::drain(Milliseconds limit) {
-  for (const auto end = Clock::now() + limit; Clock::now() < end;) {
+  for (const auto end = Clock::now() + limit;;) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const bool empty =
           std::all_of(sends_.begin(), sends_.end(), [](const auto& list) { return list.empty(); });
       if (empty) return true;
     }
+    if (Clock::now() >= end) return false;
     std::this_thread::sleep_for(Milliseconds(1));
   }
-  return false;
 }
 
 void Mailbox::stop() {
@@ -139,7 +139,11 @@ bool Mailbox::progress_send(int dst) {
   Operation& send = sends_[dst].front();
   Ring& to = ring(group_.rank(), dst);
   if (to.backed.load(std::memory_order_relaxed) == 0) {
-    group_.segment().commit(group_.layout().ring_data(group_.rank(), dst), kRingNbytes);
+    try {
+      group_.segment().commit(group_.layout().ring_data(group_.rank(), dst), kRingNbytes);
+    } catch (const TransportError& error) {  // the receiver shall not wait for its deadline
+      group_.fail(error.failure, "send to " + describe(send) + ": " + error.what());
+    }
     to.backed.store(1, std::memory_order_relaxed);
   }
   const uint64_t written = to.written.load(std::memory_order_relaxed);
@@ -201,6 +205,14 @@ bool Mailbox::progress_recv(int src) {
   return true;
 }
 
+// "rank 1, tag 3 on rank 0 of group 'world'"
+std::string Mailbox::describe(const Operation& operation) const {
+  const int peer = operation.peer;
+  return (peer == kAnySource ? "any rank" : "rank " + std::to_string(peer)) + ", tag " +
+         std::to_string(operation.envelope.tag) + " on rank " + std::to_string(group_.rank()) +
+         " of group '" + group_.name() + "'";
+}
+
 bool Mailbox::wanted_from(int src) const {
   return std::any_of(recvs_.begin(), recvs_.end(), [&](const Operation& recv) {
     return recv.peer == src || recv.peer == kAnySource;
@@ -209,7 +221,7 @@ bool Mailbox::wanted_from(int src) const {
 
 // Gives the message whose header was just read to the first receive that asks for it, or puts it
 // aside.
-bool Mailbox::start_incoming(int src, const Envelope& envelope) {
+void Mailbox::start_incoming(int src, const Envelope& envelope) {
   Incoming& incoming = incoming_[src];
   const auto recv = std::find_if(recvs_.begin(), recvs_.end(), [&](const Operation& posted) {
     return (posted.peer == src || posted.peer == kAnySource) && posted.envelope.tag == envelope.tag;
@@ -225,7 +237,6 @@ bool Mailbox::start_incoming(int src, const Envelope& envelope) {
     recvs_.erase(recv);
   }
   incoming.active = true;
-  return true;
 }
 
 // Hands messages that were put aside to receives posted since.
@@ -265,14 +276,10 @@ void Mailbox::check_match(const Operation& recv, const Envelope& sent, int src) 
 // Every 100 ms: deadlines, and peers that are gone. A peer counts as gone the second time, so that
 // what it wrote just before is read first.
 void Mailbox::check_pending() {
-  const std::string here =
-      " on rank " + std::to_string(group_.rank()) + " of group '" + group_.name() + "'";
-  std::vector<int> gone;
+  std::vector<bool> lost(group_.world_size());
   for (int r = 0; r < group_.world_size(); r++) {
-    const RankLine& of = group_.line(r);
-    const bool is_gone = of.state.load() == static_cast<uint32_t>(RankState::kClosed) ||
-                         (r != group_.rank() && !is_alive({of.pid, of.start_time}));
-    if (is_gone && seen_gone_[r]) gone.push_back(r);
+    const bool is_gone = group_.has_gone(r);
+    lost[r] = is_gone && seen_gone_[r];
     seen_gone_[r] = is_gone;
   }
   auto check = [&](const Operation& operation, const std::string& what) {
@@ -281,15 +288,15 @@ void Mailbox::check_pending() {
       peers.clear();
       for (int r = 0; r < group_.world_size(); r++) peers.push_back(r);
     }
-    const bool lost = std::all_of(peers.begin(), peers.end(), [&](int r) {
-      return r == group_.rank() ? peers.size() > 1
-                                : std::find(gone.begin(), gone.end(), r) != gone.end();
+    const bool all_lost = std::all_of(peers.begin(), peers.end(), [&](int r) {
+      return r == group_.rank() ? peers.size() > 1 : lost[r];
     });
-    if (lost || Clock::now() >= operation.deadline) {
-      const std::string who = peers.size() > 1 ? "any rank" : "rank " + std::to_string(peers[0]);
-      const auto deadline = lost ? Clock::time_point::max() : operation.deadline;
-      group_.check_missing(peers, deadline,
-                           what + who + ", tag " + std::to_string(operation.envelope.tag) + here);
+    const auto first = std::find(lost.begin(), lost.end(), true);
+    const int gone = !all_lost           ? -1
+                     : peers.size() == 1 ? peers[0]
+                                         : static_cast<int>(first - lost.begin());
+    if (all_lost || Clock::now() >= operation.deadline) {
+      group_.check_missing(peers, gone, operation.deadline, what + describe(operation));
     }
   };
   for (const auto& list : sends_) {

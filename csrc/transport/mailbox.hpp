@@ -80,12 +80,13 @@ class Mailbox {
   bool progress();
   bool progress_send(int dst);
   bool progress_recv(int src);
-  bool start_incoming(int src, const Envelope& envelope);
+  void start_incoming(int src, const Envelope& envelope);
   bool match_aside();
   void check_pending();
   void fail_pending(std::exception_ptr error);
   void check_match(const Operation& recv, const Envelope& sent, int src);
   bool wanted_from(int src) const;
+  std::string describe(const Operation& operation) const;
 
   Ring& ring(int src, int dst) const {
     return *reinterpret_cast<Ring*>(group_.segment().data() + group_.layout().ring_head(src, dst));

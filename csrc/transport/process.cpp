@@ -3,20 +3,23 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 
 namespace primitives {
 namespace {
 
-// Reads state and start time of a pid; false when there is no such process.
+// Reads state and start time of a pid; false, and errno, when that is impossible.
 bool read_stat(int32_t pid, char* state, uint64_t* start_time) {
   char path[64], text[1024];
   std::snprintf(path, sizeof path, "/proc/%d/stat", pid);
   const int fd = open(path, O_RDONLY | O_CLOEXEC);
   if (fd < 0) return false;
   const ssize_t nbytes = read(fd, text, sizeof text - 1);
+  const int error = nbytes < 0 ? errno : 0;
   close(fd);
+  errno = error;
   if (nbytes <= 0) return false;
   text[nbytes] = '\0';
   // Field 2 is "(name)" and may hold anything, so count from the last parenthesis: field 3 is the
@@ -48,7 +51,10 @@ ProcessId this_process() {
 char process_state(ProcessId process) {
   char state = 0;
   uint64_t start_time = 0;
-  if (!read_stat(process.pid, &state, &start_time) || start_time != process.start_time) return 0;
+  if (!read_stat(process.pid, &state, &start_time)) {
+    return errno == ENOENT || errno == ESRCH ? 0 : '?';
+  }
+  if (start_time != process.start_time) return 0;
   return state == 'Z' || state == 'X' ? 0 : state;
 }
 

@@ -13,7 +13,8 @@ struct ProcessId {
 
 ProcessId this_process();
 
-// The state letter of /proc/PID/stat ('T' is stopped), or 0 when it has ended (a zombie has ended).
+// The state letter of /proc/PID/stat ('T' is stopped), 0 when it has ended (a zombie has ended), or
+// '?' when that cannot be read, as for want of file descriptors: it may well be alive.
 char process_state(ProcessId process);
 
 inline bool is_alive(ProcessId process) { return process_state(process) != 0; }

@@ -1,0 +1,152 @@
+"""Forks, callbacks, and what runs out: nothing hangs, nothing dies, nobody is blamed wrongly."""
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import ProcessRanks, ThreadRanks, init
+
+from primitives import errors
+
+
+def forks_after_asynchronous_work() -> None:
+    rank, _ = init()
+    dist.all_reduce(torch.ones(3), async_op=True).wait()
+    if rank == 0:
+        pending = dist.all_reduce(torch.ones(3), async_op=True)
+        child = os.fork()
+        if child == 0:
+            with pytest.raises(errors.CollectiveError, match="a fork cannot use it"):
+                dist.all_reduce(torch.ones(3))
+            sys.exit(0)  # an ordinary end, with every exit handler
+        assert os.waitpid(child, 0)[1] == 0
+        pending.wait()
+    else:
+        time.sleep(1.0)  # the child of rank 0 ends while a collective is running
+        dist.all_reduce(torch.ones(3))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_forked_child_ends_and_leaves_the_group_alone(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:forks_after_asynchronous_work"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
+
+
+def callbacks_that_communicate() -> None:
+    rank, world_size = init()
+    total = torch.tensor([float(rank)])
+
+    def then_gather(future: Any) -> list[torch.Tensor]:  # as DDP's PowerSGD hook does
+        twice = future.value()[0] * 2
+        work = dist.all_reduce(twice, async_op=True)
+        work.get_future().wait()
+        parts = [torch.empty(1) for _ in range(world_size)]
+        dist.all_gather(parts, twice)
+        return parts
+
+    future = dist.all_reduce(total, async_op=True).get_future().then(then_gather)
+    expected = float(world_size * (world_size - 1) * world_size)
+    assert [part.item() for part in future.wait()] == [expected] * world_size
+    dist.destroy_process_group()
+
+
+def test_a_callback_may_communicate(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:callbacks_that_communicate"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
+
+
+def receives_into_bad_tensors() -> None:
+    rank, _ = init()
+    with torch.inference_mode():
+        target = torch.zeros(4, 2).t()
+        if rank == 0:
+            dist.recv(target, 1)
+            assert target.tolist() == [[1.0] * 4] * 2
+            works = [
+                dist.all_reduce(target, async_op=True),
+                dist.irecv(torch.zeros(1).expand(2), 1),
+            ]
+            works[0].wait()
+            with pytest.raises(RuntimeError, match="single memory location"):
+                works[1].wait()
+        else:
+            dist.send(torch.ones(2, 4), 0)
+            dist.all_reduce(target)
+            dist.send(torch.ones(2), 0)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_received_message_that_cannot_be_stored_is_an_error(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:receives_into_bad_tensors"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
+
+
+def test_no_free_file_descriptor_is_not_a_dead_peer() -> None:
+    ranks = ThreadRanks(2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def call(backend: Any, rank: int) -> None:
+        if rank == 1:
+            time.sleep(0.3)
+        backend.barrier().wait()
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        ranks(call)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    ranks.close()
+
+
+def test_no_room_for_messages_is_an_error_on_both_sides(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    if os.system(f"mount -t tmpfs -o size=2200k tmpfs {tmp_path} 2>/dev/null") != 0:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        ranks = ThreadRanks(2, timeout_s=30.0, shm_dir=str(tmp_path))
+        start = time.monotonic()
+
+        def call(backend: Any, rank: int) -> None:
+            if rank == 0:
+                backend.send([torch.ones(2)], 1, 0).wait()
+            else:
+                backend.recv([torch.ones(2)], 0, 0).wait()
+
+        for error in ranks.errors(call):
+            assert isinstance(error, errors.CollectiveError)
+            assert "shared memory is full" in str(error)
+            assert "send to rank 1" in str(error)
+        assert time.monotonic() - start < 5
+        ranks.close()
+    finally:
+        os.system(f"umount -l {tmp_path}")
+
+
+def leaves_in_no_time() -> None:
+    from primitives import _C
+
+    rank, _ = init()
+    dist.send(torch.ones(1), 1) if rank == 0 else dist.recv(torch.ones(1), 0)
+    if rank == 0:
+        _C.close_all_backends(0.0)
+    else:
+        with pytest.raises(errors.PeerLost, match="has left"):
+            dist.barrier()
+
+
+def test_no_time_to_leave_is_no_failure_when_nothing_is_pending(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:leaves_in_no_time"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
