@@ -27,7 +27,9 @@ class CheckpointManager:
     Args:
         root: folder of the checkpoints, on a file system that all ranks share.
         process_group: the ranks; None for the default group, or for this process alone when
-            torch.distributed is not initialised. The manager talks on a group of its own.
+            torch.distributed is not initialised. Beside the default group the manager makes one of
+            its own; a sub-group must be the manager's alone while an asynchronous save is pending,
+            because the saving thread talks on it. See [Note: checkpoint group].
         keep: how many of the checkpoints saved last stay on the disk; None for all.
 
     Raises:
