@@ -38,7 +38,7 @@ class OneRank:
 
 
 class GroupExchange:
-    """An exchange on a process group that nobody else uses, so that a background save disturbs none.
+    """An exchange on a process group of its own, so that a background save disturbs nobody.
 
     [Note: checkpoint group] Beside the default group a new one is made, which is collective over
     all ranks. A sub-group is used as it is: torch can only make a group by a call of all ranks of
