@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from special_distributed.mpi_environment import configure as configure_mpi
+
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
@@ -125,6 +127,7 @@ def install_packages(torch: tuple[str, str] | None) -> None:
     chosen = VENV / "requirements.txt"
     chosen.write_text("\n".join(requirements) + "\n")
     run(PYTHON, "-m", "pip", "install", *options, "-r", chosen)
+    configure_mpi(VENV)
 
 
 def build() -> None:

@@ -3,13 +3,15 @@
 ``dist.init_process_group("primitives")`` under torchrun, mpirun or srun, or with store, rank and
 world_size. Sums run along the adjacent-pair tree over group ranks (``primitives.reference``), so
 they are the same bits for every message size and every run.
+
+[Note: autoload] ``import torch`` ends by loading this module, for its entry point ``register``; and
+this module may itself be what imports torch first. So torch is imported only inside functions here
+and in rendezvous.py: whoever comes first, ``register`` is defined when torch asks for it.
 """
 
 import atexit
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
 
 from primitives.env import SHM_DIR
 from primitives.rendezvous import install
@@ -27,6 +29,8 @@ def register() -> None:
     Contract: also the ``torch.backends`` entry point, so it runs on a bare ``import torch``; the
     native code is loaded when the first process group is made.
     """
+    import torch.distributed as dist
+
     if not dist.is_available() or NAME in dist.Backend.backend_list:
         return
     dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])

@@ -1,9 +1,15 @@
-"""Collectives of Python values, on top of any c10d backend."""
+"""Collectives by the names of every supported torch, and of Python values, on any backend."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+
+# torch 2.13 renamed these two and warns about the old names; earlier ones have only those.
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""(full [n * numel], shard [numel], group=, async_op=): shards in rank order."""
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""(shard [numel], full [n * numel], op=, group=, async_op=): sums over ranks in backend order."""
 
 
 def all_gather_dict(

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch._C._distributed_c10d import Store, TCPStore
+if TYPE_CHECKING:  # see [Note: autoload] in backend.py
+    from torch._C._distributed_c10d import Store, TCPStore
 
 
 class RankInfo(NamedTuple):
@@ -85,7 +86,7 @@ def install() -> None:
 
     def env_rendezvous(
         url: str, timeout: timedelta = timedelta(minutes=30), **options: Any
-    ) -> Iterator[tuple[Store, int, int]]:
+    ) -> Iterator[tuple["Store", int, int]]:
         """torch's own meeting when it can work, else ours."""
         info = rank_info()
         told = "RANK" in os.environ or "rank=" in url
@@ -98,7 +99,7 @@ def install() -> None:
     handlers["env"] = env_rendezvous
 
 
-def meet(info: RankInfo, timeout: timedelta) -> Store:
+def meet(info: RankInfo, timeout: timedelta) -> "Store":
     """The store that all ranks of this job share, on this host.
 
     Args:
@@ -113,10 +114,10 @@ def meet(info: RankInfo, timeout: timedelta) -> Store:
     """
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, info.world_size, info.rank == 0, timeout)
+        return _tcp_store(host, port, info, timeout)
     path = _meeting_file(info)
     if info.rank == 0:
-        store = TCPStore("127.0.0.1", 0, info.world_size, True, timeout, False)
+        store = _tcp_store("127.0.0.1", 0, info, timeout, wait_for_workers=False)
         _write(path, {"port": store.port, "pid": os.getpid(), "start": _start_time(os.getpid())})
         try:
             _wait_for_all(store, info, timeout)
@@ -124,9 +125,17 @@ def meet(info: RankInfo, timeout: timedelta) -> Store:
             path.unlink(missing_ok=True)
         return store
     port = _read_port(path, info, timeout)
-    store = TCPStore("127.0.0.1", port, info.world_size, False, timeout, False)
+    store = _tcp_store("127.0.0.1", port, info, timeout, wait_for_workers=False)
     store.add("met", 1)
     return store
+
+
+def _tcp_store(
+    host: str, port: int, info: RankInfo, timeout: timedelta, *, wait_for_workers: bool = True
+) -> "TCPStore":
+    from torch._C._distributed_c10d import TCPStore
+
+    return TCPStore(host, port, info.world_size, info.rank == 0, timeout, wait_for_workers)
 
 
 def _meeting_file(info: RankInfo) -> Path:
@@ -160,7 +169,7 @@ def _read_port(path: Path, info: RankInfo, timeout: timedelta) -> int:
     )
 
 
-def _wait_for_all(store: Store, info: RankInfo, timeout: timedelta) -> None:
+def _wait_for_all(store: "Store", info: RankInfo, timeout: timedelta) -> None:
     deadline = time.monotonic() + timeout.total_seconds()
     while (num_met := store.add("met", 0)) < info.world_size - 1:
         if time.monotonic() > deadline:

@@ -23,11 +23,11 @@ run() {
     verdict="FAIL (exit code $?)"
     status=1
   fi
-  summary+=$(printf '%4d s  %-48s %s' $((SECONDS - start)) "$name" "$verdict")$'\n'
+  summary+=$(printf '%4d s  %-52s %s' $((SECONDS - start)) "$name" "$verdict")$'\n'
 }
 
 for file in special_distributed/test_*.py; do
-  run "$file" torchrun --standalone --nproc-per-node 4 -m pytest -q "$file"
+  run "$file" python -m torch.distributed.run --standalone --nproc-per-node 4 -m pytest -q "$file"
 done
 run "scenario S1" testbed run S1
 

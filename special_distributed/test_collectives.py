@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import reference
+from primitives.collectives import all_gather_flat, reduce_scatter_flat
 from special_distributed.examples import examples
-
-# torch 2.13 renames all_gather_into_tensor and reduce_scatter_tensor; 2.11 has only these names.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
 NUM_RANKS = 4
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -79,7 +77,7 @@ def test_reduce_scatter(
         op = "sum"
     xs = inputs(seed, [numel * NUM_RANKS] * NUM_RANKS, dtype)
     shard = torch.empty(numel, dtype=dtype)
-    dist.reduce_scatter_tensor(shard, xs[rank], OPS[op])
+    reduce_scatter_flat(shard, xs[rank], OPS[op])
     assert_same(shard, reference.reduce(xs, op)[rank * numel : (rank + 1) * numel])
 
 
@@ -89,7 +87,7 @@ def test_all_gather_into_tensor(
 ) -> None:
     xs = inputs(seed, [numel] * NUM_RANKS, dtype)
     full = torch.empty(NUM_RANKS * numel, dtype=dtype)
-    dist.all_gather_into_tensor(full, xs[rank])
+    all_gather_flat(full, xs[rank])
     assert_same(full, torch.cat(xs))
 
 

@@ -19,6 +19,9 @@ from primitives.errors import CheckpointCorrupt
 from primitives.fsdp_checkpoint import FSDPCheckpointManager
 from primitives.random_state import random_state
 
+# torch's own FSDP1 state dicts are made of the ShardedTensors that it advises against.
+pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
+
 VOCAB_SIZE = 150  # rows on 4 ranks: uneven shards
 
 

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from ranks import ProcessRanks, init
 from torch import nn
 
+from primitives.collectives import all_gather_flat, reduce_scatter_flat
+
 
 def model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
@@ -47,12 +49,12 @@ def coalesced(rank: int, world_size: int) -> None:
     with _coalescing_manager(async_ops=True) as works:
         for full in fulls:
             shard = torch.full((full.numel() // world_size,), float(rank))
-            dist.all_gather_into_tensor(full, shard)
+            all_gather_flat(full, shard)
     works.wait()
     shards = [torch.empty(k) for k in (1, 3)]
     with _coalescing_manager():
         for full, shard in zip(fulls, shards, strict=True):
-            dist.reduce_scatter_tensor(shard, full)
+            reduce_scatter_flat(shard, full)
     for shard in shards:
         assert torch.equal(shard, torch.full_like(shard, float(rank * world_size)))
     sums = [torch.ones(2), torch.ones(5)]

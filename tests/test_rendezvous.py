@@ -118,3 +118,22 @@ def test_contradicting_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "two")
     with pytest.raises(ValueError):
         rank_info()
+
+
+@pytest.mark.parametrize("module", ["backend", "rendezvous", "canonical", "collectives"])
+def test_any_module_can_be_the_first_import(module: str, tmp_path: Path) -> None:
+    """torch's autoload re-enters primitives while it is being imported; see [Note: autoload]."""
+    info = tmp_path / "entry-0.dist-info"  # as an installation would declare it
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: entry\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[torch.backends]\nprimitives = primitives.backend:register\n"
+    )
+    code = f"import primitives.{module}, torch.distributed as d; print(d.Backend.backend_list)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "'primitives'" in shown.stdout, shown.stderr

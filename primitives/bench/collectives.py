@@ -13,8 +13,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._C._distributed_c10d import TCPStore
 
 import primitives.backend
+from primitives.collectives import all_gather_flat, reduce_scatter_flat
 
 BACKENDS = ("primitives", "gloo")
 NUM_ROUNDS = 7  # rounds of each backend, in turn
@@ -57,9 +59,9 @@ def call(op: str, nbytes: int, group: dist.ProcessGroup) -> Callable[[], object]
     full = torch.ones(numel * world_size)
     match op:
         case "all_gather":
-            return lambda: dist.all_gather_into_tensor(full, shard, group=group)
+            return lambda: all_gather_flat(full, shard, group=group)
         case "reduce_scatter":
-            return lambda: dist.reduce_scatter_tensor(shard, full, group=group)
+            return lambda: reduce_scatter_flat(shard, full, group=group)
         case "all_reduce":
             return lambda: dist.all_reduce(shard, group=group)
         case "barrier":
@@ -89,7 +91,7 @@ def run_rank(
 ) -> None:
     torch.set_num_threads(1)
     primitives.backend.register()
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("primitives", store=store, rank=rank, world_size=world_size)
     groups = {name: dist.new_group(backend=name) for name in BACKENDS}
     bandwidth = copy_bandwidth()
@@ -110,7 +112,17 @@ def run_rank(
 
 def measure(world_size: int, cases: list[tuple[str, int]]) -> list[Row]:
     """Runs the cases on ``world_size`` fresh processes of this host, one thread each."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    queue: mp.Queue[Row] = mp.get_context("spawn").Queue()
-    mp.spawn(run_rank, (world_size, store.port, cases, queue), nprocs=world_size)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    queue: mp.Queue[Row] = context.Queue()
+    ranks = [
+        context.Process(target=run_rank, args=(rank, world_size, store.port, cases, queue))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if failed := [rank for rank, process in enumerate(ranks) if process.exitcode != 0]:
+        raise RuntimeError(f"benchmark ranks {failed} failed; see their messages above")
     return [queue.get() for _ in cases]

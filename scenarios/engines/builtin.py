@@ -13,11 +13,11 @@ from torch import Tensor
 
 from primitives import canonical
 from primitives.checkpoint import CheckpointManager
+from primitives.collectives import all_gather_flat
 from scenarios.data import make_dataset
 from scenarios.engines.training_state import TrainingState
 from scenarios.models.gpt import Gpt
 from scenarios.parallel.buckets import default_bucket_numel, make_buckets
-from scenarios.parallel.collectives import all_gather_flat
 from scenarios.parallel.distributed_optimizer import (
     AdamConfig,
     DistributedOptimizer,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives.checkpoint import CheckpointManager
+from primitives.collectives import all_gather_flat
 from primitives.errors import CheckpointCorrupt
-from scenarios.parallel.collectives import all_gather_flat
 from scenarios.parallel.distributed_optimizer import DistributedOptimizer, leaf_name
 from scenarios.parallel.loss_scaler import LossScaler
 from scenarios.parallel.lr_schedule import LearningRateSchedule

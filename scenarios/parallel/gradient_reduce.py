@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import canonical
+from primitives.collectives import reduce_scatter_flat
 from scenarios.parallel.buckets import Bucket
-from scenarios.parallel.collectives import reduce_scatter_flat
 from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.tree import TreeAccumulator
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from primitives.collectives import all_gather_flat
 from scenarios.parallel.buckets import Bucket
-from scenarios.parallel.collectives import all_gather_flat
 from scenarios.parallel.layers import Layer
 
 
