@@ -24,7 +24,8 @@ from scenarios.golden import Value
 from scenarios.metrics_file import MetricsTail
 from scenarios.worker import Job, failure_path
 
-GRACE_S = 10.0
+GRACE_S = 8.0
+"""All ranks are down within 10 s of the first failure."""
 POLL_S = 0.05
 STARTUP_S = 60.0
 """Added to the hang limit until the first step: imports, rendezvous, loading a checkpoint."""
@@ -215,6 +216,15 @@ def _stop(
 
 def _failures(ranks: list[_Rank], last_step: int | None) -> list[RankFailure]:
     return [failure for rank in ranks if (failure := rank.failure(last_step))]
+
+
+def check_port(port: int) -> None:
+    """Finds a busy port before anything is written for a run that needs it.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    _listen(port).close()
 
 
 def _listen(port: int) -> socket.socket:
