@@ -192,3 +192,9 @@ def test_the_root_cause_comes_first() -> None:
         "rank 4 was lost, killed by SIGSEGV after step 3; rank 3: ValueError: ValueError of 3; "
         "rank 2: CollectiveTimeout: CollectiveTimeout of 2; logs: logs"
     )
+
+
+def test_ranks_that_fail_alike_are_told_once() -> None:
+    same = [RankFailure(r, "ValueError", "no", None, None, 1, "log", 9.0 - r) for r in (3, 0, 2)]
+    failed = RunFailed(same, last_step=None, log_dir=Path("logs"))
+    assert str(failed) == "rank 0, 2, 3: ValueError: no before the first step; logs: logs"
