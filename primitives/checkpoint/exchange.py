@@ -38,12 +38,12 @@ class OneRank:
 
 
 class GroupExchange:
-    """An exchange on a process group of its own, so that a background save disturbs nobody.
+    """An exchange on a process group.
 
-    [Note: checkpoint group] Beside the default group a new one is made, which is collective over
-    all ranks. A sub-group is used as it is: torch can only make a group by a call of all ranks of
-    the job, and its ``use_local_synchronization`` names a group by how many its rank is in, so
-    ranks that are in different numbers of groups would wait for each other for ever.
+    [Note: checkpoint group] Beside the default group a new one is made, by all ranks, so that a
+    background save disturbs nobody. A sub-group is used as it is: torch makes a group by a call of
+    all ranks of the job, and with ``use_local_synchronization`` names it by how many groups a rank
+    is in, so ranks that are in different numbers of groups would wait for each other for ever.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
