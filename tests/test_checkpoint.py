@@ -339,3 +339,15 @@ def test_a_subgroup_saves_and_loads_but_not_in_the_background(tmp_path: Path) ->
         assert manager.steps() == [1, 3]
     finally:
         dist.destroy_process_group()
+
+
+def test_the_latest_file_follows_a_deletion(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 3, 2):
+        manager.save(step, {"x": step})
+    manager.delete(2)
+    assert (tmp_path / "latest").read_text() == "3\n"
+    manager.delete(1)
+    assert (tmp_path / "latest").read_text() == "3\n"
+    manager.delete(3)
+    assert not (tmp_path / "latest").exists()
