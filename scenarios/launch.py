@@ -14,11 +14,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from primitives.env import SHM_DIR
 from scenarios.failures import RankFailure, RunFailed, signal_name
 from scenarios.golden import Value
 from scenarios.metrics_file import MetricsTail
@@ -69,6 +70,8 @@ def launch(
         finally:
             for rank_process in ranks:
                 rank_process.kill()
+            if any(rank_process.process.returncode for rank_process in ranks):
+                _sweep_shared_memory()
 
 
 class _Rank:
@@ -247,6 +250,16 @@ def _hold_store(listener: socket.socket) -> object:
         wait_for_workers=False,
         master_listen_fd=os.dup(listener.fileno()),
     )
+
+
+def _sweep_shared_memory() -> None:
+    """Removes what ranks that were killed before their peers had come left behind."""
+    with suppress(ImportError):  # which the ranks have met, too, and told
+        import torch  # noqa: F401  (the extension links against it)
+
+        from primitives import _C
+
+        _C.sweep_segments(SHM_DIR.get())
 
 
 @contextmanager

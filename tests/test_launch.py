@@ -105,6 +105,17 @@ def test_a_killed_rank_is_named_first_and_all_are_down_in_time(
     json.dumps(failure.as_json())
 
 
+def test_ranks_that_we_kill_leave_no_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shm").mkdir()
+    monkeypatch.setenv(SHM_DIR.name, str(tmp_path / "shm"))
+    monkeypatch.setattr("scenarios.launch.GRACE_S", 1.0)
+    with pytest.raises(RunFailed, match=r"rank 1 was lost, killed by SIGKILL"):
+        launch(toy_job(tmp_path, "train_in_a_group_that_rank_1_never_joins"), world_size=2)
+    assert list((tmp_path / "shm").iterdir()) == []
+
+
 def test_an_error_on_one_rank_is_told_with_type_and_message(tmp_path: Path) -> None:
     with pytest.raises(RunFailed) as caught:
         launch(toy_job(tmp_path, "train_and_raise_on_rank_1"), world_size=2)
