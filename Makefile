@@ -19,8 +19,7 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 test: lint
-	$(BIN)/pytest tests
-	. $(BIN)/activate && mpirun -n 4 pytest special_distributed
+	. $(BIN)/activate && pytest tests && mpirun -n 4 pytest special_distributed
 
 dist: setup
 	$(BIN)/python -m build --no-isolation

@@ -3,8 +3,10 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from primitives.env import SHM_DIR
 from scenarios.provenance import active_isa, cpu_model, versions
@@ -95,7 +97,8 @@ def _gpus() -> Finding:
 
 
 def _program_version(name: str, flag: str) -> str:
-    path = shutil.which(name)
+    beside_python = str(Path(sys.executable).parent)  # also where .venv is not activated
+    path = shutil.which(name) or shutil.which(name, path=beside_python)
     if path is None:
         return "not found"
     try:

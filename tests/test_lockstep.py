@@ -100,7 +100,7 @@ def play(folder: Path, launcher: str, suite: str, *arguments: str) -> Session:
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     environment |= mpi_environment.VARIABLES
     options = "-p special_distributed.lockstep -p no:cacheprovider --color=no"
-    options += " --ranks-backend=gloo --ranks-timeout-s=4"
+    options += " --ranks-timeout-s=20"
     process = subprocess.Popen(
         [*LAUNCHERS[launcher], *options.split(), *arguments, "test_suite.py"],
         cwd=folder,
@@ -210,7 +210,7 @@ def test_loop(world, rank):
     while rank == 1:
         pass
 """
-    session = play(tmp_path, "torchrun", suite, "--ranks-limit-s=2")
+    session = play(tmp_path, "torchrun", suite, "--ranks-limit-s=2", "--ranks-timeout-s=4")
     assert session.returncode != 0
     assert "rank 1 is still blocked after abort (the limit of 2 s" in session.text
     assert "while rank == 1" in session.text  # where it was
