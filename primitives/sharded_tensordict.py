@@ -131,7 +131,7 @@ class ShardedTensorDict:
         parts: dict[Any, list[torch.Tensor]] = {key: [] for key in leaves}
         for shard, data in zip(shards, full, strict=True):
             offset = 0
-            for key, leaf in leaves.items():
+            for key, leaf in shard.leaves.items():  # in the order in which that rank packed them
                 flat = data[offset : offset + leaf.nbytes(shard.num_rows)].view(leaf.dtype)
                 parts[key].append(flat.reshape(shard.num_rows, *leaf.row_shape))
                 offset += leaf.stride_nbytes(shard.num_rows)
@@ -176,5 +176,8 @@ def check_shards(shards: list[_Shard]) -> None:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """By bits where possible (so NaN equals NaN, and arrays are no special case), else by value."""
-    return pickle.dumps(a) == pickle.dumps(b) or bool(np.all(a == b))
+    """By bits where possible (so NaN equals NaN), else by value; nothing is broadcast."""
+    if pickle.dumps(a) == pickle.dumps(b):
+        return True
+    same_shape: bool = getattr(a, "shape", None) == getattr(b, "shape", None)
+    return same_shape and bool(np.all(a == b))

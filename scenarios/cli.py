@@ -271,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(given, EXIT_FAILED, "interrupted")
     except RunFailed as error:
         return _fail(given, EXIT_FAILED, str(error), error.as_json())
-    except BrokenPipeError:
+    except SystemExit:
+        # Only click leaves so, with the code of a mismatch: nobody reads our output any more.
         return EXIT_FAILED
     except (ValueError, OSError) as error:
         return _fail(given, EXIT_USAGE, str(error))

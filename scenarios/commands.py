@@ -16,6 +16,7 @@ from scenarios.golden import (
     write_atomically,
     write_golden,
 )
+from scenarios.launch import check_port
 from scenarios.megatron_rules import DEFAULT_METRICS, MetricVerdict, compare_megatron
 from scenarios.metrics_file import read_steps
 from scenarios.provenance import provenance
@@ -52,6 +53,7 @@ def judge_case(
     scenario = load_scenario(case, scale=scale, layout=layout, data=data)
     golden = None if scenario.data.prefix else _golden_of(scenario, case)
     note = "" if golden else "own data has no golden: only the invariants were judged"
+    check_port(options.master_port)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options)
     checks = [*played.checks, *([check_golden(golden, played.metrics)] if golden else [])]
@@ -122,6 +124,7 @@ def record_case(
         raise ValueError(f"{case}: reads own data from {scenario.data.prefix}; goldens need none")
     path = scenario.golden_path
     old = read_golden_file(path).get(scale) if path.exists() else None
+    check_port(options.master_port)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options)
     verdict = _verdict(scenario, out_dir, played, list(played.checks), "")

@@ -27,12 +27,13 @@ class RankFailure:
     time_s: float = 0.0
     """When it was reported (Unix time); 0 without a report."""
 
-    def __str__(self) -> str:
+    def what(self) -> str:
+        """What happened, to be read after the rank's number; the same for ranks that fail alike."""
         if self.type == "lost":
-            return f"rank {self.rank} was lost, killed by {self.signal}"
+            return f" was lost, killed by {self.signal}"
         if self.type in ("exited", "hung", "stopped"):
-            return f"rank {self.rank} {self.message}"
-        return f"rank {self.rank}: {self.type}: {self.message}"
+            return f" {self.message}"
+        return f": {self.type}: {self.message}"
 
 
 class RunFailed(RuntimeError):
@@ -58,14 +59,19 @@ class RunFailed(RuntimeError):
         when = f"after step {self.last_step}" if self.last_step else "before the first step"
         parts = [f"{self.reason} {when}" if self.reason else ""]
         symptom_told = False
-        for number, failure in enumerate(self.failures):
-            text = " ".join(str(failure).split())
+        alike: dict[str, list[RankFailure]] = {}
+        for failure in self.failures:
+            alike.setdefault(failure.what(), []).append(failure)
+        for number, (what, failures) in enumerate(alike.items()):
+            kind = failures[0].type
+            ranks = ", ".join(map(str, sorted(failure.rank for failure in failures)))
+            text = " ".join(f"rank {ranks}{what}".split())
             if number == 0 and not self.reason:
                 text += f" {when}"
-            elif failure.type == "stopped" or (failure.type in SYMPTOMS and symptom_told):
+            elif kind == "stopped" or (kind in SYMPTOMS and symptom_told):
                 continue
             # What the first peer saw names the collective; the others saw the same.
-            symptom_told |= failure.type in SYMPTOMS
+            symptom_told |= kind in SYMPTOMS
             parts.append(text)
         parts.append(f"logs: {self.log_dir}")
         return "; ".join(part for part in parts if part)

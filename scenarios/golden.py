@@ -64,7 +64,7 @@ def is_finite(name: str, value: Value) -> bool:
     """Whether a value may stand in a golden: a finite number, a digest or a declared skip."""
     if isinstance(value, str):
         return is_skipped(name, value) or HEX_DIGEST.fullmatch(value) is not None
-    return math.isfinite(value)
+    return isinstance(value, int) or math.isfinite(value)
 
 
 def metrics_from_steps(steps: dict[int, dict[str, Value]]) -> Metrics:
@@ -175,6 +175,7 @@ def _read_json(path: Path) -> Any:
             text,
             object_pairs_hook=_no_duplicates(path),
             parse_constant=lambda word: _refuse(path, "a value", "a finite number", word),
+            parse_int=lambda digits: _integer(path, digits),
         )
     except json.JSONDecodeError as error:
         raise ValueError(
@@ -182,6 +183,11 @@ def _read_json(path: Path) -> Any:
         ) from None
     except RecursionError:
         raise ValueError(f"{path}: corrupt JSON: nested too deeply") from None
+
+
+def _integer(path: Path, digits: str) -> int:
+    # int() refuses thousands of digits with a message of its own, math.isfinite() some hundreds.
+    return int(digits) if len(digits) < 20 else _refuse(path, "a value", "64 bits", digits)
 
 
 def _no_duplicates(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

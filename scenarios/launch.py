@@ -14,17 +14,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from primitives.env import SHM_DIR
 from scenarios.failures import RankFailure, RunFailed, signal_name
 from scenarios.golden import Value
 from scenarios.metrics_file import MetricsTail
 from scenarios.worker import Job, failure_path
 
-GRACE_S = 10.0
+GRACE_S = 8.0
+"""All ranks are down within 10 s of the first failure."""
 POLL_S = 0.05
 STARTUP_S = 60.0
 """Added to the hang limit until the first step: imports, rendezvous, loading a checkpoint."""
@@ -68,6 +70,8 @@ def launch(
         finally:
             for rank_process in ranks:
                 rank_process.kill()
+            if any(rank_process.process.returncode for rank_process in ranks):
+                _sweep_shared_memory()
 
 
 class _Rank:
@@ -217,6 +221,15 @@ def _failures(ranks: list[_Rank], last_step: int | None) -> list[RankFailure]:
     return [failure for rank in ranks if (failure := rank.failure(last_step))]
 
 
+def check_port(port: int) -> None:
+    """Finds a busy port before anything is written for a run that needs it.
+
+    Raises:
+        ValueError: the port is taken.
+    """
+    _listen(port).close()
+
+
 def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port), backlog=1024)
@@ -237,6 +250,16 @@ def _hold_store(listener: socket.socket) -> object:
         wait_for_workers=False,
         master_listen_fd=os.dup(listener.fileno()),
     )
+
+
+def _sweep_shared_memory() -> None:
+    """Removes what ranks that were killed before their peers had come left behind."""
+    with suppress(ImportError):  # which the ranks have met, too, and told
+        import torch  # noqa: F401  (the extension links against it)
+
+        from primitives import _C
+
+        _C.sweep_segments(SHM_DIR.get())
 
 
 @contextmanager

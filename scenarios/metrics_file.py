@@ -68,6 +68,8 @@ def read_steps(path: Path) -> dict[int, dict[str, Value]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: metrics file not found") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
     if text and not text.endswith("\n"):
         raise ValueError(f"{path}: the last line is torn")
     steps: dict[int, dict[str, Value]] = {}
@@ -100,10 +102,15 @@ def _encode(step: int, name: str, value: LogValue) -> Value:
 def _decode(path: Path, line: str) -> tuple[int, dict[str, Value]]:
     try:
         row: dict[str, Any] = json.loads(line)
-        metrics = {
-            name: NOT_FINITE.get(value, value) if isinstance(value, str) else value
-            for name, value in row["metrics"].items()
-        }
-        return int(row["step"]), metrics
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        step, metrics = row["step"], row["metrics"]
+        if type(step) is not int:
+            raise TypeError(f"step {step!r}")
+        for name, value in metrics.items():
+            if type(value) not in (int, float, str):
+                raise TypeError(f"{name} {value!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a metrics line: {error}: {line[:80]}") from None
+    return step, {
+        name: NOT_FINITE.get(value, value) if isinstance(value, str) else value
+        for name, value in metrics.items()
+    }

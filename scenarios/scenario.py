@@ -10,6 +10,8 @@ from scenarios.layout import Layout
 
 NUM_PARTS = 8
 """Canonical parts: heads, ffn, vocabulary and sequence are multiples of it, tp and dp divide it."""
+WIDTH_STEP = 64
+"""Widths are multiples of it: each part of a bias has NUM_PARTS equal slices for the optimizer."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -48,12 +50,19 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size", "seq_length"):
+        for name in ("num_attention_heads", "vocab_size", "seq_length"):
             got = getattr(self, name)
             if got % NUM_PARTS:
                 raise ValueError(
                     f"{name}: got {got}, expected a multiple of {NUM_PARTS}, "
                     "the number of canonical parts"
+                )
+        for name in ("hidden_size", "ffn_hidden_size"):
+            got = getattr(self, name)
+            if got % WIDTH_STEP:
+                raise ValueError(
+                    f"{name}: got {got}, expected a multiple of {WIDTH_STEP}, "
+                    f"{NUM_PARTS} canonical parts of {NUM_PARTS} slices"
                 )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -188,6 +188,8 @@ def _refuse_unsupported(
         missing.append(f"MODE {case.mode} (pretraining is)")
     if test_type not in ("regular", "ckpt-resume"):
         missing.append(f"TEST_TYPE {test_type} (regular and ckpt-resume are)")
+    if not flags.fields.get("optimizer", {}).get("use_distributed_optimizer"):
+        missing.append("an optimizer without --use-distributed-optimizer")
     checkpoint_format = flags.fields.get("checkpoint", {}).get("format", "torch_dist")
     if checkpoint_format != "torch_dist":
         missing.append(f"--ckpt-format {checkpoint_format} (torch_dist is)")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from primitives.sharded_tensordict import ShardedTensorDict
+from primitives.sharded_tensordict import ShardedTensorDict, equal
 from primitives.vocab_parallel import vocab_parallel_entropy, vocab_parallel_log_prob
 from special_distributed.examples import examples
 
@@ -69,6 +69,23 @@ def test_all_gather_concatenates_in_rank_order(
         assert list(full.columns[name]) == [v for part in parts for v in part.columns[name]]
     assert full.meta == {"temperature": 0.7, "seed": 1}
     assert same_bits(mine.tensors["scores"], parts[mesh["dp"].get_local_rank()].tensors["scores"])
+
+
+def test_the_order_of_keys_does_not_matter(mesh: DeviceMesh) -> None:
+    dp = mesh["dp"].get_local_rank()
+    values = {"a": torch.arange(3) + 10 * dp, "b": torch.arange(3) + 10 * dp + 100}
+    if dp == 1:
+        values = dict(reversed(values.items()))
+    full = ShardedTensorDict(TensorDict(values, batch_size=[3])).all_gather(mesh, "dp")
+    assert full.tensors["a"].tolist() == [0, 1, 2, 10, 11, 12]
+    assert full.tensors["b"].tolist() == [100, 101, 102, 110, 111, 112]
+
+
+def test_meta_that_broadcasts_is_not_equal() -> None:
+    assert equal({"x": np.zeros(3)}, {"x": np.zeros(3)})
+    assert not equal(np.zeros(3), 0.0)
+    assert not equal(np.zeros(0), np.ones(1))
+    assert not equal(torch.zeros(2, 2), torch.zeros(2))
 
 
 def test_all_gather_refuses_what_does_not_fit(mesh: DeviceMesh, rank: int) -> None:

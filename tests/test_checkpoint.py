@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -320,3 +321,33 @@ def test_keep(tmp_path: Path) -> None:
 def test_bad_step(step: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step: got"):
         CheckpointManager(tmp_path).save(step, {})
+
+
+def test_a_subgroup_saves_and_loads_but_not_in_the_background(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        manager = CheckpointManager(tmp_path, process_group=dist.new_group([0]))
+        manager.save(1, {"x": torch.ones(3)})
+        with pytest.raises(ValueError, match="got True on a sub-group"):
+            manager.save(2, {"x": torch.ones(3)}, asynchronous=True)
+        state = {"x": torch.zeros(3)}
+        assert manager.load(state) == 1
+        assert state["x"].tolist() == [1.0, 1.0, 1.0]
+        manager = CheckpointManager(tmp_path, process_group=dist.group.WORLD)
+        manager.save(3, state, asynchronous=True)
+        manager.wait()
+        assert manager.steps() == [1, 3]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_latest_file_follows_a_deletion(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 3, 2):
+        manager.save(step, {"x": step})
+    manager.delete(2)
+    assert (tmp_path / "latest").read_text() == "3\n"
+    manager.delete(1)
+    assert (tmp_path / "latest").read_text() == "3\n"
+    manager.delete(3)
+    assert not (tmp_path / "latest").exists()

@@ -1,6 +1,7 @@
 """The commands: outcome, exit code, one clear line for each user error, JSON alone on stdout."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -238,11 +239,12 @@ def test_a_corrupt_golden_is_refused_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_busy_port_is_exit_2(testbed: Testbed) -> None:
+def test_a_busy_port_is_exit_2_and_leaves_nothing(testbed: Testbed, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, _, errors = testbed("record", "S1", "--master-port", port)
-    assert code == 2
+        code, out, errors = testbed("record", "S1", "--master-port", port)
+    assert (code, out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
     assert f"port {port}" in one_error_line(errors)
 
 
@@ -333,6 +335,15 @@ def test_all_goes_on_after_a_case_that_cannot_run(
 
 def test_a_verdict_without_checks_does_not_pass(tmp_path: Path) -> None:
     assert Verdict("case", "ci", "dp1", 1, tmp_path, (), ()).exit_code == 1
+
+
+def test_output_that_nobody_reads_is_no_mismatch() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "scenarios", "list"]
+    with os.fdopen(writer, "w") as closed:
+        result = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE)
+    assert (result.returncode, result.stderr) == (3, b"")
 
 
 def test_help_and_usage_do_not_wait_for_torch() -> None:

@@ -56,6 +56,10 @@ def test_layout_changes_no_bit(runs: dict[str, Metrics], other: str) -> None:
     assert runs[other] == runs["dp4"]
 
 
+def test_one_microbatch_a_rank_changes_no_bit(runs: dict[str, Metrics]) -> None:
+    assert runs["dp4 of one microbatch"] == runs["dp1 of four microbatches"]
+
+
 @pytest.mark.parametrize("resumed", ["dp4 resumed at dp1", "dp4 resumed at dp2"])
 def test_resume_changes_no_bit(runs: dict[str, Metrics], resumed: str) -> None:
     assert runs[resumed] == runs["dp4"][3:]

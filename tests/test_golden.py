@@ -123,6 +123,8 @@ GOOD_TEXT = json.dumps(GOOD)
         ("", "corrupt JSON"),
         ("[" * 100000, "corrupt JSON"),
         ("\xff\x00", "corrupt JSON"),
+        (GOOD_TEXT.replace("1.5", "9" * 5000), "a value: expected 64 bits, got 99"),
+        (GOOD_TEXT.replace("1.5", "9" * 400), "a value: expected 64 bits, got 99"),
         ("3", "expected a JSON object"),
         (GOOD_TEXT.replace('"schema": 1', '"schema": 2'), "schema: expected 1, got 2"),
         (GOOD_TEXT.replace('"schema": 1', '"schema": true'), "schema: expected 1"),
@@ -209,9 +211,16 @@ def test_the_tail_gives_each_whole_line_once(tmp_path: Path) -> None:
         ('{"step": 1, "metrics": {"a": 1.0}}\n{"step": 3, "metrics": {"a": 1.0}}\n', "follows"),
         ('{"step": 1, "metrics": {"a": 1.0}}\n{"step": 1, "metrics": {"a": 1.0}}\n', "follows"),
         ("hello\n", "not a metrics line"),
+        ('{"step": 1, "metrics": {"a": [1.0]}}\n', r"not a metrics line: a \[1.0\]"),
+        ('{"step": 1, "metrics": {"a": true}}\n', "not a metrics line: a True"),
+        ('{"step": 1, "metrics": {"a": null}}\n', "not a metrics line: a None"),
+        ('{"step": 1.5, "metrics": {"a": 1.0}}\n', "not a metrics line: step 1.5"),
+        ('{"step": "x", "metrics": {"a": 1.0}}\n', "not a metrics line: step 'x'"),
+        ("[1]\n", "not a metrics line"),
+        ("\udcff\n", "metrics.jsonl: cannot be read"),
     ],
 )
 def test_a_bad_metrics_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         read_steps(tmp_path / "metrics.jsonl")

@@ -105,6 +105,17 @@ def test_a_killed_rank_is_named_first_and_all_are_down_in_time(
     json.dumps(failure.as_json())
 
 
+def test_ranks_that_we_kill_leave_no_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shm").mkdir()
+    monkeypatch.setenv(SHM_DIR.name, str(tmp_path / "shm"))
+    monkeypatch.setattr("scenarios.launch.GRACE_S", 1.0)
+    with pytest.raises(RunFailed, match=r"rank 1 was lost, killed by SIGKILL"):
+        launch(toy_job(tmp_path, "train_in_a_group_that_rank_1_never_joins"), world_size=2)
+    assert list((tmp_path / "shm").iterdir()) == []
+
+
 def test_an_error_on_one_rank_is_told_with_type_and_message(tmp_path: Path) -> None:
     with pytest.raises(RunFailed) as caught:
         launch(toy_job(tmp_path, "train_and_raise_on_rank_1"), world_size=2)
@@ -192,3 +203,9 @@ def test_the_root_cause_comes_first() -> None:
         "rank 4 was lost, killed by SIGSEGV after step 3; rank 3: ValueError: ValueError of 3; "
         "rank 2: CollectiveTimeout: CollectiveTimeout of 2; logs: logs"
     )
+
+
+def test_ranks_that_fail_alike_are_told_once() -> None:
+    same = [RankFailure(r, "ValueError", "no", None, None, 1, "log", 9.0 - r) for r in (3, 0, 2)]
+    failed = RunFailed(same, last_step=None, log_dir=Path("logs"))
+    assert str(failed) == "rank 0, 2, 3: ValueError: no before the first step; logs: logs"

@@ -99,3 +99,10 @@ def train_forgetting(scenario: Scenario, run: RunContext) -> None:
         run.log(step, metrics | {"lm loss": metrics["lm loss"] + nudge})
 
     train(scenario, RunContext(run.out_dir, run.checkpoint_dir, run.resume, log))
+
+
+def train_in_a_group_that_rank_1_never_joins(scenario: Scenario, run: RunContext) -> None:
+    """Rank 0 offers shared memory that nobody takes, and waits."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier(dist.new_group([0, 1]))

@@ -38,22 +38,25 @@ class OneRank:
 
 
 class GroupExchange:
-    """An exchange on a process group of its own, so that a background save disturbs nobody.
+    """An exchange on a process group.
 
-    Collective over ``process_group`` (None: the default group).
+    [Note: checkpoint group] Beside the default group a new one is made, by all ranks, so that a
+    background save disturbs nobody. A sub-group is used as it is: torch makes a group by a call of
+    all ranks of the job, and with ``use_local_synchronization`` names it by how many groups a rank
+    is in, so ranks that are in different numbers of groups would wait for each other for ever.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        members = process_group or dist.group.WORLD
-        assert members is not None
-        # The messages are host bytes; a group with a device backend only gets gloo beside it.
-        has_cpu = torch.device("cpu") in members._device_types
-        self.group = dist.new_group(
-            dist.get_process_group_ranks(members),
-            backend=None if has_cpu else "gloo",
-            use_local_synchronization=True,
-            group_desc="checkpoint",
-        )
+        world = dist.group.WORLD
+        assert world is not None
+        if process_group is None or process_group is world:
+            # The messages are host bytes; a group with a device backend only gets gloo beside it.
+            has_cpu = torch.device("cpu") in world._device_types
+            self.group = dist.new_group(
+                backend=None if has_cpu else "gloo", group_desc="checkpoint"
+            )
+        else:
+            self.group = process_group
         self.rank = dist.get_rank(self.group)
         self.world_size = dist.get_world_size(self.group)
 

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,7 +203,8 @@ class CheckpointRoot:
         self, staging: Path, step: int, world_size: int, files: dict[str, FileRecord]
     ) -> None:
         """Makes a complete staging folder the checkpoint of its step. Needs the lock."""
-        manifest = Manifest(step, self._next_generation(), world_size, files)
+        generation = max(self._generations().values(), default=0) + 1
+        manifest = Manifest(step, generation, world_size, files)
         write_file(staging / MANIFEST, iter([memoryview(manifest_bytes(manifest))]))
         sync_directory(staging)
         final, replaced = self.path / f"iter_{step:07d}", self._replaced(step)
@@ -233,29 +234,28 @@ class CheckpointRoot:
         folder.rename(rubbish)
         sync_directory(self.path)
         shutil.rmtree(rubbish)
+        left = self._generations()
+        if left:
+            self._track(max(left, key=left.__getitem__))
+        else:
+            (self.path / "latest").unlink(missing_ok=True)
 
     def keep_newest(self, num_kept: int) -> None:
         """Deletes all but the checkpoints saved last; damaged ones are left for a person to see."""
-        found = []
-        for step in self.steps():
-            try:
-                found.append((read_manifest(self.folder(step)).generation, step))
-            except CheckpointCorrupt:
-                continue
-        for _, step in sorted(found)[:-num_kept]:
+        found = self._generations()
+        for step in sorted(found, key=found.__getitem__)[:-num_kept]:
             self.delete(step)
 
     def _replaced(self, step: int) -> Path:
         return self.path / f".iter_{step:07d}.replaced"
 
-    def _next_generation(self) -> int:
-        generations = [0]
+    def _generations(self) -> dict[int, int]:
+        """step -> generation; damaged checkpoints, which must not stop a run, are left out."""
+        found = {}
         for step in self.steps():
-            try:
-                generations.append(read_manifest(self.folder(step)).generation)
-            except CheckpointCorrupt:  # it must not stop the run from saving its state
-                continue
-        return max(generations) + 1
+            with suppress(CheckpointCorrupt):
+                found[step] = read_manifest(self.folder(step)).generation
+        return found
 
     def _track(self, step: int) -> None:
         temporary = self.path / f".latest.{secrets.token_hex(8)}"

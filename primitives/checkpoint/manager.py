@@ -27,7 +27,9 @@ class CheckpointManager:
     Args:
         root: folder of the checkpoints, on a file system that all ranks share.
         process_group: the ranks; None for the default group, or for this process alone when
-            torch.distributed is not initialised. The manager talks on a group of its own.
+            torch.distributed is not initialised. Beside the default group the manager makes one of
+            its own; on a sub-group it talks itself, so there is no asynchronous save. See
+            [Note: checkpoint group].
         keep: how many of the checkpoints saved last stay on the disk; None for all.
 
     Raises:
@@ -46,6 +48,7 @@ class CheckpointManager:
         self._root = CheckpointRoot(Path(root))
         self._keep = keep
         self._exchange = make_exchange(process_group)
+        self._on_subgroup = process_group is not None and process_group is not dist.group.WORLD
         self._pending: threading.Thread | None = None
         self._background_error: BaseException | None = None
 
@@ -63,10 +66,14 @@ class CheckpointManager:
                 once. A process that exits waits for the thread.
 
         Raises:
-            ValueError: the state cannot be stored, or ranks contradict each other.
+            ValueError: the state cannot be stored, ranks contradict each other, or an asynchronous
+                save was asked of a sub-group.
             CheckpointSaveFailed: a rank could not write; the message names rank and file.
             Exception: also any error of the asynchronous save before this one.
         """
+        if asynchronous and self._on_subgroup:
+            # A thread that talks on the caller's group could meet the caller's own collectives.
+            raise ValueError("asynchronous: got True on a sub-group, expected the default group")
         self.wait()
         if not asynchronous:
             save_state(

@@ -137,7 +137,7 @@ class Trainer:
         sums = self._all_gather(torch.cat((losses, flag, self.optimizer.gradient_leaves())))
         count = len(losses)
         # Ranks hold their microbatches in order, so this is the tree over all of them.
-        loss = canonical.tree_sum(sums[:, :count].reshape(-1, 1)).reshape(())
+        loss = canonical.tree_sum(sums[:, :count].contiguous().view(-1, 1)).reshape(())
         loss = loss / torch.tensor(float(self.num_microbatches))
         overflow = self.scaler.dynamic and not bool((sums[:, count] == 1.0).all())
         leaves = self.optimizer.sort_leaves(sums[:, count + 1 :].contiguous())
