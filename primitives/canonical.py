@@ -40,7 +40,7 @@ __all__ = [
     "row_sum",
     "sqrt",
     "sum_of_squares",
-    "tanh_",
+    "tanh",
     "token_block_sum",
     "tree_sum",
 ]
@@ -141,7 +141,7 @@ def sqrt(x: Tensor) -> Tensor:
     return _C.canonical_sqrt(x)
 
 
-def tanh_(x: Tensor) -> Tensor:
+def tanh(x: Tensor) -> Tensor:
     """tanh of each element of ``x`` (float32), as a new tensor."""
     return _C.canonical_tanh(x)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-NUM_PARTS = 8
+from primitives.layout import NUM_PARTS
 
 
 def vocab_parallel_entropy(

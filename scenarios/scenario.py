@@ -5,13 +5,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from primitives.layout import NUM_PARTS, NUM_SLICES
 from scenarios.frozen import Frozen
 from scenarios.layout import Layout
 
-NUM_PARTS = 8
-"""Canonical parts: heads, ffn, vocabulary and sequence are multiples of it, tp and dp divide it."""
-WIDTH_STEP = 64
-"""Widths are multiples of it: each part of a bias has NUM_PARTS equal slices for the optimizer."""
+WIDTH_STEP = NUM_PARTS * NUM_SLICES
+"""Widths are multiples of it: each part of a bias has equal slices for the optimizer."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from primitives.layout import NUM_PARTS
 from scenarios.case_files import (
     CaseFile,
     alias_of,
@@ -15,7 +16,6 @@ from scenarios.flags import ParsedFlags, close_match, parse_flags
 from scenarios.layout import Layout
 from scenarios.scenario import (
     METRICS,
-    NUM_PARTS,
     CheckpointConfig,
     DataConfig,
     IgnoredFlag,

@@ -173,9 +173,9 @@ def test_subtrees_of_ranks_make_the_whole_tree() -> None:
         assert_same_bits(canonical.tree_sum(parts), canonical.tree_sum(x), f"{num_ranks} ranks")
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "tanh_", "sqrt"])
+@pytest.mark.parametrize("name", ["exp", "log", "tanh", "sqrt"])
 def test_elementwise(name: str) -> None:
-    definition = {"exp": slow.exp, "log": slow.log, "tanh_": slow.tanh, "sqrt": np.sqrt}[name]
+    definition = {"exp": slow.exp, "log": slow.log, "tanh": slow.tanh, "sqrt": np.sqrt}[name]
     steps = torch.arange(-(2**31), 2**31, 70001, dtype=torch.int64).to(torch.int32)
     x = torch.cat([steps.view(torch.float32), torch.linspace(-110, 95, 4001)])
     x = torch.cat([x, torch.tensor(SPECIAL), torch.randn(1000)])

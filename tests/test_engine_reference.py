@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from primitives.layout import NUM_PARTS
 from scenarios.data import make_dataset
 from scenarios.engines.builtin import Trainer
-from scenarios.parallel.parameters import NUM_PARTS
 from scenarios.scenario import Scenario
 from tests.engine_scenarios import tiny_scenario
 

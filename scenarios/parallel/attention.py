@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from primitives import canonical
+from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import ColumnLinear, RowLinear
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.parameters import NUM_PARTS
 
 
 class _CoreAttention(Function):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scenarios.parallel.parameters import NUM_SLICES, ParameterSpec
+from primitives.layout import NUM_SLICES
+from scenarios.parallel.parameters import ParameterSpec
 
 
 @dataclass

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import canonical
+from primitives.layout import NUM_SLICES
 from scenarios.parallel.buckets import Bucket, Shard
-from scenarios.parallel.parameters import NUM_SLICES, ParameterSpec
+from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.random_keys import random_key
 
 NORM_EPSILON = 1e-6

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from primitives import canonical
+from primitives.layout import NUM_PARTS
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameters import (
-    NUM_PARTS,
     ParameterSpec,
     column_spec,
     row_spec,

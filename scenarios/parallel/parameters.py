@@ -3,11 +3,7 @@
 import math
 from dataclasses import dataclass
 
-NUM_PARTS = 8
-"""Canonical parts C: the finest cut of heads, ffn, vocabulary and tokens; tp divides it."""
-
-NUM_SLICES = 8
-"""Slices of one canonical block; a data-parallel rank owns NUM_SLICES / dp of each block."""
+from primitives.layout import NUM_PARTS, NUM_SLICES
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from primitives import canonical
+from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import Layer, column_linear
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.parameters import NUM_PARTS, ParameterSpec
+from scenarios.parallel.parameters import ParameterSpec
 
 
 class _Embedding(Function):
