@@ -136,6 +136,7 @@ def build() -> None:
     hint = "The native build needs g++ 11 or newer and the Python headers (python3-dev)."
     pip = (PYTHON, "-m", "pip", "install", "--disable-pip-version-check")
     run(*pip, "--no-build-isolation", "--no-deps", "--editable", ".", hint=hint)
+    say((ROOT / "build" / "summary.txt").read_text().rstrip())
 
 
 def main() -> None:

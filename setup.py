@@ -86,12 +86,15 @@ class Build(BuildExtension):
         import torch
 
         cuda = "sm_" + ", sm_".join(archs) + f" by {nvcc}" if nvcc else "none (no nvcc)"
-        print(
-            "\nbuild summary\n"
+        summary = (
+            "build summary\n"
             f"  torch   {torch.__version__}\n"
             "  cpu     AVX-512, AVX2, scalar (chosen at run time)\n"
             f"  cuda    {cuda}\n"
         )
+        print("\n" + summary)
+        (ROOT / "build").mkdir(exist_ok=True)
+        (ROOT / "build" / "summary.txt").write_text(summary)  # pip hides what is printed here
 
     def compile_cuda(self, nvcc: str, archs: list[str]) -> list[str]:
         targets = [

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,19 @@ sys.path[:0] = sys.argv[1:3]
 module, function = sys.argv[3].split(":")
 getattr(importlib.import_module(module), function)(*sys.argv[4:])
 """
+
+
+@contextmanager
+def small_tmpfs(folder: Path, size: str) -> Iterator[str]:
+    """A memory file system of ``size`` (as mount takes it) on ``folder``."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    if os.system(f"mount -t tmpfs -o size={size} tmpfs {folder} 2>/dev/null") != 0:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        yield str(folder)
+    finally:
+        os.system(f"umount -l {folder}")
 
 
 class ThreadRanks:

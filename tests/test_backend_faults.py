@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ProcessRanks, ThreadRanks, init, leftovers, run_threads
+from ranks import ProcessRanks, ThreadRanks, init, leftovers, run_threads, small_tmpfs
 
 from primitives import errors
 
@@ -211,18 +211,12 @@ def test_a_rank_that_never_joins_is_named() -> None:
 
 
 def test_full_shared_memory_is_one_clear_error_on_every_rank(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    if os.system(f"mount -t tmpfs -o size=1m tmpfs {tmp_path} 2>/dev/null") != 0:
-        pytest.skip("this container may not mount a tmpfs")
-    try:
-        for error in run_threads(2, lambda r: create_error(r, str(tmp_path), STORE)):
+    with small_tmpfs(tmp_path, "1m") as folder:
+        for error in run_threads(2, lambda r: create_error(r, folder, STORE)):
             assert type(error) is errors.CollectiveError
             assert "shared memory is full" in str(error)
             assert "bytes free" in str(error)
         assert list(tmp_path.iterdir()) == []
-    finally:
-        os.system(f"umount {tmp_path}")
 
 
 STORE = dist.HashStore()
