@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -83,8 +84,6 @@ class Build(BuildExtension):
                     "-lpthread",
                 ]
         super().build_extensions()
-        import torch
-
         cuda = "sm_" + ", sm_".join(archs) + f" by {nvcc}" if nvcc else "none (no nvcc)"
         summary = (
             "build summary\n"
