@@ -14,7 +14,7 @@ SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 def main() -> None:
     console = Console()
     table = Table(title=f"collectives, {WORLD_SIZE} ranks, fp32; limit: copying the bytes moved")
-    for column in ("op", "bytes/rank", "primitives us", "gloo us", "gloo/primitives", "limit us"):
+    for column in ("op", "bytes/rank", "ours us", "gloo us", "gloo/ours", "limit us"):
         table.add_column(column, justify="right")
     cases = [(op, nbytes) for op in OPS for nbytes in NBYTES] + [("barrier", 0)]
     for row in collectives.measure(WORLD_SIZE, cases):
@@ -24,7 +24,7 @@ def main() -> None:
     console.print(table)
 
     table = Table(title="GEMM, one thread, fp32")
-    for column in ("m", "n", "k", "canonical GFLOP/s", "torch.mm GFLOP/s", "canonical/torch"):
+    for column in ("m", "n", "k", "ours GFLOP/s", "torch.mm GFLOP/s", "ours/torch"):
         table.add_column(column, justify="right")
     for r in gemm.measure(list(SHAPES)):
         speeds = (r.canonical_gflop_s, r.torch_gflop_s, r.canonical_gflop_s / r.torch_gflop_s)

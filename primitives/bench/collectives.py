@@ -31,7 +31,7 @@ class Row:
     nbytes_per_rank: int
     time_us: dict[str, float]
     limit_us: float
-    """Time to copy the bytes the operation must move at the measured copy bandwidth."""
+    """Time in which the same ranks copy as many bytes as the operation must move."""
 
 
 def bytes_moved(op: str, nbytes: int, world_size: int) -> int:
@@ -80,10 +80,13 @@ def slowest_rank(function: Callable[[], object], num_calls: int) -> float:
     return float(seconds)
 
 
-def copy_bandwidth(nbytes: int = 1 << 26) -> float:
-    """Bytes per second, read plus write, of all ranks copying private memory at the same time."""
-    source, target = torch.ones(nbytes // 4), torch.zeros(nbytes // 4)
-    return 2 * nbytes * dist.get_world_size() / slowest_rank(lambda: target.copy_(source), 5)
+def copy_seconds(nbytes: int) -> float:
+    """Median time in which all ranks, copying their own memory, read and write ``nbytes``."""
+    numel = nbytes // (2 * 4 * dist.get_world_size())
+    source, target = torch.ones(numel), torch.zeros(numel)
+    num_calls = max(3, min(1000, (1 << 27) // max(nbytes, 1)))
+    rounds = [slowest_rank(lambda: target.copy_(source), num_calls) for _ in range(NUM_ROUNDS)]
+    return statistics.median(rounds)
 
 
 def run_rank(
@@ -94,7 +97,6 @@ def run_rank(
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("primitives", store=store, rank=rank, world_size=world_size)
     groups = {name: dist.new_group(backend=name) for name in BACKENDS}
-    bandwidth = copy_bandwidth()
     for op, nbytes in cases:
         calls = {name: call(op, nbytes, groups[name]) for name in BACKENDS}
         warm_up = {name: slowest_rank(function, 3) for name, function in calls.items()}
@@ -103,10 +105,10 @@ def run_rank(
             for name, function in calls.items():
                 num_calls = max(1, min(1000, int(ROUND_S / warm_up[name])))
                 samples[name].append(slowest_rank(function, num_calls))
+        limit_s = copy_seconds(bytes_moved(op, nbytes, world_size))
         if rank == 0:
             time_us = {name: 1e6 * statistics.median(s) for name, s in samples.items()}
-            limit_us = 1e6 * bytes_moved(op, nbytes, world_size) / bandwidth
-            queue.put(Row(op, nbytes, time_us, limit_us))
+            queue.put(Row(op, nbytes, time_us, 1e6 * limit_s))
     dist.destroy_process_group()
 
 
