@@ -19,8 +19,11 @@ from primitives.errors import CheckpointCorrupt
 from primitives.fsdp_checkpoint import FSDPCheckpointManager
 from primitives.random_state import random_state
 
-# torch's own FSDP1 state dicts are made of the ShardedTensors that it advises against.
-pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning")
+# torch's own FSDP1 state dicts are made of what it advises against.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`:UserWarning"),
+]
 
 VOCAB_SIZE = 150  # rows on 4 ranks: uneven shards
 
