@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,44 @@ def callbacks_that_communicate() -> None:
 
 def test_a_callback_may_communicate(tmp_path: Path) -> None:
     target = "test_backend_lifetimes:callbacks_that_communicate"
+    for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
+        assert code == 0, output
+
+
+def callbacks_that_wait_for_messages() -> None:
+    rank, _ = init()
+    large = torch.arange(1 << 20, dtype=torch.float32)  # does not fit into a ring
+    peer = 1 - rank
+
+    def then_exchange(future: Any) -> torch.Tensor:
+        answer = torch.empty_like(large)
+        sent = dist.isend(large + rank, peer, tag=1).get_future()
+        dist.irecv(answer, peer, tag=1).get_future().wait()
+        sent.wait()
+        return answer
+
+    dist.isend(torch.ones(1), peer)
+    received = dist.irecv(torch.empty(1), peer).get_future().then(then_exchange)
+    assert torch.equal(received.wait(), large + peer)
+
+    # Works that were asked for before, and are completed by the threads that move data.
+    first, second = torch.ones(1), torch.ones(1)
+    works = [dist.all_reduce(first, async_op=True), dist.all_reduce(second, async_op=True)]
+    chained = works[0].get_future().then(lambda _: works[1].get_future().wait())
+    assert chained.wait()[0].item() == 2.0
+
+    impatient = dist.new_group(timeout=timedelta(seconds=1))
+
+    def never_comes(_: Any) -> None:  # the deadline counts in callbacks too
+        dist.recv(torch.empty(1), peer, tag=99, group=impatient)
+
+    ended = dist.all_reduce(first, async_op=True).get_future().then(never_comes)
+    with pytest.raises(RuntimeError, match="recv from rank"):
+        ended.wait()
+
+
+def test_a_callback_may_wait_for_anything(tmp_path: Path) -> None:
+    target = "test_backend_lifetimes:callbacks_that_wait_for_messages"
     for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
         assert code == 0, output
 

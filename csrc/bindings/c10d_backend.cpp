@@ -68,10 +68,12 @@ void Backend::close(Milliseconds limit) {
   std::optional<pybind11::gil_scoped_release> no_gil;
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
   const auto end = Clock::now() + limit;
-  auto left = [&] { return std::chrono::duration_cast<Milliseconds>(end - Clock::now()); };
-  if (!group_->failed() && !(queue_->drain(limit) && mailbox_->drain(left()))) {
-    group_->abort("it left with operations unfinished");
+  auto idle = [&] { return queue_->idle() && mailbox_->idle() && callbacks_->idle(); };
+  while (!group_->failed() && !idle()) {
+    if (Clock::now() >= end) group_->abort("it left with operations unfinished");
+    std::this_thread::sleep_for(Milliseconds(1));
   }
+  callbacks_->stop();
   queue_->stop();
   mailbox_->stop();
   group_->close();
@@ -93,7 +95,7 @@ void close_all_backends(Milliseconds limit) {
 Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Job job) {
   return translated([&]() -> WorkPtr {
     group_->check();
-    auto work = c10::make_intrusive<Work>(type, std::move(outputs));
+    auto work = c10::make_intrusive<Work>(type, std::move(outputs), callbacks_);
     if (async || coalescing_) {
       queue_->run_async(work, std::move(job));
       if (coalescing_) coalesced_.push_back(work);

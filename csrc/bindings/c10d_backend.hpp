@@ -93,6 +93,7 @@ class Backend : public c10d::Backend {
   c10::intrusive_ptr<Options> options_;
   std::unique_ptr<Group> group_;
   std::unique_ptr<Mailbox> mailbox_;
+  std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;

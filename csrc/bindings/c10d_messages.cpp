@@ -39,7 +39,7 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
     check_tensor(tensor, "send");
     check_peer(dst, getSize(), "send");
     const at::Tensor source = readable(tensor);
-    auto work = c10::make_intrusive<Work>(c10d::OpType::SEND, tensors);
+    auto work = c10::make_intrusive<Work>(c10d::OpType::SEND, tensors, callbacks_);
     mailbox_->send(
         source.data_ptr(), envelope_of(source, tag), dst, options_->timeout,
         [work, source](std::exception_ptr error, int) { work->complete(as_python_error(error)); });
@@ -52,7 +52,7 @@ Backend::WorkPtr Backend::receive(Tensors& tensors, int src, int tag) {
   const at::Tensor& tensor = only(tensors, "recv");
   check_tensor(tensor, "recv");
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
-  auto work = c10::make_intrusive<Work>(type, tensors);
+  auto work = c10::make_intrusive<Work>(type, tensors, callbacks_);
   Output result(tensor);
   mailbox_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
                  [work, result](std::exception_ptr error, int from) mutable {

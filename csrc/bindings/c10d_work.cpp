@@ -24,8 +24,8 @@ c10::intrusive_ptr<c10::ivalue::Future> new_future() {
 
 }  // namespace
 
-Work::Work(c10d::OpType type, std::vector<at::Tensor> outputs)
-    : c10d::Work(-1, type), outputs_(std::move(outputs)) {}
+Work::Work(c10d::OpType type, std::vector<at::Tensor> outputs, std::shared_ptr<Callbacks> callbacks)
+    : c10d::Work(-1, type), outputs_(std::move(outputs)), callbacks_(std::move(callbacks)) {}
 
 bool Work::wait(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
@@ -36,6 +36,9 @@ bool Work::wait(std::chrono::milliseconds timeout) {
     lock.unlock();
     throw_wait_timeout(timeout);
   }
+  const auto future = future_;
+  lock.unlock();
+  if (future) future->wait();  // a moment at most: it is on its way
   if (exception_) std::rethrow_exception(exception_);
   return true;
 }
@@ -65,11 +68,13 @@ void Work::complete(std::exception_ptr error) {
   lock.unlock();
   cv_.notify_all();
   if (!future) return;
-  if (error) {
-    future->setError(error);
-  } else {
-    future->markCompleted(c10::IValue(outputs_));
-  }
+  callbacks_->run([future, error, outputs = outputs_] {
+    if (error) {
+      future->setError(error);
+    } else {
+      future->markCompleted(c10::IValue(outputs));
+    }
+  });
 }
 
 WorkBatch::WorkBatch(std::vector<c10::intrusive_ptr<c10d::Work>> works)
@@ -130,21 +135,12 @@ void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
   entries_.push_back({std::move(work), std::move(job)});
   if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
-  if (on_own_thread()) {
-    run_queued(lock);
-  } else {
-    changed_.notify_all();
-  }
+  changed_.notify_all();
 }
 
 void WorkQueue::run_sync(const Job& job) {
   std::unique_lock<std::mutex> lock(mutex_);
   // Entries that are queued now go first: collectives keep the order of their calls.
-  if (!stopping_ && on_own_thread()) {
-    run_queued(lock);
-    lock.unlock();
-    return job();
-  }
   changed_.wait(lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
   busy_ = true;
@@ -160,9 +156,9 @@ void WorkQueue::run_sync(const Job& job) {
   job();
 }
 
-bool WorkQueue::drain(std::chrono::milliseconds limit) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  return changed_.wait_for(lock, limit, [&] { return !busy_ && entries_.empty(); });
+bool WorkQueue::idle() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !busy_ && entries_.empty();
 }
 
 void WorkQueue::stop() {

@@ -12,12 +12,15 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
+#include "bindings/callbacks.hpp"
+
 namespace primitives {
 
-// One collective or message: done when its outputs hold the result.
+// One collective or message: done when its outputs hold the result. Its future is completed by
+// `callbacks`.
 class Work : public c10d::Work {
  public:
-  Work(c10d::OpType type, std::vector<at::Tensor> outputs);
+  Work(c10d::OpType type, std::vector<at::Tensor> outputs, std::shared_ptr<Callbacks> callbacks);
 
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   void synchronize() override {}
@@ -32,6 +35,7 @@ class Work : public c10d::Work {
 
  private:
   std::vector<at::Tensor> outputs_;
+  std::shared_ptr<Callbacks> callbacks_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when somebody asks
   int source_rank_ = -1;
 };
@@ -53,8 +57,7 @@ class WorkBatch : public c10d::Work {
 };
 
 // Runs jobs one at a time in the order they came: asynchronous ones on its thread, a synchronous
-// one on the caller's when nothing is queued. No job may need the GIL. A callback of a future runs
-// on the queue's thread; what it asks for is run right there, or it would wait for itself.
+// one on the caller's when nothing is queued. No job may need the GIL.
 class WorkQueue {
  public:
   using Job = std::function<void()>;
@@ -63,8 +66,7 @@ class WorkQueue {
   void run_async(c10::intrusive_ptr<Work> work, Job job);
   // Throws what the job throws.
   void run_sync(const Job& job);
-  // Waits until all jobs are done; false when `limit` passed first.
-  bool drain(std::chrono::milliseconds limit);
+  bool idle();
   // Ends the thread after the running job; queued jobs are dropped, their works failed.
   void stop();
 
@@ -75,7 +77,6 @@ class WorkQueue {
   };
   void loop();
   void run_queued(std::unique_lock<std::mutex>& lock);
-  bool on_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
 
   std::mutex mutex_;
   std::condition_variable changed_;

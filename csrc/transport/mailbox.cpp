@@ -39,17 +39,9 @@ void Mailbox::post(std::list<Operation>& to, Operation operation) {
   ring_bell(group_.rank());
 }
 
-bool Mailbox::drain(Milliseconds limit) {
-  for (const auto end = Clock::now() + limit;;) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      const bool empty =
-          std::all_of(sends_.begin(), sends_.end(), [](const auto& list) { return list.empty(); });
-      if (empty) return true;
-    }
-    if (Clock::now() >= end) return false;
-    std::this_thread::sleep_for(Milliseconds(1));
-  }
+bool Mailbox::idle() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::all_of(sends_.begin(), sends_.end(), [](const auto& list) { return list.empty(); });
 }
 
 void Mailbox::stop() {

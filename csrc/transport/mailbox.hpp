@@ -45,8 +45,8 @@ class Mailbox {
   // The memory must live until `done`.
   void send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout, Done done);
   void recv(void* data, const Envelope& envelope, int src, Milliseconds timeout, Done done);
-  // Waits until all sends have left; false when `limit` passed first.
-  bool drain(Milliseconds limit);
+  // All sends have left.
+  bool idle();
   void stop();
 
  private:
