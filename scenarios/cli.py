@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import click
 
+from primitives.bench import BenchFailed
+from scenarios.bench import bench
 from scenarios.failures import RunFailed
 
 EXIT_PASS, EXIT_MISMATCH, EXIT_USAGE, EXIT_FAILED = range(4)
@@ -259,6 +261,9 @@ def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: b
     return EXIT_PASS
 
 
+testbed.add_command(bench)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; user errors are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -271,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(given, EXIT_FAILED, "interrupted")
     except RunFailed as error:
         return _fail(given, EXIT_FAILED, str(error), error.as_json())
+    except BenchFailed as error:
+        return _fail(given, EXIT_FAILED, str(error))
     except SystemExit:
         # Only click leaves so, with the code of a mismatch: nobody reads our output any more.
         return EXIT_FAILED
