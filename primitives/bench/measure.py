@@ -17,7 +17,6 @@ from primitives.bench.case import (
     NEVER_IN_PLACE,
     OPS,
     REDUCE_OPS,
-    REDUCING,
     Case,
     bus_factor,
     sizes,
@@ -91,9 +90,8 @@ class Plan:
 
     def case(self, nbytes: int, in_place: bool) -> Case:
         """One size, in one placement."""
-        reduce_op = self.reduce_op if self.op in REDUCING else "none"
-        return Case(self.op, nbytes, DTYPES[self.dtype], reduce_op, self.root, self.num_ranks,
-                    in_place)  # fmt: skip
+        return Case(self.op, nbytes, DTYPES[self.dtype], self.reduce_op, self.root,
+                    self.num_ranks, in_place)  # fmt: skip
 
     def jobs(self) -> tuple[list[tuple[list[str], str]], list[str]]:
         """Contestants and launcher of each job, and which MPIs are absent."""
