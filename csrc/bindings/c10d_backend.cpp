@@ -9,21 +9,10 @@
 #include <set>
 
 #include "bindings/c10d_errors.hpp"
+#include "bindings/store_meeting.hpp"
 
 namespace primitives {
 namespace {
-
-class StoreMeeting : public Meeting {
- public:
-  explicit StoreMeeting(c10::intrusive_ptr<c10d::Store> store) : store_(std::move(store)) {}
-  void set(const std::string& key, const std::string& value) override { store_->set(key, value); }
-  std::string get(const std::string& key) override { return store_->get_to_str(key); }
-  bool has(const std::string& key) override { return store_->check({key}); }
-  int64_t add(const std::string& key, int64_t value) override { return store_->add(key, value); }
-
- private:
-  c10::intrusive_ptr<c10d::Store> store_;
-};
 
 std::mutex backends_mutex;
 std::set<Backend*>& backends() {

@@ -193,40 +193,48 @@ std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t
   return parts;
 }
 
-Call make_call(Op op, const at::Tensor& tensor, int64_t numel, int root) {
+Call make_call(Op op, at::ScalarType dtype, uint64_t numel, int root) {
   Call call;
   call.op = op;
-  std::snprintf(call.dtype, sizeof call.dtype, "%s", dtype_name(tensor.scalar_type()).c_str());
-  call.itemsize = static_cast<uint32_t>(tensor.element_size());
-  call.numel = static_cast<uint64_t>(numel);
+  std::snprintf(call.dtype, sizeof call.dtype, "%s", dtype_name(dtype).c_str());
+  call.itemsize = static_cast<uint32_t>(c10::elementSize(dtype));
+  call.numel = numel;
   call.root = root;
   return call;
 }
 
-Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
+Call make_call(Op op, const at::Tensor& tensor, int64_t numel, int root) {
+  return make_call(op, tensor.scalar_type(), static_cast<uint64_t>(numel), root);
+}
+
+Reduction make_reduction(Call& call, at::ScalarType dtype, ReduceOp op, double factor,
                          int world_size) {
-  call.reduce_op = reduce_op_of(op);
-  const int dtype = reducible(tensor.scalar_type());
-  const bool linear = call.reduce_op == ReduceOp::kSum || call.reduce_op == ReduceOp::kAvg ||
-                      call.reduce_op == ReduceOp::kPremulSum;
+  call.reduce_op = op;
+  const int plain = reducible(dtype);
+  const bool complex = c10::isComplexType(dtype);
+  const bool linear = op == ReduceOp::kSum || op == ReduceOp::kAvg || op == ReduceOp::kPremulSum;
   Reduction reduction;
-  if (dtype >= 0 && (linear || !tensor.is_complex())) {
-    reduction.kernel = find_reduce(static_cast<DType>(dtype), call.reduce_op);
+  if (plain >= 0 && (linear || !complex)) {
+    reduction.kernel = find_reduce(static_cast<DType>(plain), op);
   }
   if (reduction.kernel == nullptr) {
-    throw std::invalid_argument(std::string(op_name(call.op)) + ": " +
-                                reduce_op_name(call.reduce_op) + " is not defined for " +
-                                call.dtype);
+    throw std::invalid_argument(std::string(op_name(call.op)) + ": " + reduce_op_name(op) +
+                                " is not defined for " + call.dtype);
   }
-  reduction.itemsize = tensor.element_size() / (tensor.is_complex() ? 2 : 1);
+  reduction.itemsize = call.itemsize / (complex ? 2 : 1);
   reduction.factor = world_size;
-  if (call.reduce_op == ReduceOp::kPremulSum) {
-    const auto& by = dynamic_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
-    reduction.factor =
-        by.tensor_factor.defined() ? by.tensor_factor.item<double>() : by.double_factor;
-    call.factor = reduction.factor;
-  }
+  if (op == ReduceOp::kPremulSum) reduction.factor = call.factor = factor;
   return reduction;
+}
+
+Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
+                         int world_size) {
+  double factor = 0;
+  if (op.op_ == c10d::ReduceOp::PREMUL_SUM) {
+    const auto& by = dynamic_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
+    factor = by.tensor_factor.defined() ? by.tensor_factor.item<double>() : by.double_factor;
+  }
+  return make_reduction(call, tensor.scalar_type(), reduce_op_of(op), factor, world_size);
 }
 
 }  // namespace primitives

@@ -46,8 +46,12 @@ Part part_of(const at::Tensor& tensor);
 std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t>& counts,
                       const std::string& what);
 
+Call make_call(Op op, at::ScalarType dtype, uint64_t numel, int root = -1);
 Call make_call(Op op, const at::Tensor& tensor, int64_t numel, int root = -1);
 // Throws std::invalid_argument when the reduction does not exist for the dtype; completes the call.
+// `factor`: of premul_sum.
+Reduction make_reduction(Call& call, at::ScalarType dtype, ReduceOp op, double factor,
+                         int world_size);
 Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
                          int world_size);
 
