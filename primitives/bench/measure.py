@@ -95,7 +95,7 @@ class Plan:
 
     def jobs(self) -> tuple[list[tuple[list[str], str]], list[str]]:
         """Contestants and launcher of each job, and which MPIs are absent."""
-        mine = ["primitives", "noop"] if self.level == "c10d" else ["raw"]
+        mine = ["primitives", "raw", "noop"] if self.level == "c10d" else ["raw"]
         mine += [name for name in self.against if name == "gloo"]
         jobs = [([*mine, *LIMITS], self.launcher)]
         absent = []
