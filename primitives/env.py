@@ -29,3 +29,15 @@ CUDA_ARCHS = Variable("PRIMITIVES_CUDA_ARCHS", "80;90;100", "Build: compute capa
 SHM_DIR = Variable(
     "PRIMITIVES_SHM_DIR", "/dev/shm", "Folder (tmpfs) for the memory that the ranks share."
 )
+FLIGHT_DIR = Variable(
+    "PRIMITIVES_FLIGHT_DIR",
+    "",
+    "Folder for dumps of the flight recorder, one file a process, when a group fails and on "
+    "SIGUSR1. Default: none are written. `testbed flight` reads them.",
+)
+CHECK = Variable(
+    "PRIMITIVES_CHECK",
+    "0",
+    "1 verifies a digest of every payload between ranks; on one rank is on for its groups. A "
+    "difference is a CollectiveError that names both ranks and the bytes.",
+)

@@ -14,6 +14,10 @@
 namespace primitives {
 namespace {
 
+std::vector<int> members_of(const std::vector<uint64_t>& global_ranks) {
+  return {global_ranks.begin(), global_ranks.end()};
+}
+
 std::mutex backends_mutex;
 std::set<Backend*>& backends() {
   static auto* all = new std::set<Backend*>;  // outlives every backend
@@ -31,7 +35,8 @@ Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int wor
                          : options_->group_desc;
   group_ = translated([&] {
     return std::make_unique<Group>(
-        meeting, GroupOptions{rank, world_size, name, options_->shm_dir, options_->timeout});
+        meeting, GroupOptions{rank, world_size, name, options_->shm_dir, options_->timeout,
+                              members_of(options_->global_ranks_in_group)});
   });
   mailbox_ = std::make_unique<Mailbox>(*group_);
   init();
@@ -56,6 +61,7 @@ void Backend::close(Milliseconds limit) {
   // The queue's thread may need the GIL to end a callback.
   std::optional<pybind11::gil_scoped_release> no_gil;
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
+  std::lock_guard<std::mutex> lock(close_mutex_);
   const auto end = Clock::now() + limit;
   auto idle = [&] { return queue_->idle() && mailbox_->idle() && callbacks_->idle(); };
   while (!group_->failed() && !idle()) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -95,6 +96,7 @@ class Backend : public c10d::Backend {
   std::unique_ptr<Mailbox> mailbox_;
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
+  std::mutex close_mutex_;
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;
 };

@@ -10,7 +10,7 @@ namespace {
 
 Envelope envelope_of(const at::Tensor& tensor, int tag) {
   const Call call = make_call(Op::kSend, tensor, tensor.numel());
-  Envelope envelope{tensor.nbytes(), tag, ""};
+  Envelope envelope{tensor.nbytes(), call.numel, tag, ""};
   std::snprintf(envelope.dtype, sizeof envelope.dtype, "%s", call.dtype);
   return envelope;
 }

@@ -22,6 +22,17 @@ c10::intrusive_ptr<c10::ivalue::Future> new_future() {
   std::abort();
 }
 
+// Waits until `done`, but for signals of the program: their handlers run in between.
+template <class Done>
+void wait_with_signals(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
+                       Done done) {
+  while (!changed.wait_for(lock, std::chrono::milliseconds(100), done)) {
+    lock.unlock();
+    check_signals();
+    lock.lock();
+  }
+}
+
 }  // namespace
 
 Work::Work(c10d::OpType type, std::vector<at::Tensor> outputs, std::shared_ptr<Callbacks> callbacks)
@@ -31,7 +42,7 @@ bool Work::wait(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
   auto done = [&] { return completed_; };
   if (timeout == kNoTimeout) {
-    cv_.wait(lock, done);
+    wait_with_signals(cv_, lock, done);
   } else if (!cv_.wait_for(lock, timeout, done)) {
     lock.unlock();
     throw_wait_timeout(timeout);
@@ -131,9 +142,10 @@ c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFuture() {
 }
 
 void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
+  const Site* site = this_site();
   std::unique_lock<std::mutex> lock(mutex_);
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
-  entries_.push_back({std::move(work), std::move(job)});
+  entries_.push_back({std::move(work), std::move(job), site});
   if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
   changed_.notify_all();
 }
@@ -141,7 +153,7 @@ void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
 void WorkQueue::run_sync(const Job& job) {
   std::unique_lock<std::mutex> lock(mutex_);
   // Entries that are queued now go first: collectives keep the order of their calls.
-  changed_.wait(lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
+  wait_with_signals(changed_, lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
   busy_ = true;
   lock.unlock();
@@ -200,6 +212,7 @@ void WorkQueue::run_queued(std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     std::exception_ptr error;
     try {
+      const SiteScope site(entry.site);
       entry.job();
     } catch (...) {
       error = current_python_error();

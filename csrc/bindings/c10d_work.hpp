@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/callbacks.hpp"
+#include "transport/caller.hpp"
 
 namespace primitives {
 
@@ -74,6 +75,7 @@ class WorkQueue {
   struct Entry {
     c10::intrusive_ptr<Work> work;
     Job job;
+    const Site* site;
   };
   void loop();
   void run_queued(std::unique_lock<std::mutex>& lock);

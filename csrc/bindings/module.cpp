@@ -10,4 +10,6 @@ PYBIND11_MODULE(_C, m) {
   primitives::bind_canonical(m);
   primitives::bind_transport(m);
   primitives::bind_communicator(m);
+  primitives::bind_call_sites(m);
+  primitives::bind_flight(m);
 }

@@ -22,8 +22,10 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
     const size_t at = i * block;
     for (int r = 0; r < n; r++) {
       if (r == me) continue;
-      copy(group.slot(me, group.epoch() + 1) + r * block, static_cast<const char*>(in[r].data) + at,
-           chunk_nbytes(in[r].nbytes, i, block), false);
+      const char* mine = static_cast<const char*>(in[r].data) + at;
+      const size_t nbytes = chunk_nbytes(in[r].nbytes, i, block);
+      copy(group.slot(me, group.epoch() + 1) + r * block, mine, nbytes, false);
+      publish(group, group.epoch() + 1, r, mine, nbytes, at);
     }
     if (i == 0) {
       group.meet();
@@ -39,8 +41,9 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
       const int r = (me + j) % n;
       const char* from = r == me ? static_cast<const char*>(in[me].data) + at
                                  : group.slot(r, group.epoch()) + me * block;
-      copy(static_cast<char*>(out[r].data) + at, from, chunk_nbytes(out[r].nbytes, i, block),
-           stream);
+      const size_t nbytes = chunk_nbytes(out[r].nbytes, i, block);
+      copy(static_cast<char*>(out[r].data) + at, from, nbytes, stream);
+      verify(group, group.epoch(), r, me, static_cast<char*>(out[r].data) + at, nbytes);
     }
   }
   if (stream) stream_fence();

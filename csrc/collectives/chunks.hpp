@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "collectives/reduce.hpp"
-#include "transport/control.hpp"
+#include "transport/group.hpp"
 
 namespace primitives {
 
@@ -33,6 +33,30 @@ inline void copy(void* out, const void* in, size_t nbytes, bool stream) {
   } else {
     std::memcpy(out, in, nbytes);
   }
+}
+
+// [Note: digests] With PRIMITIVES_CHECK=1 every run of bytes that goes through staging carries the
+// digest of what its writer meant to write, computed from the writer's own memory; whoever copied
+// or reduces it compares. Messages carry one in their envelope (mailbox.cpp).
+
+// For the readers that `reader` names: one rank, or world_size() for all of them.
+void publish_digest(Group& group, uint32_t epoch, int reader, const void* data, size_t nbytes,
+                    size_t at);
+void verify_digest(Group& group, uint32_t epoch, int writer, int reader, const void* data,
+                   size_t nbytes);
+
+// This rank stages `data`, bytes [at, at + nbytes) of its buffer, before barrier `epoch`.
+inline void publish(Group& group, uint32_t epoch, int reader, const void* data, size_t nbytes,
+                    size_t at) {
+  if (group.checked()) [[unlikely]]
+    publish_digest(group, epoch, reader, data, nbytes, at);
+}
+
+// `data` is what this rank has from `writer`: a copy, or the staged bytes themselves.
+inline void verify(Group& group, uint32_t epoch, int writer, int reader, const void* data,
+                   size_t nbytes) {
+  if (group.checked()) [[unlikely]]
+    verify_digest(group, epoch, writer, reader, data, nbytes);
 }
 
 }  // namespace primitives

@@ -3,8 +3,10 @@
 // sum.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 namespace primitives {
@@ -50,7 +52,13 @@ struct Call {
   uint64_t numel = 0;  // elements of this rank's input (all_gather: its shard)
   double factor = 0;   // kPremulSum
 
-  bool operator==(const Call&) const = default;
+  // Factors are compared as bits: NaN equals itself, -0.0 is not 0.0.
+  bool operator==(const Call& other) const {
+    return op == other.op && reduce_op == other.reduce_op && has_counts == other.has_counts &&
+           std::memcmp(dtype, other.dtype, sizeof dtype) == 0 && root == other.root &&
+           itemsize == other.itemsize && numel == other.numel &&
+           std::bit_cast<uint64_t>(factor) == std::bit_cast<uint64_t>(other.factor);
+  }
 };
 
 // "all_reduce(sum, float32, numel 8)"; counts are bytes to send to each of `num_counts` ranks.

@@ -1,4 +1,5 @@
-// The layout of a segment: control block | call records | staging slots | point-to-point rings.
+// The layout of a segment: control block | call records | digests | staging slots | point-to-point
+// rings.
 #pragma once
 
 #include <atomic>
@@ -6,6 +7,7 @@
 #include <cstdint>
 
 #include "transport/call.hpp"
+#include "transport/caller.hpp"
 
 namespace primitives {
 
@@ -24,17 +26,21 @@ struct alignas(64) RankLine {
   std::atomic<uint32_t> inside;  // the last call has not returned
   int32_t pid;
   uint64_t start_time;
+  uint64_t pid_space;
   alignas(64) uint64_t affinity[16];  // CPUs this rank may run on
   // Point to point: peers ring when data or room has come for this rank.
   alignas(64) std::atomic<uint32_t> bell;
   std::atomic<uint32_t> asleep;
+  std::atomic<uint32_t> checks;        // this rank asked for payload digests
+  alignas(64) char site[kSiteNbytes];  // of the last call; "" when unknown
+  char waiting[352];                   // what it has waited for elsewhere, see Waiting
 };
 
 struct Poison {
   std::atomic<uint32_t> state;  // 0 none, 1 being written, 2 readable
   uint32_t failure;
   int32_t rank;
-  char text[2000];
+  char text[6000];
 };
 
 struct Control {
@@ -58,6 +64,13 @@ struct alignas(64) CallRecord {
   uint64_t* counts() { return reinterpret_cast<uint64_t*>(this + 1); }
 };
 
+// What a rank meant to stage, for one reader or for all. See [Note: digests].
+struct Digest {
+  uint64_t value;
+  uint64_t at;  // where the bytes are in the writer's buffer
+  uint64_t nbytes;
+};
+
 // A stream of bytes from one rank to another; positions only grow.
 struct alignas(64) Ring {
   std::atomic<uint64_t> written;
@@ -73,8 +86,13 @@ class Layout {
     return align(sizeof(Control) + world_size_ * sizeof(RankLine)) +
            (2 * rank + parity) * record_nbytes();
   }
+  // One for each reader, and one for all of them.
+  size_t digest(int rank, int parity, int reader) const {
+    return record(world_size_, 0) +
+           ((2 * rank + parity) * (world_size_ + 1) + reader) * sizeof(Digest);
+  }
   size_t stage(int rank) const {
-    return page_align(record(world_size_, 0)) + rank * 2 * kSlotNbytes;
+    return page_align(digest(world_size_, 0, 0)) + rank * 2 * kSlotNbytes;
   }
   // What every group uses; the rings come on demand, except for their heads.
   size_t num_committed() const {

@@ -1,6 +1,7 @@
 #include "transport/process.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -56,6 +57,11 @@ char process_state(ProcessId process) {
   }
   if (start_time != process.start_time) return 0;
   return state == 'Z' || state == 'X' ? 0 : state;
+}
+
+uint64_t pid_space() {
+  struct stat info;
+  return stat("/proc/self/ns/pid", &info) == 0 ? info.st_ino : 0;
 }
 
 std::string boot_id() {

@@ -19,6 +19,9 @@ char process_state(ProcessId process);
 
 inline bool is_alive(ProcessId process) { return process_state(process) != 0; }
 
+// Equal for processes of one kernel that see each other by their pids.
+uint64_t pid_space();
+
 // Equal for all processes of one running kernel.
 std::string boot_id();
 
