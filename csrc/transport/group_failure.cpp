@@ -50,7 +50,7 @@ void Group::check_missing(const std::vector<int>& missing, int gone, Clock::time
     fail(Failure::kPeerLost, describe_rank(gone) + how + waiting_for + " still needs it");
   }
   if (Clock::now() < deadline) return;
-  std::string text = waiting_for + " passed its deadline";
+  std::string text = waiting_for + " reached the timeout of its call";
   for (int r : missing) text += "; missing: " + describe_rank(r);
   fail(Failure::kTimeout, text);
 }
