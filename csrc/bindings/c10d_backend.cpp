@@ -28,7 +28,7 @@ std::set<Backend*>& backends() {
 
 Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
                  c10::intrusive_ptr<Options> options)
-    : c10d::Backend(rank, world_size), options_(std::move(options)) {
+    : c10d::Backend(rank, world_size), store_(store), options_(std::move(options)) {
   StoreMeeting meeting(store);
   std::string name = options_->group_desc.empty() || options_->group_desc == "undefined"
                          ? options_->group_name
@@ -116,18 +116,30 @@ Backend::WorkPtr Backend::endCoalescing() {
   return c10::make_intrusive<WorkBatch>(std::exchange(coalesced_, {}));
 }
 
+c10::intrusive_ptr<Backend::Options> Backend::options_of(
+    const c10d::Backend::Options& options) const {
+  auto copy = c10::make_intrusive<Options>(*options_);
+  copy->timeout = options.timeout;
+  copy->group_name = options.group_name;
+  copy->group_desc = options.group_desc;
+  copy->global_ranks_in_group = options.global_ranks_in_group;
+  return copy;
+}
+
 c10::intrusive_ptr<c10d::Backend> Backend::split(
     const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
     const c10::intrusive_ptr<c10d::Backend::Options>& options) {
   const auto mine = std::find(ranks.begin(), ranks.end(), getRank());
   if (mine == ranks.end()) return nullptr;
-  auto copy = c10::make_intrusive<Options>(*options_);
-  copy->timeout = options->timeout;
-  copy->group_name = options->group_name;
-  copy->group_desc = options->group_desc;
-  copy->global_ranks_in_group = options->global_ranks_in_group;
   return c10::make_intrusive<Backend>(store, static_cast<int>(mine - ranks.begin()),
-                                      static_cast<int>(ranks.size()), std::move(copy));
+                                      static_cast<int>(ranks.size()), options_of(*options));
+}
+
+c10::intrusive_ptr<c10d::Backend> Backend::merge(
+    const c10::intrusive_ptr<c10d::Store>& store,
+    const c10::intrusive_ptr<c10d::Backend::Options>& options, const int& rank,
+    const int& world_size) {
+  return c10::make_intrusive<Backend>(store, rank, world_size, options_of(*options));
 }
 
 c10d::ErrorType Backend::getError() {

@@ -34,6 +34,7 @@ class Backend : public c10d::Backend {
 
   WorkPtr broadcast(Tensors&, const c10d::BroadcastOptions&) override;
   WorkPtr allreduce(Tensors&, const c10d::AllreduceOptions&) override;
+  WorkPtr allreduce_sparse(Tensors&, const c10d::AllreduceOptions&) override;
   WorkPtr allreduce_coalesced(Tensors&, const c10d::AllreduceCoalescedOptions&) override;
   WorkPtr reduce(Tensors&, const c10d::ReduceOptions&) override;
   WorkPtr allgather(TensorLists&, Tensors&, const c10d::AllgatherOptions&) override;
@@ -67,6 +68,9 @@ class Backend : public c10d::Backend {
   c10::intrusive_ptr<c10d::Backend> split(
       const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
       const c10::intrusive_ptr<c10d::Backend::Options>& options) override;
+  c10::intrusive_ptr<c10d::Backend> merge(const c10::intrusive_ptr<c10d::Store>& store,
+                                          const c10::intrusive_ptr<c10d::Backend::Options>& options,
+                                          const int& rank, const int& world_size) override;
   void setTimeout(Milliseconds timeout) override { options_->timeout = timeout; }
   void setSequenceNumberForGroup() override {}  // the transport counts for itself
   uint64_t getSequenceNumberForGroup() override { return group_->seq(); }
@@ -89,9 +93,17 @@ class Backend : public c10d::Backend {
   Job all_gather_list(const Tensors& out, const at::Tensor& in, Milliseconds timeout);
   Job reduce_scatter_from(const at::Tensor& out, const at::Tensor& in, const c10d::ReduceOp& op,
                           Milliseconds timeout);
+  Job all_reduce_sparse(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
+  std::string find_missing(const std::string& round, Milliseconds timeout,
+                           Clock::time_point deadline, bool wait_all_ranks);
   Job all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
 
+  // The options of a group made from this one.
+  c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
+
+  c10::intrusive_ptr<c10d::Store> store_;
   c10::intrusive_ptr<Options> options_;
+  uint64_t num_monitored_ = 0;  // monitored barriers so far
   std::unique_ptr<Group> group_;
   std::unique_ptr<Mailbox> mailbox_;
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();

@@ -1,7 +1,11 @@
 #include "bindings/c10d_tensors.hpp"
 
+#include <ATen/EmptyTensor.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
+#include <utility>
 
 namespace primitives {
 namespace {
@@ -28,6 +32,18 @@ std::string dtype_name(at::ScalarType type) {
       return "int64";
     case at::kBool:
       return "bool";
+    case at::kUInt16:
+      return "uint16";
+    case at::kUInt32:
+      return "uint32";
+    case at::kUInt64:
+      return "uint64";
+    case at::kComplexHalf:
+      return "complex32";
+    case at::kComplexFloat:
+      return "complex64";
+    case at::kComplexDouble:
+      return "complex128";
     default:  // names of the rest, as torch spells them
       return c10::toString(type);
   }
@@ -45,6 +61,7 @@ int reducible(at::ScalarType type) {
     case at::kComplexDouble:
       return static_cast<int>(DType::kFloat64);
     case at::kHalf:
+    case at::kComplexHalf:
       return static_cast<int>(DType::kFloat16);
     case at::kBFloat16:
       return static_cast<int>(DType::kBFloat16);
@@ -58,6 +75,12 @@ int reducible(at::ScalarType type) {
       return static_cast<int>(DType::kInt32);
     case at::kLong:
       return static_cast<int>(DType::kInt64);
+    case at::kUInt16:
+      return static_cast<int>(DType::kUInt16);
+    case at::kUInt32:
+      return static_cast<int>(DType::kUInt32);
+    case at::kUInt64:
+      return static_cast<int>(DType::kUInt64);
     case at::kBool:
       return static_cast<int>(DType::kBool);
     default:
@@ -92,7 +115,45 @@ ReduceOp reduce_op_of(const c10d::ReduceOp& op) {
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
+  return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() &&
+         reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
+}
+
+at::Tensor temporary_like(const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;
+  return at::empty(tensor.sizes(), tensor.options().requires_grad(false));
+}
+
+void copy_values(const at::Tensor& to, const at::Tensor& from) {
+  // As the collectives write: without autograd, and whatever mode made the tensor.
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  to.copy_(from);
+}
+
+// Dimensions from the innermost on: each must step over all that the ones within it cover.
+bool elements_lie_apart(const at::Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); d++) {
+    if (tensor.size(d) == 0) return true;
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t covered = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= covered) return false;
+    covered += stride * (size - 1);
+  }
+  return true;
+}
+
+// Of what `tensor` needs, as far as its storage goes.
+bool has_storage(const at::Tensor& tensor) {
+  const size_t needed =
+      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                       static_cast<size_t>(tensor.storage_offset()));
+  return tensor.numel() == 0 || (tensor.has_storage() && tensor.storage().nbytes() >= needed &&
+                                 tensor.data_ptr() != nullptr);
 }
 
 }  // namespace
@@ -107,6 +168,22 @@ void check_tensor(const at::Tensor& tensor, const std::string& what) {
     throw std::invalid_argument(what + ": expected a dense tensor, got a " +
                                 c10::str(tensor.layout()) + " one");
   }
+  if (tensor.is_quantized() || tensor.is_nested() || tensor._is_zerotensor()) {
+    throw std::invalid_argument(what + ": expected plain elements, got a " + tensor.toString() +
+                                " (quantized, nested or without values)");
+  }
+  if (!has_storage(tensor)) {
+    throw std::invalid_argument(what + ": expected memory for shape " + shape_of(tensor) +
+                                ", got a tensor whose storage was freed");
+  }
+}
+
+void check_writable(const at::Tensor& tensor, const std::string& what) {
+  check_tensor(tensor, what);
+  if (elements_lie_apart(tensor)) return;
+  throw std::invalid_argument(what + ": expected a place for each element, got shape " +
+                              shape_of(tensor) + " with strides " + c10::str(tensor.strides()) +
+                              ", where elements share memory");
 }
 
 void check_same_dtype(const at::Tensor& tensor, const at::Tensor& other, const std::string& what) {
@@ -128,35 +205,23 @@ at::Tensor& only(std::vector<at::Tensor>& tensors, const char* op) {
                               std::to_string(tensors.size()));
 }
 
-at::Tensor readable(const at::Tensor& tensor) {
-  if (is_plain(tensor)) return tensor;
-  const at::NoGradGuard no_grad;
-  return tensor.detach().resolve_conj().resolve_neg().contiguous();
-}
+StagedTensor::StagedTensor(const at::Tensor& tensor)
+    : tensor_(tensor), memory_(is_plain(tensor) ? tensor : temporary_like(tensor)) {}
 
-Output::Output(const at::Tensor& tensor, bool load) : tensor_(tensor), memory_(tensor) {
-  if (is_plain(tensor)) return;
-  const at::NoGradGuard no_grad;
-  memory_ = at::empty(tensor.sizes(), tensor.options().requires_grad(false));
-  if (load) memory_.copy_(tensor.detach());
-}
-
-void Output::keep_apart(const at::Tensor& input, const void* allowed_at) {
-  const char *begin = static_cast<const char*>(memory_.data_ptr()), *end = begin + memory_.nbytes();
-  const char *from = static_cast<const char*>(input.data_ptr()), *to = from + input.nbytes();
+void StagedTensor::keep_apart(const StagedTensor& input, const void* allowed_at) {
+  const char *begin = data(), *end = begin + nbytes();
+  const char *from = input.data(), *to = from + input.nbytes();
   if (to <= begin || end <= from || from == allowed_at) return;
-  const at::NoGradGuard no_grad;
-  memory_ = at::empty(tensor_.sizes(), tensor_.options().requires_grad(false));
+  memory_ = temporary_like(tensor_);
 }
 
-void Output::store() {
-  if (memory_.is_same(tensor_)) return;
-  // As the collectives write: without autograd, and whatever mode made the tensor.
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  tensor_.copy_(memory_);
+void StagedTensor::load() {
+  if (!memory_.is_same(tensor_)) copy_values(memory_, tensor_);
 }
 
-Part part_of(const at::Tensor& tensor) { return {tensor.data_ptr(), tensor.nbytes()}; }
+void StagedTensor::store() {
+  if (!memory_.is_same(tensor_)) copy_values(tensor_, memory_);
+}
 
 std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t>& counts,
                       const std::string& what) {

@@ -13,6 +13,23 @@ c10::intrusive_ptr<c10::ivalue::Future> new_future() {
   return c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
 }
 
+// A future of torch's WorkResult, as a number: how `future` ended.
+c10::intrusive_ptr<c10::ivalue::Future> result_of(c10::ivalue::Future& future) {
+  return future.then(
+      [](c10::ivalue::Future& ended) {
+        auto result = c10d::WorkResult::SUCCESS;
+        try {
+          if (ended.hasError()) std::rethrow_exception(ended.exception_ptr());
+        } catch (const PythonError& error) {
+          result = error.is_timeout() ? c10d::WorkResult::TIMEOUT : c10d::WorkResult::COMM_ERROR;
+        } catch (...) {
+          result = c10d::WorkResult::COMM_ERROR;
+        }
+        return c10::IValue(static_cast<int64_t>(result));
+      },
+      c10::IntType::get());
+}
+
 [[noreturn]] void throw_wait_timeout(std::chrono::milliseconds timeout) {
   translated([&]() -> void {
     throw TransportError(Failure::kTimeout, "Work.wait: not done after " +
@@ -71,6 +88,8 @@ c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
   return future;
 }
 
+c10::intrusive_ptr<c10::ivalue::Future> Work::getFutureResult() { return result_of(*getFuture()); }
+
 void Work::complete(std::exception_ptr error) {
   std::unique_lock<std::mutex> lock(mutex_);
   completed_ = true;
@@ -103,6 +122,13 @@ bool WorkBatch::isSuccess() const {
     if (!work->isSuccess()) return false;
   }
   return true;
+}
+
+std::exception_ptr WorkBatch::exception() const {
+  for (const auto& work : works_) {
+    if (auto error = work->exception()) return error;
+  }
+  return nullptr;
 }
 
 bool WorkBatch::wait(std::chrono::milliseconds timeout) {
@@ -139,6 +165,10 @@ c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFuture() {
         });
   }
   return future;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFutureResult() {
+  return result_of(*getFuture());
 }
 
 void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {

@@ -322,6 +322,12 @@ ReduceFn find_reduce(DType dtype, ReduceOp op) {
       return find_integer<int32_t, uint32_t>(op);
     case DType::kInt64:
       return find_integer<int64_t, uint64_t>(op);
+    case DType::kUInt16:
+      return find_integer<uint16_t, uint16_t>(op);
+    case DType::kUInt32:
+      return find_integer<uint32_t, uint32_t>(op);
+    case DType::kUInt64:
+      return find_integer<uint64_t, uint64_t>(op);
     case DType::kBool:
       return find_bool(op);
   }

@@ -92,7 +92,7 @@ void Group::check_missing(const std::vector<int>& missing, int gone, Clock::time
          describe_rank(gone) + how + waiting_for + " still needs it" + describe_others({gone}));
   }
   if (Clock::now() < deadline) return;
-  std::string text = waiting_for + " passed its deadline";
+  std::string text = waiting_for + " reached the timeout of its call";
   for (int r : missing) text += "; missing: " + describe_rank(r);
   fail(Failure::kTimeout, text + describe_others(missing));
 }
