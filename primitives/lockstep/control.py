@@ -87,7 +87,7 @@ class Hub:
             self.poll()
         if self.lost:
             self.broadcast({"end": self.lost})
-        self.close()
+        self.listener.close()
 
     def close(self) -> None:
         self.selector.close()

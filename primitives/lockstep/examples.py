@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from primitives.lockstep.control import listed
+from primitives.lockstep.outcome import causes
 
 if TYPE_CHECKING:
     from primitives.lockstep.session import RankSession
@@ -54,7 +55,7 @@ class Examples:
 
     def __init__(self, session: "RankSession") -> None:
         self.session = session
-        self.causes: dict[str, type[ExampleFailed]] = {}
+        self.failures: dict[str, type[ExampleFailed]] = {}
         self.stale = False  # the last example failed, and its fixtures have not been renewed
 
     def prepare(self, item: pytest.Item) -> None:
@@ -97,40 +98,47 @@ class Examples:
         from hypothesis.control import current_build_context
 
         session = self.session
-        kind, cause = ending(error)
-        if kind == "failed":
+        session.arrive()
+        kind, place = ending(error)
+        if error is not None:
             session.tell_failed()
         choices = repr(current_build_context().data.choices)
-        theirs = session.meet(
+        arrivals = session.meet(
             f"an example of {session.item.nodeid}",
-            lambda freed: {
+            {
                 "kind": kind,
-                "cause": cause,
-                "freed": freed,
+                "place": place,
                 "error": "" if error is None else f"{type(error).__name__}: {error}",
                 "drawn": hashlib.sha256(choices.encode()).hexdigest(),
             },
         )
+        theirs = [arrival.value for arrival in arrivals]
         kinds = {t["kind"] for t in theirs}
         drew_alike = len({t["drawn"] for t in theirs}) == 1
-        if drew_alike and len(kinds) == 1 and kind != "failed":
+        agreed = drew_alike and len(kinds) == 1 and kind != "failed"
+        if not agreed or any(arrival.freed for arrival in arrivals):
+            session.dirty = self.stale = True
+        if agreed:
             if error is not None:
                 raise error
             return
-        session.dirty = self.stale = True
-        lines = [f"rank {r}: {t['kind']} {t['freed'] or t['error']}" for r, t in enumerate(theirs)]
+        each = "\n".join(
+            f"rank {r}: {a.value['kind']} {a.freed or a.value['error']}"
+            for r, a in enumerate(arrivals)
+        )
         if not drew_alike:
-            raise ExamplesDiffer("\n".join(["the ranks drew different examples", *lines]))
+            raise ExamplesDiffer(f"the ranks drew different examples\n{each}")
         failed = [r for r, t in enumerate(theirs) if t["kind"] == "failed"]
-        causes = [r for r in failed if not theirs[r]["freed"]] or failed
-        if causes:
-            cause = theirs[causes[0]]["cause"]
-            message = f"the example failed on rank {listed(causes)}\n" + theirs[causes[0]]["error"]
+        blamed = causes(arrivals, failed)
+        if len(kinds) > 1 and all(arrivals[r].freed for r in blamed):
+            # One rank rejected or skipped the example while the others waited for it.
+            blamed, place, message = [], "disagreement", f"the ranks disagree\n{each}"
         else:
-            cause, message = "disagreement", "\n".join(["the ranks disagree", *lines])
-        own = error if session.info.rank in causes else None
-        failure = self.causes.setdefault(cause, type("ExampleFailed", (ExampleFailed,), {}))
-        raise failure(message, own)
+            first = theirs[blamed[0]]
+            place = first["place"]
+            message = f"the example failed on rank {listed(blamed)}\n{first['error']}"
+        failure = self.failures.setdefault(place, type("ExampleFailed", (ExampleFailed,), {}))
+        raise failure(message, error if session.info.rank in blamed else None)
 
 
 def ending(error: BaseException | None) -> tuple[str, str]:
@@ -184,5 +192,3 @@ def settings_in_step(test: Any) -> Any:
             HealthCheck.function_scoped_fixture,  # they are set up again after a failed example
         ],
     )
-
-

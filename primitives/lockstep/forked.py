@@ -108,5 +108,3 @@ def output_of(pid: int, descriptor: int) -> Any:
 def unpack_warning(text: str) -> warnings.WarningMessage:
     message, category, filename, lineno = pickle.loads(base64.b64decode(text))
     return warnings.WarningMessage(category(message), category, filename, lineno)
-
-

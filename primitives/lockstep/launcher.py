@@ -93,7 +93,7 @@ class LaunchedRank(RankSession):
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         ids = [item.nodeid for item in session.items]
         mine = {"ids": ids, "errors": self.collection_errors}
-        theirs = self.meet("collection", lambda _: mine)
+        theirs = [arrival.value for arrival in self.meet("collection", mine)]
         if all(other["ids"] == ids for other in theirs):
             self.open_store()
             return
@@ -118,13 +118,13 @@ class LaunchedRank(RankSession):
         faulthandler.dump_traceback_later(
             EXIT_GRACE_S, exit=True, file=sys.__stderr__ or sys.stderr
         )
-        statuses = self.meet("finish", lambda _: int(session.exitstatus))
+        arrivals = self.meet("finish", int(session.exitstatus))
         self.close_groups()
         # Launchers kill the job as soon as one rank fails: rank 0, the last one, speaks for all.
         if self.info.rank != 0:
             session.exitstatus = 0
         elif session.exitstatus == 0:
-            session.exitstatus = max(statuses)
+            session.exitstatus = max(arrival.value for arrival in arrivals)
         self.member.link.send({"bye": True})
         if self.serving is not None:
             self.serving.join(EXIT_GRACE_S)

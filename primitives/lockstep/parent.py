@@ -10,8 +10,8 @@ import pytest
 
 from primitives.lockstep import forked, needs_ranks
 from primitives.lockstep.control import Hub, listed
-from primitives.lockstep.session import FREED_GRACE_S
 from primitives.lockstep.server import ForkServer
+from primitives.lockstep.session import FREED_GRACE_S
 
 EXIT_GRACE_S = 10.0
 OUTPUT_LIMIT = 20000  # characters of a lost rank's output in the report
@@ -144,9 +144,7 @@ class Parent:
             return (yield)
         self.warm_up()
         try:
-            self.server = ForkServer(
-                lambda rank, address: self.be_rank(session, rank, address)
-            )
+            self.server = ForkServer(lambda rank, address: self.be_rank(session, rank, address))
         except RuntimeError as error:
             raise pytest.UsageError(str(error)) from None
         try:

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Generator
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from primitives.lockstep.control import POLL_S, Member
 from primitives.lockstep.examples import ExampleFailed, Examples
-from primitives.lockstep.outcome import Outcome, merge
+from primitives.lockstep.outcome import Arrival, Outcome, merge
 from primitives.rendezvous import RankInfo
 
 EXIT_LOST = 3
@@ -60,7 +61,8 @@ class RankSession:
         self.at_gather = True
         self.failed_at: float | None = None
         self.freed = ""
-        self.freed_at = 0.0
+        self.freed_at: float | None = None
+        self.arrived_at = 0.0
         self.member = Member(address, info.rank)
 
     def start_watch(self, signals: int | None = None) -> None:
@@ -87,7 +89,7 @@ class RankSession:
         with self.lock:
             if not self.in_test or self.at_gather:
                 return POLL_S
-            if self.freed:
+            if self.freed_at is not None:
                 if now - self.freed_at > self.timeout_s + FREED_GRACE_S:
                     self.freed_at = now
                     blocked = "".join(traceback.format_stack(main_thread_frame()))
@@ -118,27 +120,33 @@ class RankSession:
     def tell_failed(self) -> None:
         self.member.link.send({"failed": self.step})
 
-    def meet(self, key: str, value: Callable[[str], Any]) -> list[Any]:
-        """Every rank's value, by rank; a new step begins.
+    def arrive(self) -> None:
+        """The main thread is about to meet the others: from now on nothing must free it."""
+        with self.lock:
+            if not self.at_gather:
+                self.at_gather, self.arrived_at = True, time.monotonic()
+
+    def meet(self, key: str, value: Any) -> list[Arrival]:
+        """What every rank brings, by rank; a new step begins.
 
         Args:
             key: what all ranks must have come to.
-            value: this rank's value, given why it was freed in the step that ends here, or "".
+            value: what this rank brings, as JSON can carry it.
         """
-        with self.lock:
-            self.at_gather = True
-        values = self.member.gather(key, value(self.freed))
+        self.arrive()
+        mine = Arrival(value, self.arrived_at, self.freed, self.freed_at)
+        theirs = self.member.gather(key, asdict(mine))
         with self.lock:
             self.step += 1
-            self.failed_at, self.freed, self.started = None, "", time.monotonic()
-            self.at_gather = False
-        return values
+            self.failed_at, self.freed, self.freed_at = None, "", None
+            self.started, self.at_gather = time.monotonic(), False
+        return [Arrival(**fields) for fields in theirs]
 
     def open_store(self) -> None:
         """All ranks together, before the first test: rank 0 serves the store of the groups."""
         serve, wait = self.info.rank == 0, timedelta(seconds=self.limit_s)
         store = TCPStore("127.0.0.1", 0, None, True, wait, False) if serve else None
-        port = self.meet("store", lambda _: store.port if store else None)[0]
+        port: int = self.meet("store", store.port if store else None)[0].value
         self.store = store or TCPStore("127.0.0.1", port, None, False, wait, False)
 
     def world(self) -> dist.ProcessGroup:
@@ -182,7 +190,7 @@ class RankSession:
         self.examples.prepare(item)
         with self.lock:
             self.in_test, self.phase, self.started = True, "setup", time.monotonic()
-            self.failed_at, self.freed, self.at_gather = None, "", False
+            self.failed_at, self.at_gather = None, False
         try:
             return (yield)
         finally:
@@ -199,8 +207,7 @@ class RankSession:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        with self.lock:
-            self.at_gather = True
+        self.arrive()
         self.in_example = False
         own = True
         if call.excinfo is not None:
@@ -211,11 +218,8 @@ class RankSession:
                 if original is not None:  # show where the test failed, not where all ranks met
                     call.excinfo = pytest.ExceptionInfo.from_exception(original)
         report = yield
-        theirs = self.meet(
-            f"{call.when} of {item.nodeid}",
-            lambda freed: Outcome.of(report, freed, own=own).to_json(),
-        )
-        if merge(report, [Outcome(**fields) for fields in theirs]):
+        outcome = Outcome.of(report, own=own)
+        if merge(report, self.meet(f"{call.when} of {item.nodeid}", asdict(outcome))):
             self.dirty = True
         self.on_merged(report)
         self.phase = "call" if call.when == "setup" else "teardown"
