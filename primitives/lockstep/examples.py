@@ -178,7 +178,7 @@ def settings_in_step(test: Any) -> Any:
     """
     from hypothesis import HealthCheck, Phase, core, settings
 
-    own = getattr(test, "_hypothesis_internal_use_settings", settings.default)
+    own: Any = getattr(test, "_hypothesis_internal_use_settings", settings.default)
     return settings(
         own,
         derandomize=core.global_force_seed is None,

@@ -46,11 +46,14 @@ class ForkedRank(RankSession):
                 self.member.link.send({"exit": error.msg})
                 return
             self.member.link.send({"done": command["run"]})
+        capture: Any = session.config.pluginmanager.get_plugin("capturemanager")
+        capture.resume_global_capture()  # as in any other phase
         try:
             session._setupstate.teardown_exact(None)
         except (Exception, pytest.fail.Exception) as error:
             shown = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
             self.member.link.send({"late": str(shown)})
+        capture.suspend_global_capture(in_=True)
         self.close_groups()
         self.member.link.send({"bye": True})
 

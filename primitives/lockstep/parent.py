@@ -1,6 +1,7 @@
 """pytest itself with ``--ranks``: collects, reports and never dies; forked ranks run the tests."""
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Generator
@@ -14,6 +15,11 @@ from primitives.lockstep.server import ForkServer
 from primitives.lockstep.session import FREED_GRACE_S
 
 EXIT_GRACE_S = 10.0
+# Lines of faulthandler that are the same for every test.
+MACHINERY = re.compile(
+    r"  File .*/(_pytest|pluggy|pytest|primitives/lockstep)/.*\n|  File .<frozen runpy>.*\n"
+    r"|Extension modules: .*\n"
+)
 OUTPUT_LIMIT = 20000  # characters of a lost rank's output in the report
 
 
@@ -74,7 +80,7 @@ class Ranks:
         lines += [f"rank {r} {told[r]}" for r in culprits if r in told]
         for rank in culprits or self.all:
             for name, file in zip(("stdout", "stderr"), self.output.get(rank, []), strict=False):
-                if text := file.read()[-OUTPUT_LIMIT:]:
+                if text := MACHINERY.sub("", file.read())[-OUTPUT_LIMIT:]:
                     lines.append(f"---- rank {rank}, {name} ----\n{text}")
         self.kill()
         return "\n".join(lines)

@@ -7,6 +7,7 @@ process groups, signal handlers) is not in the ranks that are forked next.
 
 import contextlib
 import ctypes
+import functools
 import os
 import selectors
 import signal
@@ -131,7 +132,7 @@ def serve(link: Link, be_rank: Callable[[int, str], None]) -> None:
                         selector.close()
                         link.connection.close()
                         address: str = message["address"]
-                        live(server, lambda rank=rank, address=address: be_rank(rank, address))
+                        live(server, functools.partial(be_rank, rank, address))
                     pids.append(pid)
                 link.send({"pids": pids})
                 for pid in pids:

@@ -92,9 +92,9 @@ class RankSession:
             if self.freed_at is not None:
                 if now - self.freed_at > self.timeout_s + FREED_GRACE_S:
                     self.freed_at = now
-                    blocked = "".join(traceback.format_stack(main_thread_frame()))
+                    where = main_thread_stack()
                     self.member.link.send(
-                        {"dying": f"is still blocked after abort ({self.freed}), at\n{blocked}"}
+                        {"dying": f"is still blocked after abort ({self.freed}), at\n{where}"}
                     )
             elif self.failed_at is not None:
                 grace_s = EXAMPLE_GRACE_S if self.in_example else GRACE_S
@@ -235,8 +235,12 @@ class RankSession:
             dist.destroy_process_group()
 
 
-def main_thread_frame() -> Any:
-    return sys._current_frames()[threading.main_thread().ident or 0]
+def main_thread_stack() -> str:
+    """Where the main thread is, from the test on."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    stack = traceback.extract_stack(frame)
+    machinery = [i for i, f in enumerate(stack) if "/_pytest/" in f.filename]
+    return "".join(traceback.format_list(stack[max(machinery, default=-1) + 1 :]))
 
 
 def abort_process_groups() -> None:
