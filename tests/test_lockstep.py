@@ -13,6 +13,7 @@ import time
 import xml.etree.ElementTree
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -166,6 +167,15 @@ def play(folder: Path, launcher: str, suite: str, *arguments: str) -> Session:
     return Session(process.returncode, text)
 
 
+def texts(report: Any) -> dict[str, str]:
+    """All that a JUnit file says about each test."""
+    said: dict[str, str] = {}
+    for case in report.iter("testcase"):
+        name = case.attrib["name"].removeprefix("test_")
+        said[name] = said.get(name, "") + "".join(child.text or "" for child in case)
+    return said
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_outcomes_are_merged(tmp_path: Path, launcher: str) -> None:
     session = play(tmp_path, launcher, MIXED_SUITE, "-v", "--junitxml=junit.xml")
@@ -193,16 +203,13 @@ def test_outcomes_are_merged(tmp_path: Path, launcher: str) -> None:
         "draws_differ": "failure",
         "last": "passed",
     }
-    text = {
-        case.attrib["name"].removeprefix("test_"): "".join(child.text or "" for child in case)
-        for case in report.iter("testcase")
-    }
+    text = texts(report)
     for name, *expected in (
         ("fail_on_one_rank", "failed on rank 1 of 3", "assert 6 == 5", "printed by rank 1"),
         (
             "raise_before_barrier",
             "failed on rank 2 of 3",
-            "rank 0 was freed: another rank had failed",
+            "was freed: another rank had failed",
             "KeyError: 'lost the way'",
         ),
         ("setup_fails_on_rank_0", "failed on rank 0 of 3", "OSError: no such device"),
@@ -327,31 +334,31 @@ def test_hang(world, rank):
         pass
     dist.barrier()
 
-def test_last(world, process, rank):
+def test_fail(world, process, rank):
     assert process == os.getpid()
     assert rank != 2
+
+def test_last(world, rank):
+    dist.barrier()
 """
     arguments = ["-rA", "--ranks-limit-s=2", "--ranks-timeout-s=4", "--junitxml=junit.xml"]
     session = play(tmp_path, "forked", suite, *arguments)
     assert session.returncode == 1, session.text
-    for name in ("ordinary", "ranks_live_on", "in_the_same_process"):
+    for name in ("ordinary", "ranks_live_on", "in_the_same_process", "last"):
         assert f"PASSED test_suite.py::test_{name}" in session.text
     report = xml.etree.ElementTree.parse(tmp_path / "junit.xml")
-    text = {
-        case.attrib["name"].removeprefix("test_"): "".join(child.text or "" for child in case)
-        for case in report.iter("testcase")
-    }
+    text = texts(report)
     for name, *expected in (
         ("segv", "rank 2 was killed by SIGSEGV", "printed by rank 2", "in string_at", "in test_se"),
         ("exit", "lost in the call of test_suite.py::test_exit", "rank 0 exited with code 7"),
         ("kill", "rank 1 was killed by SIGKILL"),
         ("hang", "rank 1", "in test_hang"),
-        ("last", "failed on rank 2 of 3", "tearing down what outlives", "OSError: cannot tear"),
+        ("fail", "failed on rank 2 of 3", "tearing down what outlives", "OSError: cannot tear"),
     ):
         for part in expected:
             assert part in text[name], f"{name}: {part} in {text[name]}"
     assert "UserWarning: be warned" in session.text
-    assert "5 failed, 3 passed, 1 warning" in session.text
+    assert "5 failed, 4 passed, 1 warning, 1 error" in session.text
 
 
 def test_options_of_pytest_work_with_forked_ranks(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 Message = dict[str, Any]
 
@@ -175,8 +175,27 @@ class Hub:
             self.lost, self.culprits = reason, culprits
 
 
+class Listener(Protocol):
+    """What a member's thread calls."""
+
+    def tick(self) -> float:
+        """After each message, and when the seconds that it returned last have passed."""
+
+    def on_values(self) -> None:
+        """A gather is complete."""
+
+    def on_failed(self, step: int) -> None:
+        """Some rank failed in this step."""
+
+    def on_end(self, reason: str) -> NoReturn:
+        """The hub gave up or is gone."""
+
+    def on_signals(self, numbers: bytes) -> None:
+        """Signals arrived at the descriptor that was given."""
+
+
 class Member:
-    """This rank's side; ``listen`` runs in a thread of its own and calls back."""
+    """This rank's side."""
 
     def __init__(self, address: str, rank: int) -> None:
         self.link = Link(connect(address))
@@ -189,18 +208,8 @@ class Member:
         self.link.send({"gather": key, "value": value})
         return self.values.get()
 
-    def listen(
-        self,
-        tick: Callable[[], float],
-        on_failed: Callable[[int], None],
-        on_end: Callable[[str], NoReturn],
-        signals: int | None,
-        on_signals: Callable[[bytes], None],
-    ) -> None:
-        """Serves messages, and the descriptor ``signals``, until the hub is gone.
-
-        Calls ``tick`` after each message and whenever the seconds that it returned have passed.
-        """
+    def listen(self, listener: Listener, signals: int | None) -> None:
+        """Serves messages, and the descriptor ``signals``, in a thread, until the hub is gone."""
         selector = selectors.DefaultSelector()
         selector.register(self.link.connection, selectors.EVENT_READ)
         if signals is not None:
@@ -209,21 +218,22 @@ class Member:
         while True:
             for key, _ in selector.select(wait_s):
                 if key.fileobj == signals:
-                    on_signals(os.read(key.fd, 64))
+                    listener.on_signals(os.read(key.fd, 64))
                     continue
                 messages = self.link.receive()
                 if messages is None:
-                    on_end("the one who leads the session died")
+                    listener.on_end("the one who leads the session died")
                 for message in messages:
                     if "values" in message:
+                        listener.on_values()
                         self.values.put(message["values"])
                     elif "failed" in message:
-                        on_failed(message["failed"])
+                        listener.on_failed(message["failed"])
                     elif "end" in message:
-                        on_end(message["end"])
+                        listener.on_end(message["end"])
                     else:
                         self.commands.put(message)
-            wait_s = tick()
+            wait_s = listener.tick()
 
 
 def connect(address: str) -> socket.socket:

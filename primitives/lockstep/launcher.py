@@ -61,12 +61,12 @@ class LaunchedRank(RankSession):
         if signal.SIGTERM in numbers and self.terminated_at is None:
             self.terminated_at = time.monotonic()
 
-    def watch(self) -> float:
+    def tick(self) -> float:
         if self.terminated_at is not None and time.monotonic() - self.terminated_at > 1:
-            self.end("SIGTERM from outside")
-        return super().watch()
+            self.on_end("SIGTERM from outside")
+        return super().tick()
 
-    def end(self, reason: str) -> NoReturn:
+    def on_end(self, reason: str) -> NoReturn:
         if self.info.rank == 0:
             at = f"in {self.item.nodeid}, {self.phase}" if self.in_test else f"in {self.phase}"
             earlier = "".join(f"\n{text}\n" for text in self.failures)

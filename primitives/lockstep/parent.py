@@ -238,8 +238,11 @@ class Parent:
             self.end_ranks()
 
     def report_of(self, message: dict[str, Any]) -> pytest.TestReport:
+        fields = message["report"]
+        if fields["outcome"] == "skipped" and isinstance(fields["longrepr"], list):
+            fields["longrepr"] = tuple(fields["longrepr"])  # pytest insists, JSON has none
         report: pytest.TestReport = self.config.hook.pytest_report_from_serializable(
-            config=self.config, data=message["report"]
+            config=self.config, data=fields
         )
         return report
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
-from primitives.lockstep.control import POLL_S, Member
+from primitives.lockstep.control import POLL_S, Listener, Member
 from primitives.lockstep.examples import ExampleFailed, Examples
 from primitives.lockstep.outcome import Arrival, Outcome, merge
 from primitives.rendezvous import RankInfo
@@ -33,7 +33,7 @@ EXAMPLE_GRACE_S = 0.1  # the same within a hypothesis test, which may fail a hun
 FREED_GRACE_S = 5.0  # beyond a collective's own timeout, for an abort to take effect
 
 
-class RankSession:
+class RankSession(Listener):
     """The plugin of one rank; the control plane's thread watches over the main thread.
 
     Args:
@@ -68,7 +68,7 @@ class RankSession:
     def start_watch(self, signals: int | None = None) -> None:
         threading.Thread(
             target=self.member.listen,
-            args=(self.watch, self.on_failed, self.end, signals, self.on_signals),
+            args=(self, signals),
             name="lockstep watch",
             daemon=True,
         ).start()
@@ -78,12 +78,19 @@ class RankSession:
     def on_signals(self, numbers: bytes) -> None:
         """Signals that arrived at the descriptor given to ``start_watch``."""
 
+    def on_values(self) -> None:
+        """All have met; another rank may fail in the next step before the main thread runs."""
+        with self.lock:
+            self.step += 1
+            self.failed_at, self.freed, self.freed_at = None, "", None
+            self.started, self.at_gather = time.monotonic(), False
+
     def on_failed(self, step: int) -> None:
         with self.lock:
             if step == self.step and self.failed_at is None:
                 self.failed_at = time.monotonic()
 
-    def watch(self) -> float:
+    def tick(self) -> float:
         """Frees the main thread when that is due; the seconds until it may be due next."""
         now = time.monotonic()
         with self.lock:
@@ -111,7 +118,7 @@ class RankSession:
         self.freed, self.freed_at = why, time.monotonic()
         abort_process_groups()
 
-    def end(self, reason: str) -> NoReturn:
+    def on_end(self, reason: str) -> NoReturn:
         """Ends this rank at once: nothing can be trusted to unwind any more."""
         os._exit(EXIT_LOST)
 
@@ -135,12 +142,7 @@ class RankSession:
         """
         self.arrive()
         mine = Arrival(value, self.arrived_at, self.freed, self.freed_at)
-        theirs = self.member.gather(key, asdict(mine))
-        with self.lock:
-            self.step += 1
-            self.failed_at, self.freed, self.freed_at = None, "", None
-            self.started, self.at_gather = time.monotonic(), False
-        return [Arrival(**fields) for fields in theirs]
+        return [Arrival(**fields) for fields in self.member.gather(key, asdict(mine))]
 
     def open_store(self) -> None:
         """All ranks together, before the first test: rank 0 serves the store of the groups."""
@@ -190,7 +192,6 @@ class RankSession:
         self.examples.prepare(item)
         with self.lock:
             self.in_test, self.phase, self.started = True, "setup", time.monotonic()
-            self.failed_at, self.at_gather = None, False
         try:
             return (yield)
         finally:
