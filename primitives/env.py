@@ -29,3 +29,6 @@ CUDA_ARCHS = Variable("PRIMITIVES_CUDA_ARCHS", "80;90;100", "Build: compute capa
 SHM_DIR = Variable(
     "PRIMITIVES_SHM_DIR", "/dev/shm", "Folder (tmpfs) for the memory that the ranks share."
 )
+PROPERTY_CASES = Variable(
+    "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
+)

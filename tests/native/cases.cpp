@@ -54,8 +54,8 @@ template <class T>
 ReduceOp draw_op(Player& player) {
   constexpr ReduceOp kFloat[] = {ReduceOp::kSum,     ReduceOp::kAvg, ReduceOp::kPremulSum,
                                  ReduceOp::kProduct, ReduceOp::kMin, ReduceOp::kMax};
-  constexpr ReduceOp kInteger[] = {ReduceOp::kSum,  ReduceOp::kProduct, ReduceOp::kMin,
-                                   ReduceOp::kMax,  ReduceOp::kBand,    ReduceOp::kBor,
+  constexpr ReduceOp kInteger[] = {ReduceOp::kSum, ReduceOp::kProduct, ReduceOp::kMin,
+                                   ReduceOp::kMax, ReduceOp::kBand,    ReduceOp::kBor,
                                    ReduceOp::kBxor};
   if constexpr (std::is_floating_point_v<T>) return kFloat[player.draw(std::size(kFloat))];
   return kInteger[player.draw(std::size(kInteger))];
@@ -271,7 +271,9 @@ class Case {
       };
     };
     // From any source the sizes must be equal.
-    auto numel_of = [&](int src, int dst) { return any_source ? numels[0] : numels[src * n_ + dst]; };
+    auto numel_of = [&](int src, int dst) {
+      return any_source ? numels[0] : numels[src * n_ + dst];
+    };
     auto envelope = [&](size_t numel, int tag) {
       Envelope made{numel * sizeof(T), tag, ""};
       std::snprintf(made.dtype, sizeof made.dtype, "%s", TypeOf<T>::kName);

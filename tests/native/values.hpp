@@ -68,7 +68,8 @@ T two(ReduceOp op, T a, T b) {
   }
 }
 
-// Adjacent pairs, level by level, an odd last one carried up: the definition, without any cleverness.
+// Adjacent pairs, level by level, an odd last one carried up: the definition, without any
+// cleverness.
 template <class T>
 T naive_tree(ReduceOp op, std::vector<T> level, double factor) {
   if (op == ReduceOp::kPremulSum) {
@@ -77,7 +78,8 @@ T naive_tree(ReduceOp op, std::vector<T> level, double factor) {
   const T num_ranks = static_cast<T>(level.size());
   while (level.size() > 1) {
     std::vector<T> next;
-    for (size_t i = 0; i + 1 < level.size(); i += 2) next.push_back(two(op, level[i], level[i + 1]));
+    for (size_t i = 0; i + 1 < level.size(); i += 2)
+      next.push_back(two(op, level[i], level[i + 1]));
     if (level.size() % 2 == 1) next.push_back(level.back());
     level.swap(next);
   }
