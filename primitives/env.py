@@ -41,3 +41,6 @@ CHECK = Variable(
     "1 verifies a digest of every payload between ranks; on one rank is on for its groups. A "
     "difference is a CollectiveError that names both ranks and the bytes.",
 )
+PROPERTY_CASES = Variable(
+    "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
+)

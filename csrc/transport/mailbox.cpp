@@ -129,6 +129,7 @@ bool Mailbox::progress() {
 }
 
 void Mailbox::copy_in(int dst, uint64_t at, const char* data, size_t nbytes) {
+  if (nbytes == 0) return;  // an empty payload may have no address
   char* base = group_.segment().data() + group_.layout().ring_data(group_.rank(), dst);
   const size_t offset = at % kRingNbytes, first = std::min(nbytes, kRingNbytes - offset);
   std::memcpy(base + offset, data, first);
@@ -136,6 +137,7 @@ void Mailbox::copy_in(int dst, uint64_t at, const char* data, size_t nbytes) {
 }
 
 void Mailbox::copy_out(int src, uint64_t at, char* data, size_t nbytes) {
+  if (nbytes == 0) return;
   const char* base = group_.segment().data() + group_.layout().ring_data(src, group_.rank());
   const size_t offset = at % kRingNbytes, first = std::min(nbytes, kRingNbytes - offset);
   std::memcpy(data, base + offset, first);
@@ -266,7 +268,9 @@ bool Mailbox::match_aside() {
                        [&](const Aside& kept) { return kept.envelope.tag == recv->envelope.tag; });
       if (aside == aside_[src].end()) continue;
       check_match(*recv, aside->envelope, src);
-      std::memcpy(recv->data, aside->payload.data(), aside->payload.size());
+      if (!aside->payload.empty()) {
+        std::memcpy(recv->data, aside->payload.data(), aside->payload.size());
+      }
       check_payload(*recv, aside->envelope, src);
       finish(*recv, src);
       aside_[src].erase(aside);
