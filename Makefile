@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup build lint format test dist bench golden clean
+.PHONY: setup build lint format test dist bench bench-mpi golden clean
 
 setup build:
 	@python3 bootstrap.py
@@ -31,6 +31,12 @@ golden: setup
 clean:
 	rm -rf .venv build dist primitives/_C*.so *.egg-info
 
-# Prints both sides and the limit from one run.
+# Prints both sides and the limit from one run; with the competitors of bench-mpi, if it ran before.
 bench: setup
-	$(BIN)/python -m primitives.bench
+	$(BIN)/testbed bench all_gather reduce_scatter all_reduce all_to_all barrier gemm \
+	  -b 4K -e 16M -f 64 --against gloo,mpi
+
+# The MPIs beside Open MPI, which is in .venv: a folder each, since their programs share names.
+bench-mpi: setup
+	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/mpich mpich==5.0.2
+	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/impi impi_rt==2021.19.0

@@ -1,4 +1,4 @@
-"""``testbed bench``: nccl-tests' flags and columns, the competitors and the copy limit beside them."""
+"""``testbed bench``: nccl-tests' flags and columns, competitors and the copy limit beside."""
 
 import json
 import re
@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes: 8, 64K, 128M, 1G."""
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes; fails with what was expected."""
         if isinstance(value, int):
             return value
@@ -53,26 +51,55 @@ SIZE = Size()
 @click.option("-e", "--maxbytes", "max_nbytes", type=SIZE, default="128M", show_default=True)
 @click.option("-f", "--stepfactor", "factor", type=int, help="Each size times this [2].")
 @click.option("-i", "--stepbytes", "step_nbytes", type=SIZE, help="Each size plus this.")
-@click.option("-d", "--datatype", "dtype", type=click.Choice(list(DTYPES)), default="float",
-              show_default=True)
-@click.option("-o", "--op", "reduce_op", type=click.Choice(REDUCE_OPS), default="sum",
-              show_default=True)
+@click.option(
+    "-d", "--datatype", "dtype", type=click.Choice(list(DTYPES)), default="float", show_default=True
+)
+@click.option(
+    "-o", "--op", "reduce_op", type=click.Choice(REDUCE_OPS), default="sum", show_default=True
+)
 @click.option("-r", "--root", type=int, default=0, show_default=True)
-@click.option("-n", "--iters", "num_blocks", type=int, default=20, show_default=True,
-              help="Timed blocks of calls, about 10 ms each; the figure is their median.")
+@click.option(
+    "-n",
+    "--iters",
+    "num_blocks",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Timed blocks of calls, about 10 ms each; the figure is their median.",
+)
 @click.option("-w", "--warmup_iters", "warmup", type=int, default=5, show_default=True)
-@click.option("-c", "--check", type=click.IntRange(0, 1), default=1, show_default=True,
-              help="Check the results; any wrong element makes the exit code 1.")
-@click.option("-J", "--output_file", "output", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write everything measured as JSON.")
+@click.option(
+    "-c",
+    "--check",
+    type=click.IntRange(0, 1),
+    default=1,
+    show_default=True,
+    help="Check the results; any wrong element makes the exit code 1.",
+)
+@click.option(
+    "-J",
+    "--output_file",
+    "output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write everything measured as JSON.",
+)
 @click.option("--ranks", "num_ranks", type=int, default=4, show_default=True)
-@click.option("--launcher", type=click.Choice(["mp", "torchrun", "mpirun"]), default="mp",
-              show_default=True)
-@click.option("--level", type=click.Choice(["c10d", "communicator"]), default="c10d",
-              show_default=True, help="c10d: torch.distributed; communicator: without it.")
-@click.option("--against", default=None,
-              help="Of gloo, openmpi, mpich, impi, mpi (all three), none; commas between "
-              "[c10d: gloo; communicator: mpi].")
+@click.option(
+    "--launcher", type=click.Choice(["mp", "torchrun", "mpirun"]), default="mp", show_default=True
+)
+@click.option(
+    "--level",
+    type=click.Choice(["c10d", "communicator"]),
+    default="c10d",
+    show_default=True,
+    help="c10d: torch.distributed; communicator: without it.",
+)
+@click.option(
+    "--against",
+    default=None,
+    help="Of gloo, openmpi, mpich, impi, mpi (all three), none; commas between "
+    "[c10d: gloo; communicator: mpi].",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def bench(
     op: tuple[str, ...],
@@ -100,29 +127,22 @@ def bench(
         for name in op
         if name != "gemm"
     ]  # fmt: skip
-    document: dict[str, Any] = {
-        "cpu": cpu_model(),
-        "versions": versions(),
-        "benchmarks": [],
-    }
+    document: dict[str, Any] = {"cpu": cpu_model(), "versions": versions(), "benchmarks": []}
+    absent = plans[0].jobs()[1] if plans else []
+    if absent and not as_json:
+        click.echo(f"# {absent_message(absent)}")
+    begun: Plan | None = None
     num_wrong = 0
-    for plan in plans:
-        plan.sizes()  # bad sizes are told before anything starts
-    for plan in plans:
-        absent = plan.jobs()[1]
-        if not as_json:
-            click.echo("\n".join(head(plan)))
-            if absent:
-                click.echo(f"# {absent_message(absent)}")
-        rows = []
-        for row in measure(plan):
-            rows.append(row)
-            num_wrong += row.num_wrong
+    for plan, row in measure(plans) if plans else ():
+        if plan is not begun:
+            begun = plan
+            document["benchmarks"].append({"plan": asdict(plan), "absent": absent, "rows": []})
             if not as_json:
-                click.echo("\n".join(lines_of(plan, row)))
-        document["benchmarks"].append(
-            {"plan": asdict(plan), "absent": absent, "rows": [row.as_json() for row in rows]}
-        )
+                click.echo("\n".join(head(plan)))
+        document["benchmarks"][-1]["rows"].append(row.as_json())
+        num_wrong += row.num_wrong
+        if not as_json:
+            click.echo("\n".join(lines_of(plan, row)))
     if "gemm" in op:
         from primitives.bench import gemm  # imports torch
 
@@ -150,7 +170,6 @@ def _contestants(against: str) -> tuple[str, ...]:
 
 def head(plan: Plan) -> list[str]:
     """What is measured, and nccl-tests' column heads with ours to their right."""
-    mine = _mine(plan)
     more = "".join(f" {name:>9} {'x':>6}" for name in _others(plan))
     overhead = f"{'raw':>9} {'noop':>9}" if plan.level == "c10d" else ""
     return [

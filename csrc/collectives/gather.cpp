@@ -28,6 +28,15 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
   const bool stream = total_nbytes(out) >= kStreamNbytes;
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, kChunkNbytes));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
+  if (is_direct_pair(group, longest)) {
+    const int peer = 1 - me;
+    group.offer(peer, in);
+    group.meet();
+    copy(out[me].data, in, in_nbytes, stream);
+    group.read_offer(peer, 0, out[peer].data, out[peer].nbytes);
+    group.barrier();
+    return group.finish();
+  }
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * kChunkNbytes;
     const char* mine = static_cast<const char*>(in) + at;

@@ -32,6 +32,8 @@ struct alignas(64) RankLine {
   alignas(64) std::atomic<uint32_t> bell;
   std::atomic<uint32_t> asleep;
   std::atomic<uint32_t> checks;        // this rank asked for payload digests
+  std::atomic<uint32_t> reads_peers;   // this rank can read the memory of all others
+  uint64_t self_address;               // where its ProcessId lies, for them to try
   alignas(64) char site[kSiteNbytes];  // of the last call; "" when unknown
   char waiting[352];                   // what it has waited for elsewhere, see Waiting
 };
@@ -56,12 +58,14 @@ struct Control {
 static_assert(std::atomic<uint64_t>::is_always_lock_free &&
               std::atomic<uint32_t>::is_always_lock_free);
 
-// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank.
+// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank; and world_size
+// addresses of what each rank may read. See [Note: peer memory].
 struct alignas(64) CallRecord {
   uint64_t seq;
   Call call;
 
   uint64_t* counts() { return reinterpret_cast<uint64_t*>(this + 1); }
+  uint64_t* offers(int world_size) { return counts() + 2 * world_size; }
 };
 
 // What a rank meant to stage, for one reader or for all. See [Note: digests].
@@ -110,7 +114,7 @@ class Layout {
   static size_t align(size_t nbytes) { return (nbytes + 63) & ~size_t{63}; }
   static size_t page_align(size_t nbytes) { return (nbytes + 4095) & ~size_t{4095}; }
   size_t record_nbytes() const {
-    return sizeof(CallRecord) + align(2 * world_size_ * sizeof(uint64_t));
+    return sizeof(CallRecord) + align(3 * world_size_ * sizeof(uint64_t));
   }
   size_t ring_heads() const { return stage(world_size_); }
 

@@ -101,6 +101,17 @@ class Group {
   // Bytes that `rank` sends to `to` in the call that has just met (has_counts only).
   uint64_t sent_nbytes(int rank, int to) const;
 
+  // --- memory of the peers, see [Note: peer memory]
+  // Whether all ranks can read one another's; the same answer on all ranks. False in the first
+  // call, before which nobody knows.
+  bool reads_peers() const { return reads_peers_; }
+  // Between start() and meet(): what `rank` may read until the next barrier.
+  void offer(int rank, const void* data) {
+    record(this->rank(), epoch_ + 1).offers(world_size())[rank] = reinterpret_cast<uint64_t>(data);
+  }
+  // After meet(): bytes [at, at + nbytes) of what `rank` has offered to this one.
+  void read_offer(int rank, size_t at, void* out, size_t nbytes);
+
   // --- failure
   // Makes `what` the failure of the whole group unless it has one, and throws the one it has.
   [[noreturn]] void fail(Failure failure, const std::string& what);
@@ -141,6 +152,7 @@ class Group {
  private:
   void attach(Meeting& meeting);
   void enter();
+  void probe_peers();
   void wait_generation(uint32_t epoch);
   void end_on_signal();
   void compare_calls();
@@ -156,11 +168,14 @@ class Group {
   std::optional<Segment> segment_;
   std::vector<bool> watched_;  // whose process this process can see
   ProcessId self_;
+  uint32_t num_forks_ = num_forks();
   uint32_t epoch_ = 0;
   uint32_t call_epoch_ = 0;
   bool oversubscribed_ = false;
   bool attached_ = false;
   bool checked_ = false;
+  bool has_met_ = false;
+  bool reads_peers_ = false;
   FlightRecord record_;                // of the running call
   std::atomic<uint64_t> flight_{0};    // its number in the flight recorder
   std::atomic<bool> has_told_{false};  // of the failure, in a dump

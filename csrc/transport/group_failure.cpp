@@ -154,7 +154,7 @@ void Group::check() {
   }
 }
 
-bool Group::forked() const { return getpid() != self_.pid; }
+bool Group::forked() const { return num_forks() != num_forks_; }
 
 bool Group::failed() const { return control().poison.state.load(std::memory_order_acquire) == 2; }
 

@@ -1,9 +1,11 @@
 #include "transport/process.hpp"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -40,7 +42,13 @@ bool read_stat(int32_t pid, char* state, uint64_t* start_time) {
   return true;
 }
 
+std::atomic<uint32_t> forks{0};
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+
 }  // namespace
+
+uint32_t num_forks() { return forks.load(std::memory_order_relaxed); }
 
 ProcessId this_process() {
   char state = 0;

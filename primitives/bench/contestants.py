@@ -142,7 +142,7 @@ class Mpi:
         items = case.itemsize if kind == mpi.BYTE else 1
         send_all, recv_all = [send, send.size * items, kind], [recv, recv.size * items, kind]
         part = case.count * items
-        op = reduce_ops.get(case.reduce_op)
+        op = reduce_ops.get(case.reduce_op, mpi.SUM)
         source: Any = mpi.IN_PLACE if case.in_place else send_all
         runs: dict[str, Run] = {
             "all_gather": lambda: comm.Allgather(source, [recv, part, kind]),
@@ -155,9 +155,7 @@ class Mpi:
             if case.in_place:
                 # MPI leaves the result at the start of the buffer.
                 whole, recv = [send, part, kind], send[: case.count]
-                return Bound(
-                    lambda: comm.Reduce_scatter_block(mpi.IN_PLACE, whole, op), send, recv
-                )
+                return Bound(lambda: comm.Reduce_scatter_block(mpi.IN_PLACE, whole, op), send, recv)
             return Bound(
                 lambda: comm.Reduce_scatter_block(send_all, [recv, part, kind], op), send, recv
             )

@@ -118,7 +118,7 @@ class JobLink:
     def connect(self) -> None:
         """Waits until every rank has come."""
         deadline = time.monotonic() + START_S
-        connections = []
+        connections: list[socket.socket] = []
         self._listener.settimeout(0.5)
         while len(connections) < self.num_ranks:
             try:

@@ -7,7 +7,7 @@ during it; where too few are, the least disturbed count and the row says so.
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -169,25 +169,31 @@ class Row:
         return found
 
 
-def measure(plan: Plan) -> Iterator[Row]:
-    """Starts the ranks and measures size by size.
+def measure(plans: Sequence[Plan]) -> Iterator[tuple[Plan, Row]]:
+    """Starts the ranks once and measures plan by plan, size by size.
+
+    Args:
+        plans: alike but for the operation and its sizes.
 
     Raises:
         ValueError: bad input, or a launcher that is not installed.
         BenchFailed: a rank ended or hung.
     """
-    plan_sizes = plan.sizes()
-    wanted, _ = plan.jobs()
-    with Jobs(wanted, plan.num_ranks) as jobs:
-        for nbytes in plan_sizes:
+    todo = [(plan, nbytes) for plan in plans for nbytes in plan.sizes()]
+    wanted, _ = plans[0].jobs()
+    if any(plan.jobs()[0] != wanted or plan.num_ranks != plans[0].num_ranks for plan in plans):
+        raise ValueError("expected plans for the same ranks, launcher, level and competitors")
+    with Jobs(wanted, plans[0].num_ranks) as jobs:
+        for plan, nbytes in todo:
             out_of_place = plan.op not in ALWAYS_IN_PLACE
             in_place = plan.op not in NEVER_IN_PLACE
-            yield Row(
+            row = Row(
                 nbytes,
                 plan.case(nbytes, False).count,
                 _measure_case(plan, plan.case(nbytes, False), jobs) if out_of_place else None,
                 _measure_case(plan, plan.case(nbytes, True), jobs) if in_place else None,
             )
+            yield plan, row
 
 
 def _measure_case(plan: Plan, case: Case, jobs: Jobs) -> Placement:
@@ -254,4 +260,4 @@ def absent_message(names: list[str]) -> str:
     return f"not measured: {', '.join(names)} (not in {MPI_DIR}); to get them: make bench-mpi"
 
 
-__all__ = ["Plan", "Placement", "Row", "Timing", "absent_message", "bus_factor", "measure"]
+__all__ = ["Placement", "Plan", "Row", "Timing", "absent_message", "bus_factor", "measure"]

@@ -40,6 +40,7 @@ class Job:
     def _join(self, store_path: str, names: list[str]) -> None:
         import torch
         import torch.distributed as dist
+        from torch._C._distributed_c10d import FileStore, PrefixStore
 
         import primitives.backend
         from primitives.rendezvous import rank_info
@@ -50,7 +51,7 @@ class Job:
             raise ValueError("expected to be started by torchrun or mpirun, or with RANK set")
         self.rank, self.world_size = info.rank, info.world_size
         primitives.backend.register()
-        store = dist.FileStore(store_path, self.world_size)
+        store = FileStore(store_path, self.world_size)
         dist.init_process_group(
             "primitives", store=store, rank=self.rank, world_size=self.world_size,
             timeout=timedelta(seconds=TIMEOUT_S),
@@ -62,24 +63,28 @@ class Job:
                 case "noop":
                     self.contestants[name] = C10d("fake")
                 case "raw":
-                    self.contestants[name] = Raw(dist.PrefixStore("raw", store), self.rank,
+                    self.contestants[name] = Raw(PrefixStore("raw", store), self.rank,
                                                  self.world_size)  # fmt: skip
                 case "copy" | "copy_stream":
                     self.contestants[name] = Copy(stream=name == "copy_stream")
+                case _:
+                    raise ValueError(f"unknown contestant {name!r}")
         self.sync = dist.barrier
 
     def bind(self, case: Case, check: bool, warmup: int) -> dict[str, Any]:
         """For each contestant that can: seconds a call takes, and how many elements are wrong."""
         self.bound.clear()
         gc.collect()
-        told = {}
+        told: dict[str, Any] = {}
         for name, contestant in self.contestants.items():
             try:
                 bound = contestant.bind(case, self.rank)
                 if bound is None:
                     continue
                 self.sync()
-                wrong = self._check(case, bound) if check and not isinstance(contestant, Copy) else 0
+                wrong = (
+                    self._check(case, bound) if check and not isinstance(contestant, Copy) else 0
+                )
                 start = time.monotonic()
                 for _ in range(max(1, warmup)):
                     bound.run()
