@@ -29,3 +29,9 @@ CUDA_ARCHS = Variable("PRIMITIVES_CUDA_ARCHS", "80;90;100", "Build: compute capa
 SHM_DIR = Variable(
     "PRIMITIVES_SHM_DIR", "/dev/shm", "Folder (tmpfs) for the memory that the ranks share."
 )
+HOST_ID = Variable(
+    "PRIMITIVES_HOST_ID",
+    "",
+    "Ranks with equal values share memory; others talk over the network. Default: the boot id of "
+    "the kernel. To set: one value per container that has a /dev/shm of its own.",
+)

@@ -9,8 +9,7 @@
 
 #include "bindings/c10d_tensors.hpp"
 #include "bindings/c10d_work.hpp"
-#include "transport/group.hpp"
-#include "transport/mailbox.hpp"
+#include "collectives/transport.hpp"
 
 namespace primitives {
 
@@ -26,9 +25,11 @@ class Backend : public c10d::Backend {
     std::string shm_dir = "/dev/shm";
   };
 
-  // Collective over the ranks of the group.
+  // Collective over the ranks of the group. `wire`: connects all of them when they run on several
+  // hosts, those of `host_of_rank`; else null.
   Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-          c10::intrusive_ptr<Options> options);
+          c10::intrusive_ptr<Options> options, const std::vector<std::string>& host_of_rank,
+          const c10::intrusive_ptr<c10d::Backend>& wire);
   ~Backend() override;
 
   WorkPtr broadcast(Tensors&, const c10d::BroadcastOptions&) override;
@@ -68,7 +69,7 @@ class Backend : public c10d::Backend {
       const c10::intrusive_ptr<c10d::Backend::Options>& options) override;
   void setTimeout(Milliseconds timeout) override { options_->timeout = timeout; }
   void setSequenceNumberForGroup() override {}  // the transport counts for itself
-  uint64_t getSequenceNumberForGroup() override { return group_->seq(); }
+  uint64_t getSequenceNumberForGroup() override { return transport_->seq(); }
   c10d::ErrorType getError() override;
   void abort() override;
   void shutdown() override { close(Milliseconds(30000)); }
@@ -91,8 +92,8 @@ class Backend : public c10d::Backend {
   Job all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
 
   c10::intrusive_ptr<Options> options_;
-  std::unique_ptr<Group> group_;
-  std::unique_ptr<Mailbox> mailbox_;
+  std::unique_ptr<Transport> transport_;
+  Group* group_ = nullptr;  // the part of the transport on this host
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
   bool coalescing_ = false;

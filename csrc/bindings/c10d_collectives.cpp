@@ -59,7 +59,7 @@ Backend::Job Backend::all_gather_into(const at::Tensor& out, const at::Tensor& i
   const Call call = make_call(Op::kAllGather, in, in.numel());
   return [=, this]() mutable {
     const auto parts = cut(result.memory(), getSize(), {}, "all_gather");
-    primitives::all_gather(*group_, call, source.data_ptr(), source.nbytes(), parts, timeout);
+    transport_->all_gather(call, source.data_ptr(), source.nbytes(), parts, timeout);
     result.store();
   };
 }
@@ -74,8 +74,7 @@ Backend::Job Backend::all_gather_list(const Tensors& out, const at::Tensor& in,
   Call call = make_call(Op::kAllGather, in, in.numel());
   call.has_counts = true;
   return [=, this]() mutable {
-    primitives::all_gather(*group_, call, source.data_ptr(), source.nbytes(), parts_of(results),
-                           timeout);
+    transport_->all_gather(call, source.data_ptr(), source.nbytes(), parts_of(results), timeout);
     store_all(results);
   };
 }
@@ -140,7 +139,7 @@ Backend::Job Backend::all_reduce_one(const at::Tensor& tensor, const c10d::Reduc
   const Reduction reduction = make_reduction(call, tensor, op, getSize());
   Output data(tensor, /*load=*/true);
   return [=, this]() mutable {
-    primitives::all_reduce(*group_, call, data.data(), data.part().nbytes, reduction, timeout);
+    transport_->all_reduce(call, data.data(), data.part().nbytes, reduction, timeout);
     data.store();
   };
 }
@@ -176,7 +175,7 @@ Backend::WorkPtr Backend::reduce(Tensors& tensors, const c10d::ReduceOptions& op
     Output data(tensor, /*load=*/true);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::REDUCE, options.asyncOp, tensors, [=, this]() mutable {
-      primitives::reduce(*group_, call, data.data(), data.part().nbytes, reduction, timeout);
+      transport_->reduce(call, data.data(), data.part().nbytes, reduction, timeout);
       if (getRank() == call.root) data.store();
     });
   });
@@ -194,7 +193,7 @@ Backend::Job Backend::reduce_scatter_from(const at::Tensor& out, const at::Tenso
   const auto parts = cut(source, getSize(), {}, "reduce_scatter: input");
   if (result.data() != parts[getRank()].data) result.keep_apart(source);
   return [=, this]() mutable {
-    primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+    transport_->reduce_scatter(call, parts, result.data(), reduction, timeout);
     result.store();
     static_cast<void>(source);  // kept alive: the parts point into it
   };
@@ -249,7 +248,7 @@ Backend::WorkPtr Backend::reduce_scatter(Tensors& out, TensorLists& in,
     }
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::REDUCE_SCATTER, options.asyncOp, out, [=, this]() mutable {
-      primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+      transport_->reduce_scatter(call, parts, result.data(), reduction, timeout);
       result.store();
       static_cast<void>(sources);  // kept alive: the parts point into them
     });
@@ -268,7 +267,7 @@ Backend::WorkPtr Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptio
     Output data(tensor, /*load=*/getRank() == root);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::BROADCAST, options.asyncOp, tensors, [=, this]() mutable {
-      primitives::broadcast(*group_, call, data.data(), data.part().nbytes, timeout);
+      transport_->broadcast(call, data.data(), data.part().nbytes, timeout);
       if (getRank() != root) data.store();
     });
   });
@@ -294,8 +293,7 @@ Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in,
     const Call call = make_call(Op::kGather, tensor, tensor.numel(), root);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::GATHER, options.asyncOp, targets, [=, this]() mutable {
-      primitives::gather(*group_, call, source.data_ptr(), source.nbytes(), parts_of(results),
-                         timeout);
+      transport_->gather(call, source.data_ptr(), source.nbytes(), parts_of(results), timeout);
       store_all(results);
     });
   });
@@ -325,7 +323,7 @@ Backend::WorkPtr Backend::scatter(Tensors& out, TensorLists& in,
     const Call call = make_call(Op::kScatter, target, target.numel(), root);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::SCATTER, options.asyncOp, out, [=, this]() mutable {
-      primitives::scatter(*group_, call, parts, result.data(), result.part().nbytes, timeout);
+      transport_->scatter(call, parts, result.data(), result.part().nbytes, timeout);
       result.store();
       static_cast<void>(sources);  // kept alive: the parts point into them
     });
@@ -348,7 +346,7 @@ Backend::WorkPtr Backend::alltoall_base(at::Tensor& out, at::Tensor& in,
     call.has_counts = true;  // one rank's splits may be even where another's are not
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::ALLTOALL_BASE, options.asyncOp, {out}, [=, this]() mutable {
-      primitives::all_to_all(*group_, call, from, to, timeout);
+      transport_->all_to_all(call, from, to, timeout);
       result.store();
       static_cast<void>(source);  // kept alive: the parts point into it
     });
@@ -374,7 +372,7 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
     call.has_counts = true;
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::ALLTOALL, options.asyncOp, out, [=, this]() mutable {
-      primitives::all_to_all(*group_, call, from, parts_of(results), timeout);
+      transport_->all_to_all(call, from, parts_of(results), timeout);
       store_all(results);
       static_cast<void>(sources);  // kept alive: the parts point into them
     });
@@ -383,8 +381,7 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
 
 Backend::WorkPtr Backend::barrier(const c10d::BarrierOptions& options) {
   const Milliseconds timeout = resolve(options.timeout);
-  return run(OpType::BARRIER, options.asyncOp, {},
-             [=, this] { primitives::barrier(*group_, timeout); });
+  return run(OpType::BARRIER, options.asyncOp, {}, [=, this] { transport_->barrier(timeout); });
 }
 
 void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool) {
