@@ -78,7 +78,13 @@ class Backend(c10d.Backend):
         def __deepcopy__(self, memo: dict[int, Any]) -> Backend.Options: ...
 
     def __init__(
-        self, store: c10d.Store, rank: int, world_size: int, options: Backend.Options
+        self,
+        store: c10d.Store,
+        rank: int,
+        world_size: int,
+        options: Backend.Options,
+        host_of_rank: Sequence[str] = (),
+        wire: c10d.Backend | None = None,
     ) -> None: ...
     @property
     def options(self) -> Backend.Options: ...
@@ -97,6 +103,8 @@ class Communicator:
         timeout_s: float,
         name: str,
         shm_dir: str,
+        host_of_rank: Sequence[str],
+        wire: c10d.Backend | None,
     ) -> None: ...
     @property
     def rank(self) -> int: ...

@@ -1,23 +1,25 @@
 """The collectives on NumPy arrays, torch tensors and other memory, without torch.distributed.
 
-Ranks meet through a torch Store, through MPI, or through a file; then they share memory, as those
-of the backend do, with the same bits, the same errors and the same deadlines.
+Ranks meet through a torch Store, through MPI, or through a file; then they share memory (or talk by
+gloo where they run on several hosts), with the bits, errors and deadlines of the backend.
 
     with Communicator.from_mpi(MPI.COMM_WORLD) as world:
         world.all_reduce(array)
 """
 
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 import primitives._C as _C
 from primitives.env import SHM_DIR
 from primitives.errors import CollectiveTimeout
+from primitives.hosts import connect_hosts, find_hosts, host_id
 from primitives.rendezvous import MeetingFile
 
 if TYPE_CHECKING:
@@ -33,21 +35,20 @@ class Communicator(_C.Communicator):
     protocol or DLPack. Data that is only read may be read-only. Bytes move for every dtype (bool,
     complex, float8 too). Where ``n`` is the world size:
 
-    ==================================================  =============================================
-    ``all_gather(out [n * k], shard [k])``              shards in rank order; ``counts``: elements of
-                                                        each rank's shard when they differ
-    ``reduce_scatter(out [k], full [n * k], op)``       this rank's part of the reduction; ``counts``
-    ``all_reduce(data [k], op)``                        in place
-    ``all_to_all(out, data)``                           part r goes to rank r; ``out_counts`` and
-                                                        ``data_counts``: elements from and to each
-    ``broadcast(data, root)``                           in place
-    ``reduce(data, root, op)``                          in place on the root, others keep theirs
-    ``gather(out [n * k] | None, shard [k], root)``     ``out`` on the root only
-    ``scatter(out [k], full [n * k] | None, root)``     ``full`` on the root only
-    ``barrier()``
-    ``send(data, dst, tag)``, ``recv(data, src, tag)``  ``src`` None: any; recv returns the source
-    ``abort(why)``                                      ends the waits of all ranks with PeerLost
-    ==================================================  =============================================
+    - ``all_gather(out [n * k], shard [k], counts=None)``: shards in rank order; ``counts``:
+      elements of each rank's shard when they differ.
+    - ``reduce_scatter(out [k], full [n * k], op="sum", counts=None)``: this rank's part.
+    - ``all_reduce(data [k], op="sum")``: in place.
+    - ``all_to_all(out, data, out_counts=None, data_counts=None)``: part r goes to rank r;
+      the counts are elements from and to each rank.
+    - ``broadcast(data, root=0)``: in place.
+    - ``reduce(data [k], root=0, op="sum")``: in place on the root, the others keep theirs.
+    - ``gather(out [n * k], shard [k], root=0)``: ``out`` is None but on the root.
+    - ``scatter(out [k], full [n * k], root=0)``: ``full`` is None but on the root.
+    - ``barrier()``.
+    - ``send(data, dst, tag=0)``, ``recv(data, src=None, tag=0)``: None is any rank; recv returns
+      the source. send returns when the data may be changed.
+    - ``abort(why)``: ends the waits of all ranks with PeerLost.
 
     ``op``: sum, avg, premul_sum (times ``factor``), product, min, max, band, bor, bxor.
 
@@ -72,14 +73,17 @@ class Communicator(_C.Communicator):
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world_size: int,
         *,
         timeout_s: float = TIMEOUT_S,
         name: str = "communicator",
     ) -> None:
-        super().__init__(store, rank, world_size, timeout_s, name, SHM_DIR.get())
+        hosts = find_hosts(store, rank, world_size, timeout_s, name)
+        several = len(set(hosts)) > 1
+        wire = connect_hosts(store, rank, world_size, timeout_s) if several else None
+        super().__init__(store, rank, world_size, timeout_s, name, SHM_DIR.get(), hosts, wire)
         # The store is wanted by later splits, and its server by peers that have just met.
         self._store = store
         self._timeout_s = timeout_s
@@ -88,7 +92,7 @@ class Communicator(_C.Communicator):
     @classmethod
     def from_store(
         cls,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world_size: int,
         *,
@@ -104,13 +108,15 @@ class Communicator(_C.Communicator):
     ) -> Self:
         """Meets through an mpi4py communicator, also a part of the world; collective over it.
 
-        MPI is used for one broadcast and afterwards no more: ``comm`` may be freed.
+        MPI is used for the meeting and afterwards no more: ``comm`` may be freed.
         """
         rank, world_size = comm.Get_rank(), comm.Get_size()
-        store = _serve(world_size, timeout_s) if rank == 0 else None
-        port = comm.bcast(store.port if store else None, root=0)
+        one_host = len(set(comm.allgather(host_id()))) == 1
+        address = "127.0.0.1" if one_host else comm.bcast(socket.gethostname(), root=0)
+        store = _serve(address, world_size, timeout_s) if rank == 0 else None
+        port = comm.bcast(store.port if store else 0, root=0)
         return cls(
-            store or _join(port, world_size, timeout_s),
+            store or _join(address, port, world_size, timeout_s),
             rank,
             world_size,
             timeout_s=timeout_s,
@@ -139,7 +145,7 @@ class Communicator(_C.Communicator):
         """
         meeting = MeetingFile(Path(path))
         if rank == 0:
-            store = _serve(world_size, timeout_s)
+            store = _serve("127.0.0.1", world_size, timeout_s)
             with meeting.announced(store.port):
                 return cls(store, rank, world_size, timeout_s=timeout_s, name=name)
         deadline = time.monotonic() + timeout_s
@@ -149,7 +155,11 @@ class Communicator(_C.Communicator):
             raise CollectiveTimeout(str(error)) from None
         left_s = max(deadline - time.monotonic(), 0.001)
         return cls(
-            _join(port, world_size, left_s), rank, world_size, timeout_s=timeout_s, name=name
+            _join("127.0.0.1", port, world_size, left_s),
+            rank,
+            world_size,
+            timeout_s=timeout_s,
+            name=name,
         )
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
@@ -174,7 +184,7 @@ class Communicator(_C.Communicator):
             members = [r for r in range(self.world_size) if every[r, 0] == color]
             members.sort(key=lambda r: (every[r, 1], r))
             part = Communicator(
-                dist.PrefixStore(f"split{self._num_splits}/{color}", self._store),
+                PrefixStore(f"split{self._num_splits}/{color}", self._store),
                 members.index(self.rank),
                 len(members),
                 timeout_s=self._timeout_s,
@@ -190,12 +200,12 @@ class Communicator(_C.Communicator):
         self.close()
 
 
-def _serve(world_size: int, timeout_s: float) -> dist.TCPStore:
-    """A store on a free port of this host."""
+def _serve(address: str, world_size: int, timeout_s: float) -> TCPStore:
+    """A store on a free port of this host, at the address by which the others know it."""
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore("127.0.0.1", 0, world_size, True, timeout, wait_for_workers=False)
+    return TCPStore(address, 0, world_size, True, timeout, wait_for_workers=False)
 
 
-def _join(port: int, world_size: int, timeout_s: float) -> dist.TCPStore:
+def _join(address: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore("127.0.0.1", port, world_size, False, timeout, wait_for_workers=False)
+    return TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)

@@ -44,3 +44,9 @@ CHECK = Variable(
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
 )
+HOST_ID = Variable(
+    "PRIMITIVES_HOST_ID",
+    "",
+    "Ranks with equal values share memory; others talk over the network. Default: the boot id of "
+    "the kernel. To set: one value per container that has a /dev/shm of its own.",
+)

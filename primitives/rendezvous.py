@@ -207,7 +207,7 @@ class MeetingFile:
 
 
 def _is_alive(meeting: dict[str, Any]) -> bool:
-    return _start_time(meeting["pid"]) == meeting["start"]
+    return bool(_start_time(meeting["pid"]) == meeting["start"])
 
 
 def _wait_for_all(store: "Store", info: RankInfo, timeout: timedelta) -> None:

@@ -9,7 +9,7 @@
 #include <set>
 
 #include "bindings/c10d_errors.hpp"
-#include "bindings/store_meeting.hpp"
+#include "bindings/make_transport.hpp"
 
 namespace primitives {
 namespace {
@@ -27,18 +27,17 @@ std::set<Backend*>& backends() {
 }  // namespace
 
 Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-                 c10::intrusive_ptr<Options> options)
+                 c10::intrusive_ptr<Options> options, const std::vector<std::string>& host_of_rank,
+                 const c10::intrusive_ptr<c10d::Backend>& wire)
     : c10d::Backend(rank, world_size), store_(store), options_(std::move(options)) {
-  StoreMeeting meeting(store);
   std::string name = options_->group_desc.empty() || options_->group_desc == "undefined"
                          ? options_->group_name
                          : options_->group_desc;
-  group_ = translated([&] {
-    return std::make_unique<Group>(
-        meeting, GroupOptions{rank, world_size, name, options_->shm_dir, options_->timeout,
-                              members_of(options_->global_ranks_in_group)});
-  });
-  mailbox_ = std::make_unique<Mailbox>(*group_);
+  transport_ = make_transport(store,
+                              {rank, world_size, name, options_->shm_dir, options_->timeout,
+                               members_of(options_->global_ranks_in_group)},
+                              host_of_rank, wire);
+  group_ = &transport_->group();
   init();
   std::lock_guard<std::mutex> lock(backends_mutex);
   backends().insert(this);
@@ -52,7 +51,7 @@ Backend::~Backend() {
   close(Milliseconds(30000));
   if (!group_->forked()) return;
   // The threads stayed in the parent: here they can be neither joined nor detached.
-  static_cast<void>(mailbox_.release());
+  static_cast<void>(transport_.release());
   static_cast<void>(queue_.release());
 }
 
@@ -63,15 +62,14 @@ void Backend::close(Milliseconds limit) {
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
   std::lock_guard<std::mutex> lock(close_mutex_);
   const auto end = Clock::now() + limit;
-  auto idle = [&] { return queue_->idle() && mailbox_->idle() && callbacks_->idle(); };
+  auto idle = [&] { return queue_->idle() && transport_->idle() && callbacks_->idle(); };
   while (!group_->failed() && !idle()) {
     if (Clock::now() >= end) group_->abort("it left with operations unfinished");
     std::this_thread::sleep_for(Milliseconds(1));
   }
   callbacks_->stop();
   queue_->stop();
-  mailbox_->stop();
-  group_->close();
+  transport_->close();
 }
 
 void close_all_backends(Milliseconds limit) {
@@ -125,20 +123,29 @@ c10::intrusive_ptr<Backend::Options> Backend::options_of(
   return copy;
 }
 
+c10::intrusive_ptr<c10d::Backend> Backend::create(const c10::intrusive_ptr<c10d::Store>& store,
+                                                  int rank, int world_size,
+                                                  const c10::intrusive_ptr<Options>& options) {
+  const pybind11::gil_scoped_acquire gil;  // Python knows which ranks are on which host
+  return pybind11::module_::import("primitives.backend")
+      .attr("create")(store, rank, world_size, options)
+      .cast<c10::intrusive_ptr<Backend>>();
+}
+
 c10::intrusive_ptr<c10d::Backend> Backend::split(
     const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
     const c10::intrusive_ptr<c10d::Backend::Options>& options) {
   const auto mine = std::find(ranks.begin(), ranks.end(), getRank());
   if (mine == ranks.end()) return nullptr;
-  return c10::make_intrusive<Backend>(store, static_cast<int>(mine - ranks.begin()),
-                                      static_cast<int>(ranks.size()), options_of(*options));
+  return create(store, static_cast<int>(mine - ranks.begin()), static_cast<int>(ranks.size()),
+                options_of(*options));
 }
 
 c10::intrusive_ptr<c10d::Backend> Backend::merge(
     const c10::intrusive_ptr<c10d::Store>& store,
     const c10::intrusive_ptr<c10d::Backend::Options>& options, const int& rank,
     const int& world_size) {
-  return c10::make_intrusive<Backend>(store, rank, world_size, options_of(*options));
+  return create(store, rank, world_size, options_of(*options));
 }
 
 c10d::ErrorType Backend::getError() {

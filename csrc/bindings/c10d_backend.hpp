@@ -10,8 +10,7 @@
 
 #include "bindings/c10d_tensors.hpp"
 #include "bindings/c10d_work.hpp"
-#include "transport/group.hpp"
-#include "transport/mailbox.hpp"
+#include "collectives/transport.hpp"
 
 namespace primitives {
 
@@ -27,9 +26,11 @@ class Backend : public c10d::Backend {
     std::string shm_dir = "/dev/shm";
   };
 
-  // Collective over the ranks of the group.
+  // Collective over the ranks of the group. `wire`: connects all of them when they run on several
+  // hosts, those of `host_of_rank`; else null.
   Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-          c10::intrusive_ptr<Options> options);
+          c10::intrusive_ptr<Options> options, const std::vector<std::string>& host_of_rank,
+          const c10::intrusive_ptr<c10d::Backend>& wire);
   ~Backend() override;
 
   WorkPtr broadcast(Tensors&, const c10d::BroadcastOptions&) override;
@@ -73,7 +74,7 @@ class Backend : public c10d::Backend {
                                           const int& rank, const int& world_size) override;
   void setTimeout(Milliseconds timeout) override { options_->timeout = timeout; }
   void setSequenceNumberForGroup() override {}  // the transport counts for itself
-  uint64_t getSequenceNumberForGroup() override { return group_->seq(); }
+  uint64_t getSequenceNumberForGroup() override { return transport_->seq(); }
   c10d::ErrorType getError() override;
   void abort() override;
   void shutdown() override { close(Milliseconds(30000)); }
@@ -98,14 +99,17 @@ class Backend : public c10d::Backend {
                            Clock::time_point deadline, bool wait_all_ranks);
   Job all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
 
+  static c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store,
+                                                  int rank, int world_size,
+                                                  const c10::intrusive_ptr<Options>& options);
   // The options of a group made from this one.
   c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
 
   c10::intrusive_ptr<c10d::Store> store_;
   c10::intrusive_ptr<Options> options_;
   uint64_t num_monitored_ = 0;  // monitored barriers so far
-  std::unique_ptr<Group> group_;
-  std::unique_ptr<Mailbox> mailbox_;
+  std::unique_ptr<Transport> transport_;
+  Group* group_ = nullptr;  // the part of the transport on this host
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
   std::mutex close_mutex_;

@@ -89,7 +89,7 @@ Backend::Job Backend::all_gather_into(const at::Tensor& out, const at::Tensor& i
   return [=, this]() mutable {
     const auto parts = cut(result.memory(), getSize(), {}, "all_gather");
     source.load();
-    primitives::all_gather(*group_, call, source.data(), source.nbytes(), parts, timeout);
+    transport_->all_gather(call, source.data(), source.nbytes(), parts, timeout);
     result.store();
   };
 }
@@ -105,8 +105,7 @@ Backend::Job Backend::all_gather_list(const Tensors& out, const at::Tensor& in,
   call.has_counts = true;
   return [=, this]() mutable {
     source.load();
-    primitives::all_gather(*group_, call, source.data(), source.nbytes(), parts_of(results),
-                           timeout);
+    transport_->all_gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
     store_all(results);
   };
 }
@@ -172,7 +171,7 @@ Backend::Job Backend::all_reduce_one(const at::Tensor& tensor, const c10d::Reduc
   StagedTensor data(tensor);
   return [=, this]() mutable {
     data.load();
-    primitives::all_reduce(*group_, call, data.data(), data.nbytes(), reduction, timeout);
+    transport_->all_reduce(call, data.data(), data.nbytes(), reduction, timeout);
     data.store();
   };
 }
@@ -219,7 +218,7 @@ Backend::WorkPtr Backend::reduce(Tensors& tensors, const c10d::ReduceOptions& op
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::REDUCE, options.asyncOp, tensors, [=, this]() mutable {
       data.load();
-      primitives::reduce(*group_, call, data.data(), data.nbytes(), reduction, timeout);
+      transport_->reduce(call, data.data(), data.nbytes(), reduction, timeout);
       if (getRank() == call.root) data.store();
     });
   });
@@ -238,7 +237,7 @@ Backend::Job Backend::reduce_scatter_from(const at::Tensor& out, const at::Tenso
   if (result.data() != parts[getRank()].data) result.keep_apart(source);
   return [=, this]() mutable {
     source.load();
-    primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+    transport_->reduce_scatter(call, parts, result.data(), reduction, timeout);
     result.store();
   };
 }
@@ -285,8 +284,7 @@ Backend::WorkPtr Backend::reduce_scatter(Tensors& out, TensorLists& in,
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::REDUCE_SCATTER, options.asyncOp, out, [=, this]() mutable {
       load_all(sources);
-      primitives::reduce_scatter(*group_, call, parts_of(sources), result.data(), reduction,
-                                 timeout);
+      transport_->reduce_scatter(call, parts_of(sources), result.data(), reduction, timeout);
       result.store();
     });
   });
@@ -305,7 +303,7 @@ Backend::WorkPtr Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptio
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::BROADCAST, options.asyncOp, tensors, [=, this]() mutable {
       if (getRank() == root) data.load();
-      primitives::broadcast(*group_, call, data.data(), data.nbytes(), timeout);
+      transport_->broadcast(call, data.data(), data.nbytes(), timeout);
       if (getRank() != root) data.store();
     });
   });
@@ -332,7 +330,7 @@ Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in,
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::GATHER, options.asyncOp, targets, [=, this]() mutable {
       source.load();
-      primitives::gather(*group_, call, source.data(), source.nbytes(), parts_of(results), timeout);
+      transport_->gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
       store_all(results);
     });
   });
@@ -358,8 +356,7 @@ Backend::WorkPtr Backend::scatter(Tensors& out, TensorLists& in,
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::SCATTER, options.asyncOp, out, [=, this]() mutable {
       load_all(sources);
-      primitives::scatter(*group_, call, parts_of(sources), result.data(), result.nbytes(),
-                          timeout);
+      transport_->scatter(call, parts_of(sources), result.data(), result.nbytes(), timeout);
       result.store();
     });
   });
@@ -382,7 +379,7 @@ Backend::WorkPtr Backend::alltoall_base(at::Tensor& out, at::Tensor& in,
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::ALLTOALL_BASE, options.asyncOp, {out}, [=, this]() mutable {
       source.load();
-      primitives::all_to_all(*group_, call, from, to, timeout);
+      transport_->all_to_all(call, from, to, timeout);
       result.store();
     });
   });
@@ -400,7 +397,7 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::ALLTOALL, options.asyncOp, out, [=, this]() mutable {
       load_all(sources);
-      primitives::all_to_all(*group_, call, parts_of(sources), parts_of(results), timeout);
+      transport_->all_to_all(call, parts_of(sources), parts_of(results), timeout);
       store_all(results);
     });
   });
@@ -408,8 +405,7 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
 
 Backend::WorkPtr Backend::barrier(const c10d::BarrierOptions& options) {
   const Milliseconds timeout = resolve(options.timeout);
-  return run(OpType::BARRIER, options.asyncOp, {},
-             [=, this] { primitives::barrier(*group_, timeout); });
+  return run(OpType::BARRIER, options.asyncOp, {}, [=, this] { transport_->barrier(timeout); });
 }
 
 }  // namespace primitives

@@ -41,7 +41,7 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
     StagedTensor source(tensor);
     source.load();
     auto work = c10::make_intrusive<Work>(c10d::OpType::SEND, tensors, callbacks_);
-    mailbox_->send(
+    transport_->send(
         source.data(), envelope_of(tensor, tag), dst, options_->timeout,
         [work, source](std::exception_ptr error, int) { work->complete(as_python_error(error)); });
     if (coalescing_) coalesced_.push_back(work);
@@ -55,16 +55,16 @@ Backend::WorkPtr Backend::receive(Tensors& tensors, int src, int tag) {
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
   auto work = c10::make_intrusive<Work>(type, tensors, callbacks_);
   StagedTensor result(tensor);
-  mailbox_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
-                 [work, result](std::exception_ptr error, int from) mutable {
-                   try {
-                     if (!error) result.store();
-                   } catch (...) {
-                     error = std::current_exception();
-                   }
-                   work->set_source_rank(from);
-                   work->complete(as_python_error(error));
-                 });
+  transport_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
+                   [work, result](std::exception_ptr error, int from) mutable {
+                     try {
+                       if (!error) result.store();
+                     } catch (...) {
+                       error = std::current_exception();
+                     }
+                     work->set_source_rank(from);
+                     work->complete(as_python_error(error));
+                   });
   if (coalescing_) coalesced_.push_back(work);
   return work;
 }

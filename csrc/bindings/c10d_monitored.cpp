@@ -40,7 +40,7 @@ void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_al
     std::string failed = "no word from it";
     while (!store_->check({verdict})) {
       group_->check();
-      if (Clock::now() >= deadline + kVerdictGrace || group_->has_gone(0)) break;
+      if (Clock::now() >= deadline + kVerdictGrace || transport_->has_gone(0)) break;
       std::this_thread::sleep_for(kPoll);
     }
     if (store_->check({verdict})) failed = store_->get_to_str(verdict);
@@ -61,14 +61,14 @@ std::string Backend::find_missing(const std::string& round, Milliseconds timeout
   for (int r = 1; r < getSize(); r++) {
     const std::string key = round + std::to_string(r);
     bool here = store_->check({key});
-    while (!here && Clock::now() < deadline && !group_->has_gone(r)) {
+    while (!here && Clock::now() < deadline && !transport_->has_gone(r)) {
       group_->check();
       std::this_thread::sleep_for(kPoll);
       here = store_->check({key});
     }
     if (here) continue;
     missing.push_back(r);
-    who += "; " + group_->describe_rank(r);
+    who += "; " + transport_->describe_rank(r);
     if (!wait_all_ranks) break;
   }
   const std::string within = " in " + std::to_string(timeout.count()) + " ms";

@@ -34,13 +34,13 @@ void check_same_shape(const Gathered& headers) {
   }
 }
 
-void gather_all(Group& group, const at::Tensor& mine, Gathered& all, bool same_sizes,
+void gather_all(Transport& transport, const at::Tensor& mine, Gathered& all, bool same_sizes,
                 Milliseconds timeout) {
   Call call = make_call(Op::kAllGather, mine, mine.numel());
   call.has_counts = !same_sizes;
   std::vector<Part> parts;
   for (const at::Tensor& tensor : all) parts.push_back({tensor.data_ptr(), tensor.nbytes()});
-  all_gather(group, call, mine.data_ptr(), mine.nbytes(), parts, timeout);
+  transport.all_gather(call, mine.data_ptr(), mine.nbytes(), parts, timeout);
 }
 
 }  // namespace
@@ -63,7 +63,7 @@ Backend::Job Backend::all_reduce_sparse(const at::Tensor& tensor, const c10d::Re
     const at::Tensor header = header_of(mine);
     Gathered headers, indices;
     for (int r = 0; r < getSize(); r++) headers.push_back(at::empty_like(header));
-    gather_all(*group_, header, headers, /*same_sizes=*/true, timeout);
+    gather_all(*transport_, header, headers, /*same_sizes=*/true, timeout);
     check_same_shape(headers);
 
     std::vector<int64_t> counts;
@@ -71,7 +71,8 @@ Backend::Job Backend::all_reduce_sparse(const at::Tensor& tensor, const c10d::Re
       counts.push_back(of[0].item<int64_t>());
       indices.push_back(at::empty({counts.back(), mine.sparse_dim()}, header.options()));
     }
-    gather_all(*group_, mine._indices().t().contiguous(), indices, /*same_sizes=*/false, timeout);
+    gather_all(*transport_, mine._indices().t().contiguous(), indices, /*same_sizes=*/false,
+               timeout);
     at::Tensor united = at::cat(indices);  // [indices of all ranks, sparse dimensions]
     at::Tensor position = at::empty({0}, header.options());
     if (united.size(0) > 0) {
@@ -84,7 +85,7 @@ Backend::Job Backend::all_reduce_sparse(const at::Tensor& tensor, const c10d::Re
     block.index_copy_(0, position.split_with_sizes(counts)[getRank()], mine._values());
 
     call.numel = static_cast<uint64_t>(block.numel());
-    all_reduce(*group_, call, block.data_ptr(), block.nbytes(), reduction, timeout);
+    transport_->all_reduce(call, block.data_ptr(), block.nbytes(), reduction, timeout);
     const at::Tensor sum = at::_sparse_coo_tensor_unsafe(united.t().contiguous(), block,
                                                          tensor.sizes(), tensor.options());
     tensor.copy_(sum._coalesced_(true));

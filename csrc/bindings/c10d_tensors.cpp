@@ -280,7 +280,9 @@ Reduction make_reduction(Call& call, at::ScalarType dtype, ReduceOp op, double f
   const bool linear = op == ReduceOp::kSum || op == ReduceOp::kAvg || op == ReduceOp::kPremulSum;
   Reduction reduction;
   if (plain >= 0 && (linear || !complex)) {
-    reduction.kernel = find_reduce(static_cast<DType>(plain), op);
+    reduction.dtype = static_cast<DType>(plain);
+    reduction.op = op;
+    reduction.kernel = find_reduce(reduction.dtype, op);
   }
   if (reduction.kernel == nullptr) {
     throw std::invalid_argument(std::string(op_name(call.op)) + ": " + reduce_op_name(op) +

@@ -12,7 +12,7 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
-#include "bindings/callbacks.hpp"
+#include "transport/callbacks.hpp"
 #include "transport/caller.hpp"
 
 namespace primitives {

@@ -14,8 +14,7 @@
 #include "bindings/buffer.hpp"
 #include "bindings/c10d_errors.hpp"
 #include "bindings/c10d_tensors.hpp"
-#include "bindings/store_meeting.hpp"
-#include "transport/mailbox.hpp"
+#include "bindings/make_transport.hpp"
 
 namespace primitives {
 namespace {
@@ -56,39 +55,40 @@ std::vector<Part> cut(const Buffer& buffer, int n, const Counts& counts, const c
 class Communicator {
  public:
   Communicator(const StorePtr& store, int rank, int world_size, double timeout_s,
-               const std::string& name, const std::string& shm_dir) {
+               const std::string& name, const std::string& shm_dir,
+               const std::vector<std::string>& host_of_rank,
+               const c10::intrusive_ptr<c10d::Backend>& wire) {
     if (world_size < 1 || rank < 0 || rank >= world_size) {
       throw PythonError(PyExc_ValueError, "Communicator: expected 0 <= rank < world_size, got " +
                                               std::to_string(rank) + " and " +
                                               std::to_string(world_size));
     }
     timeout_ = Milliseconds(static_cast<int64_t>(timeout_s * 1e3));
-    forward([&] {
-      StoreMeeting meeting(store);
-      group_ =
-          std::make_unique<Group>(meeting, GroupOptions{rank, world_size, name, shm_dir, timeout_});
-      mailbox_ = std::make_unique<Mailbox>(*group_);
-    });
+    rank_ = rank;
+    world_size_ = world_size;
+    name_ = name;
+    const py::gil_scoped_release no_gil;
+    transport_ =
+        make_transport(store, {rank, world_size, name, shm_dir, timeout_}, host_of_rank, wire);
   }
 
   ~Communicator() {
     close();
     // A thread stayed in the parent of a fork: here it can be neither joined nor detached.
-    if (group_->forked()) static_cast<void>(mailbox_.release());
+    if (transport_->group().forked()) static_cast<void>(transport_.release());
   }
 
-  int rank() const { return group_->rank(); }
-  int world_size() const { return group_->world_size(); }
-  const std::string& name() const { return group_->name(); }
+  int rank() const { return rank_; }
+  int world_size() const { return world_size_; }
+  const std::string& name() const { return name_; }
 
   void close() {
-    if (group_->forked()) return;
-    py::gil_scoped_release no_gil;
-    mailbox_->stop();
-    group_->close();
+    if (transport_->group().forked()) return;
+    const py::gil_scoped_release no_gil;
+    transport_->close();
   }
 
-  void abort(const std::string& why) { group_->abort(why); }
+  void abort(const std::string& why) { transport_->group().abort(why); }
 
   void all_gather(py::handle out, py::handle shard, const Counts& counts) {
     call([&](Locked lock) {
@@ -101,9 +101,7 @@ class Communicator {
       to.check_apart(from, parts[rank()].data);
       Call call = make_call(Op::kAllGather, from.dtype(), from.numel());
       call.has_counts = counts.has_value();
-      lock([&] {
-        primitives::all_gather(*group_, call, from.data(), from.nbytes(), parts, timeout_);
-      });
+      lock([&] { transport_->all_gather(call, from.data(), from.nbytes(), parts, timeout_); });
     });
   }
 
@@ -122,9 +120,7 @@ class Communicator {
       call.has_counts = counts.has_value();
       const Reduction reduction =
           make_reduction(call, from.dtype(), reduce_op_named(op), factor, world_size());
-      lock([&] {
-        primitives::reduce_scatter(*group_, call, parts, to.data(), reduction, timeout_);
-      });
+      lock([&] { transport_->reduce_scatter(call, parts, to.data(), reduction, timeout_); });
     });
   }
 
@@ -135,7 +131,7 @@ class Communicator {
       const Reduction reduction =
           make_reduction(call, buffer.dtype(), reduce_op_named(op), factor, world_size());
       lock([&] {
-        primitives::all_reduce(*group_, call, buffer.data(), buffer.nbytes(), reduction, timeout_);
+        transport_->all_reduce(call, buffer.data(), buffer.nbytes(), reduction, timeout_);
       });
     });
   }
@@ -151,7 +147,7 @@ class Communicator {
       const auto in_parts = cut(from, world_size(), data_counts, "all_to_all: data");
       Call call = make_call(Op::kAllToAll, from.dtype(), from.numel());
       call.has_counts = true;  // one rank's counts may be even where another's are not
-      lock([&] { primitives::all_to_all(*group_, call, in_parts, out_parts, timeout_); });
+      lock([&] { transport_->all_to_all(call, in_parts, out_parts, timeout_); });
     });
   }
 
@@ -160,7 +156,7 @@ class Communicator {
       check_rank(root, "broadcast: root");
       const Buffer buffer(data, rank() == root ? Access::kRead : Access::kWrite, "broadcast: data");
       const Call call = make_call(Op::kBroadcast, buffer.dtype(), buffer.numel(), root);
-      lock([&] { primitives::broadcast(*group_, call, buffer.data(), buffer.nbytes(), timeout_); });
+      lock([&] { transport_->broadcast(call, buffer.data(), buffer.nbytes(), timeout_); });
     });
   }
 
@@ -171,9 +167,7 @@ class Communicator {
       Call call = make_call(Op::kReduce, buffer.dtype(), buffer.numel(), root);
       const Reduction reduction =
           make_reduction(call, buffer.dtype(), reduce_op_named(op), factor, world_size());
-      lock([&] {
-        primitives::reduce(*group_, call, buffer.data(), buffer.nbytes(), reduction, timeout_);
-      });
+      lock([&] { transport_->reduce(call, buffer.data(), buffer.nbytes(), reduction, timeout_); });
     });
   }
 
@@ -191,7 +185,7 @@ class Communicator {
         to->check_apart(from, parts[rank()].data);
       }
       const Call call = make_call(Op::kGather, from.dtype(), from.numel(), root);
-      lock([&] { primitives::gather(*group_, call, from.data(), from.nbytes(), parts, timeout_); });
+      lock([&] { transport_->gather(call, from.data(), from.nbytes(), parts, timeout_); });
     });
   }
 
@@ -209,12 +203,12 @@ class Communicator {
         if (to.data() != parts[rank()].data) to.check_apart(*from);
       }
       const Call call = make_call(Op::kScatter, to.dtype(), to.numel(), root);
-      lock([&] { primitives::scatter(*group_, call, parts, to.data(), to.nbytes(), timeout_); });
+      lock([&] { transport_->scatter(call, parts, to.data(), to.nbytes(), timeout_); });
     });
   }
 
   void barrier() {
-    call([&](Locked lock) { lock([&] { primitives::barrier(*group_, timeout_); }); });
+    call([&](Locked lock) { lock([&] { transport_->barrier(timeout_); }); });
   }
 
   void send(py::handle data, int dst, int tag) {
@@ -222,7 +216,7 @@ class Communicator {
       check_rank(dst, "send: dst");
       const Buffer buffer(data, Access::kRead, "send: data");
       wait_for([&](Mailbox::Done done) {
-        mailbox_->send(buffer.data(), envelope_of(buffer, tag), dst, timeout_, std::move(done));
+        transport_->send(buffer.data(), envelope_of(buffer, tag), dst, timeout_, std::move(done));
       });
     });
   }
@@ -233,8 +227,8 @@ class Communicator {
       if (src) check_rank(*src, "recv: src");
       const Buffer buffer(data, Access::kWrite, "recv: data");
       from = wait_for([&](Mailbox::Done done) {
-        mailbox_->recv(buffer.data(), envelope_of(buffer, tag), src.value_or(kAnySource), timeout_,
-                       std::move(done));
+        transport_->recv(buffer.data(), envelope_of(buffer, tag), src.value_or(kAnySource),
+                         timeout_, std::move(done));
       });
     });
     return from;
@@ -251,12 +245,6 @@ class Communicator {
       collective();
     }
   };
-
-  template <class F>
-  static void forward(F&& body) {
-    py::gil_scoped_release no_gil;
-    translated([&]() -> void { body(); });
-  }
 
   template <class F>
   void call(F&& body) {
@@ -289,8 +277,9 @@ class Communicator {
   }
 
   Milliseconds timeout_;
-  std::unique_ptr<Group> group_;
-  std::unique_ptr<Mailbox> mailbox_;
+  int rank_, world_size_;
+  std::string name_;
+  std::unique_ptr<Transport> transport_;
   std::mutex mutex_;
 };
 
@@ -299,8 +288,10 @@ class Communicator {
 void bind_communicator(py::module_& m) {
   using namespace py::literals;
   py::class_<Communicator>(m, "Communicator")
-      .def(py::init<const StorePtr&, int, int, double, const std::string&, const std::string&>(),
-           "store"_a, "rank"_a, "world_size"_a, "timeout_s"_a, "name"_a, "shm_dir"_a)
+      .def(py::init<const StorePtr&, int, int, double, const std::string&, const std::string&,
+                    const std::vector<std::string>&, const c10::intrusive_ptr<c10d::Backend>&>(),
+           "store"_a, "rank"_a, "world_size"_a, "timeout_s"_a, "name"_a, "shm_dir"_a,
+           "host_of_rank"_a, "wire"_a)
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)

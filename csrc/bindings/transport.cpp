@@ -1,4 +1,5 @@
 #include <pybind11/chrono.h>
+#include <pybind11/stl.h>
 
 #include "bindings/bindings.hpp"
 #include "bindings/c10d_backend.hpp"
@@ -24,10 +25,14 @@ void bind_transport(py::module_& m) {
       });
   backend
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-                       const c10::intrusive_ptr<Backend::Options>& options) {
-             return c10::make_intrusive<Backend>(store, rank, world_size, options);
+                       const c10::intrusive_ptr<Backend::Options>& options,
+                       const std::vector<std::string>& host_of_rank,
+                       const c10::intrusive_ptr<c10d::Backend>& wire) {
+             return c10::make_intrusive<Backend>(store, rank, world_size, options, host_of_rank,
+                                                 wire);
            }),
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("options"),
+           py::arg("host_of_rank") = std::vector<std::string>{}, py::arg("wire") = py::none(),
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("options", [](Backend& self) { return self.getBackendOptions(); });
   m.def(
