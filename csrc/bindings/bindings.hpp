@@ -8,6 +8,7 @@ namespace primitives {
 
 void bind_canonical(py::module_& m);
 void bind_transport(py::module_& m);
+void bind_symmetric_memory(py::module_& m);
 void bind_devices(py::module_& m);
 
 }  // namespace primitives

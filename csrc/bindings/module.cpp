@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, m) {
   primitives::bind_devices(m);
   primitives::bind_canonical(m);
   primitives::bind_transport(m);
+  primitives::bind_symmetric_memory(m);
 }

@@ -1,6 +1,7 @@
 // all_reduce, reduce_scatter and reduce: the tree of [Note: tree] over the ranks' staged inputs.
 #include "collectives/chunks.hpp"
 #include "collectives/collectives.hpp"
+#include "collectives/symmetric.hpp"
 
 namespace primitives {
 namespace {
@@ -82,6 +83,7 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
 
 void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
                 const Reduction& reduction, Milliseconds timeout) {
+  if (symmetric::all_reduce(group, call, data, nbytes, reduction, timeout)) return;
   group.start(call, nullptr, nullptr, timeout);
   if (nbytes <= kSmallNbytes || group.world_size() == 1) {
     if (group.world_size() == 1) {
@@ -99,6 +101,7 @@ void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
 
 void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
                     const Reduction& reduction, Milliseconds timeout) {
+  if (symmetric::reduce_scatter(group, call, in, out, reduction, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   const size_t block = block_nbytes(n), out_nbytes = in[me].nbytes;
   const bool stream = out_nbytes >= kStreamNbytes;

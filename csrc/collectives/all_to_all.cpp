@@ -1,10 +1,12 @@
 #include "collectives/chunks.hpp"
 #include "collectives/collectives.hpp"
+#include "collectives/symmetric.hpp"
 
 namespace primitives {
 
 void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
                 const std::vector<Part>& out, Milliseconds timeout) {
+  if (symmetric::all_to_all(group, call, in, out, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   const size_t block = block_nbytes(n);
   std::vector<uint64_t> send(n), recv(n);

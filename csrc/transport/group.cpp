@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "transport/futex.hpp"
 
@@ -17,7 +18,7 @@ Group::Group(Meeting& meeting, GroupOptions options)
     : options_(std::move(options)), layout_(options_.world_size), self_(this_process()) {
   deadline_ = Clock::now() + options_.timeout;
   if (world_size() == 1) {
-    segment_.emplace(Segment::anonymous(layout_.nbytes()));
+    segment_ = std::make_shared<Segment>(Segment::anonymous(layout_.num_mapped()));
   } else {
     attach(meeting);
   }
@@ -49,7 +50,8 @@ void Group::attach(Meeting& meeting) {
   try {
     if (rank() == 0) {
       sweep_segments(options_.folder);
-      segment_.emplace(Segment::create(options_.folder, layout_.nbytes(), layout_.num_committed()));
+      segment_ = std::make_shared<Segment>(Segment::create(
+          options_.folder, layout_.nbytes(), layout_.num_mapped(), layout_.num_committed()));
       meeting.set(round + "segment", this_boot + "\n" + segment_->name());
     } else {
       wait([&] { return meeting.has(round + "segment"); },
@@ -62,7 +64,8 @@ void Group::attach(Meeting& meeting) {
                                  " runs on another host than rank 0; all ranks of the "
                                  "primitives backend must run on one host");
       }
-      segment_.emplace(Segment::open(options_.folder, value.substr(cut + 1)));
+      segment_ = std::make_shared<Segment>(
+          Segment::open(options_.folder, value.substr(cut + 1), layout_.num_mapped()));
       if (segment_->nbytes() != layout_.nbytes()) {
         throw TransportError(Failure::kMismatch, here() + ": ranks differ in world size");
       }
@@ -111,6 +114,7 @@ void Group::attach(Meeting& meeting) {
 void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
                   Milliseconds timeout) {
   check();
+  if (declined_) return;
   deadline_ = Clock::now() + (timeout.count() > 0 ? timeout : options_.timeout);
   RankLine& mine = line(rank());
   const uint64_t seq = mine.seq.load(std::memory_order_relaxed) + 1;
@@ -121,6 +125,7 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
   record.seq = seq;
   record.call = call;
   record.call.has_counts = send_nbytes != nullptr;
+  record.offer = Offer{};
   if (send_nbytes != nullptr) {
     std::copy_n(send_nbytes, world_size(), record.counts());
     std::copy_n(recv_nbytes, world_size(), record.counts() + world_size());
@@ -129,8 +134,14 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
 
 void Group::meet() {
   barrier();
+  if (std::exchange(declined_, false)) return;
   call_epoch_ = epoch_;
   compare_calls();
+  bool offered = false;
+  for (int r = 0; r < world_size(); r++) offered |= offer(r).any();
+  if (!offered) return;
+  barrier();  // see [Note: symmetric]
+  barrier();
 }
 
 void Group::finish() { line(rank()).inside.store(0, std::memory_order_relaxed); }

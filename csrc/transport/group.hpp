@@ -5,6 +5,11 @@
 // barrier e and overwritten only after barrier e + 1, where every reader has arrived; so one
 // barrier per chunk is enough and none trails.
 //
+// [Note: symmetric] A rank whose buffers lie in its symmetric heap says so in its call record. When
+// the buffers of all ranks do, each reads or writes the peers' memory between the first barrier and
+// a last one. When only some do, the call falls back to staging: the ranks that staged nothing
+// before the first barrier (e) do it now, as if for barrier e + 2, which publishes the same slots.
+//
 // [Note: failure] The first rank that sees a failure writes it into the segment ("poison"); every
 // other rank that waits finds it there and throws the same error. A failed group stays failed.
 #pragma once
@@ -13,8 +18,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <optional>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -23,6 +28,7 @@
 #include "transport/errors.hpp"
 #include "transport/process.hpp"
 #include "transport/segment.hpp"
+#include "transport/symmetric.hpp"
 
 namespace primitives {
 
@@ -45,6 +51,7 @@ struct GroupOptions {
   std::string name;    // for messages
   std::string folder;  // of the shared memory
   Milliseconds timeout;
+  bool zero_copy = true;  // false: symmetric memory is staged like any other
 };
 
 class Group {
@@ -69,6 +76,24 @@ class Group {
   void meet();
   void barrier();
   void finish();
+
+  // --- the same for buffers in symmetric memory, see [Note: symmetric]: start and first barrier.
+  // Afterwards offer(rank) is what each rank offered; either all go on without staging, or all
+  // ranks that offered decline, and make the call again by start and meet.
+  void start_symmetric(const Call& call, const Offer& mine, const uint64_t* send_nbytes,
+                       const uint64_t* recv_nbytes, Milliseconds timeout);
+  const Offer& offer(int rank) const { return record(rank, call_epoch_).offer; }
+  void decline();
+  // The last barrier: every rank has read and written what it must, buffers may change again.
+  void finish_symmetric();
+  // Calls that went without staging.
+  uint64_t num_zero_copy() const { return num_zero_copy_.load(std::memory_order_relaxed); }
+  // This rank's heap and its peers', made on first use. Any thread.
+  std::shared_ptr<SymmetricHeap> heap();
+  // ... or null while this rank has none, or may not go without staging.
+  SymmetricHeap* zero_copy_heap() const {
+    return options_.zero_copy ? heap_made_.load(std::memory_order_acquire) : nullptr;
+  }
 
   uint32_t epoch() const { return epoch_; }
   char* slot(int rank, uint32_t epoch) const {
@@ -117,11 +142,16 @@ class Group {
 
   GroupOptions options_;
   Layout layout_;
-  std::optional<Segment> segment_;
+  std::shared_ptr<Segment> segment_;
+  std::mutex heap_mutex_;
+  std::shared_ptr<SymmetricHeap> heap_;
+  std::atomic<SymmetricHeap*> heap_made_{nullptr};
   std::vector<bool> watched_;  // whose process this process can see
   ProcessId self_;
   uint32_t epoch_ = 0;
   uint32_t call_epoch_ = 0;
+  std::atomic<uint64_t> num_zero_copy_{0};
+  bool declined_ = false;  // the call has met, and is being made again by staging
   bool oversubscribed_ = false;
   bool attached_ = false;
   Clock::time_point deadline_;
