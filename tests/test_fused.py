@@ -1,6 +1,7 @@
-"""Fused collectives against their definition: cast, then gather; the tree over ranks, then scale."""
+"""Fused collectives against their definition: cast, then gather; tree over ranks, then scale."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,11 @@ def cut(full: Tensor, n: int, numels: list[int]) -> list[Tensor]:
 
 
 def place(backend: Any, x: Tensor, symmetric: bool) -> Tensor:
-    return (backend.empty(list(x.shape), x.dtype) if symmetric else torch.empty_like(x)).copy_(x)
+    """A copy, in symmetric memory of this rank alone or in ordinary memory."""
+    if not symmetric:
+        return x.clone()
+    memory = backend.allocate_tensor(x.numel(), dtype=x.dtype, device=torch.device("cpu"))
+    return memory.view(x.shape).copy_(x)
 
 
 @st.composite
@@ -48,7 +53,7 @@ def lists(draw_value: Any, n: int) -> tuple[list[tuple[int, int]], list[list[int
     for rows, width in shapes:
         points = [draw_value(st.integers(0, rows * width)) for _ in range(n - 1)]
         bounds = [0, *sorted(points), rows * width]
-        numels.append([b - a for a, b in zip(bounds, bounds[1:], strict=False)])
+        numels.append([b - a for a, b in pairwise(bounds)])
     return shapes, numels
 
 
@@ -206,6 +211,6 @@ def test_what_does_not_fit_is_refused(ranks: ThreadRanks) -> None:
         full = torch.zeros(12 * n)
         with pytest.raises(ValueError, match="overlap"):
             backend.all_gather_many([full[6:18]], [full], [], False)
+    full = torch.zeros(12 * n)
     with pytest.raises(ValueError, match=r"shards\[0\]: expected float32, got float16"):
-        full = torch.zeros(12 * n)
         backend.reduce_scatter_many([full], [x.half()], [], 1.0, False, None, False)

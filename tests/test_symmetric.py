@@ -17,6 +17,7 @@ from torch import Tensor
 from primitives import reference
 from primitives.errors import CollectiveError, CollectiveMismatch
 
+CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 # Below and above where symmetric memory pays (16 KiB), odd, and with whole and broken slices.
 NUMELS = st.sampled_from([1, 1000, 4099, 16_384, 16_387, 70_001, 300_000])
@@ -36,8 +37,10 @@ class Memory:
         self.backend, self.symmetric, self.skew = backend, symmetric, skew
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        whole = self.backend.empty([numel + self.skew], dtype)
-        return whole[self.skew :] if self.symmetric else torch.empty(numel, dtype=dtype)
+        if not self.symmetric:
+            return torch.empty(numel, dtype=dtype)
+        whole = self.backend.allocate_tensor(numel + self.skew, dtype=dtype, device=CPU)
+        return whole[self.skew :]
 
     def copy(self, x: Tensor) -> Tensor:
         return self.empty(x.numel(), x.dtype).copy_(x)
@@ -166,7 +169,8 @@ def test_empty_is_a_collective_of_equal_sizes() -> None:
     ranks = ThreadRanks(2)
     for error in ranks.errors(lambda backend, rank: backend.empty([4, rank], torch.int8)):
         assert isinstance(error, CollectiveMismatch), error
-        assert "empty(int8, numel 0)" in str(error) and "empty(int8, numel 4)" in str(error)
+        assert "empty(int8, numel 0)" in str(error)
+        assert "empty(int8, numel 4)" in str(error)
     ranks.close()
 
 
@@ -204,7 +208,7 @@ def test_a_closed_group_hands_out_nothing() -> None:
     backends = list(ranks.backends)
     ranks.close()
     with pytest.raises(CollectiveError, match="is closed"):
-        backends[0].allocate_tensor(8, dtype=torch.float32, device=torch.device("cpu"))
+        backends[0].allocate_tensor(8, dtype=torch.float32, device=CPU)
 
 
 def test_a_group_of_one_has_symmetric_memory() -> None:
@@ -236,13 +240,12 @@ def test_tensors_of_the_group_allocator_need_not_match(ranks: ThreadRanks) -> No
     n, numel = ranks.world_size, 30_000
 
     def call(backend: Any, rank: int) -> tuple[Tensor, int]:
-        device = torch.device("cpu")
-        assert backend.supports_tensor_alloc(device)
+        assert backend.supports_tensor_alloc(CPU)
         padding = [
-            backend.allocate_tensor(64 * (rank + 1), dtype=torch.int8, device=device)
+            backend.allocate_tensor(64 * (rank + 1), dtype=torch.int8, device=CPU)
             for _ in range(rank)
         ]
-        out = backend.allocate_tensor(n * numel, dtype=torch.bfloat16, device=device)
+        out = backend.allocate_tensor(n * numel, dtype=torch.bfloat16, device=CPU)
         before = backend.num_zero_copy
         own = out[rank * numel : (rank + 1) * numel].fill_(rank)
         backend._allgather_base(out, own).wait()
