@@ -5,7 +5,8 @@
 namespace primitives::symmetric {
 namespace {
 
-constexpr size_t kMinNbytes = 16 << 10;    // a second barrier costs more than staging less
+constexpr size_t kMinNbytes = 32 << 10;            // a second barrier costs more than staging less
+constexpr size_t kMinBroadcastNbytes = 256 << 10;  // staged once in any case
 constexpr size_t kBlockNbytes = 16 << 10;  // read once, written n times: stays in the L1 cache
 constexpr size_t kStreamAllReduceNbytes = 256 << 20;  // of all ranks: its lines are in the caches
 
@@ -162,7 +163,7 @@ bool all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
 
 bool broadcast(Group& group, const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
   const SymmetricHeap* heap = heap_for(group, nbytes);
-  if (heap == nullptr) return false;
+  if (heap == nullptr || nbytes < kMinBroadcastNbytes) return false;
   const Offer mine{.in = heap->offset_of(data, nbytes)};
   if (!mine.any()) return false;
   group.start_symmetric(call, mine, nullptr, nullptr, timeout);
