@@ -91,7 +91,8 @@ class Parameters:
 
     def symmetric(self, dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor]:
         """Full tensors in symmetric memory."""
-        return list(memory.empty(sum(self.full), dtype=dtype, group=group).zero_().split(self.full))
+        flat = memory.empty(sum(self.full), dtype=dtype, group=group).zero_()
+        return list(flat.split_with_sizes(self.full))
 
 
 def all_gather(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
@@ -106,7 +107,7 @@ def all_gather(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
         torch.empty(target, dtype=flat),
         torch.empty(of.world_size * target, dtype=flat),
     )
-    pieces, views = list(sent.split(of.chunk)), received.view(of.world_size, -1)
+    pieces, views = list(sent.split_with_sizes(of.chunk)), received.view(of.world_size, -1)
     outs = [torch.zeros(of.world_size * chunk, dtype=flat) for chunk in of.chunk]
     by_rank = [out.view(of.world_size, -1) for out in outs]
     unpadded = [out[:numel] for out, numel in zip(outs, of.full, strict=True)]
@@ -141,7 +142,7 @@ def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contesta
     symmetric = of.symmetric(dtype, ours)
     torch._foreach_copy_(symmetric, grads)
     sent, received = torch.zeros(n, sum(of.chunk)), torch.zeros(sum(of.chunk))
-    pieces = list(received.split(of.chunk))
+    pieces = list(received.split_with_sizes(of.chunk))
     padded = [torch.zeros(chunk) for chunk in of.chunk]
     unpadded = [x[:numel] for x, numel in zip(padded, of.own, strict=True)]
     shards, squares = [torch.zeros(numel) for numel in of.own], torch.zeros(case.num_tensors)
