@@ -1,1 +1,5 @@
 """Collectives, canonical kernels and sharded state: the Python face of ``csrc``."""
+
+from primitives.memory import empty
+
+__all__ = ["empty"]

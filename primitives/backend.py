@@ -18,6 +18,8 @@ from primitives.hosts import connect_hosts, find_hosts
 from primitives.rendezvous import install
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     import primitives._C as _C
 
 NAME = "primitives"
@@ -63,6 +65,28 @@ def create(store: Any, rank: int, world_size: int, options: "_C.Backend.Options"
     backend = _C.Backend(store, rank, world_size, options, hosts, wire)
     atexit.unregister(_C.close_all_backends)
     atexit.register(_C.close_all_backends, EXIT_LIMIT_S)
+    return backend
+
+
+def native(group: "dist.ProcessGroup | None", operation: str) -> "_C.Backend":
+    """The native backend of a process group (default: the world).
+
+    Raises:
+        ValueError: the group's CPU backend is another one.
+    """
+    import torch
+    import torch.distributed as dist
+
+    import primitives._C as _C
+
+    backend: Any = (group or dist.distributed_c10d._get_default_group())._get_backend(
+        torch.device("cpu")
+    )
+    backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+    if not isinstance(backend, _C.Backend):
+        raise ValueError(
+            f"{operation}: expected a process group of the primitives backend, got {backend.name()}"
+        )
     return backend
 
 

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <mutex>
-#include <set>
 
 #include "bindings/c10d_errors.hpp"
 #include "bindings/make_transport.hpp"
@@ -19,8 +18,8 @@ std::vector<int> members_of(const std::vector<uint64_t>& global_ranks) {
 }
 
 std::mutex backends_mutex;
-std::set<Backend*>& backends() {
-  static auto* all = new std::set<Backend*>;  // outlives every backend
+std::vector<Backend*>& backends() {
+  static auto* all = new std::vector<Backend*>;  // oldest first; outlives every backend
   return *all;
 }
 
@@ -40,13 +39,13 @@ Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int wor
   group_ = &transport_->group();
   init();
   std::lock_guard<std::mutex> lock(backends_mutex);
-  backends().insert(this);
+  backends().push_back(this);
 }
 
 Backend::~Backend() {
   {
     std::lock_guard<std::mutex> lock(backends_mutex);
-    backends().erase(this);
+    std::erase(backends(), this);
   }
   close(Milliseconds(30000));
   if (!group_->forked()) return;
@@ -72,11 +71,19 @@ void Backend::close(Milliseconds limit) {
   transport_->close();
 }
 
+std::shared_ptr<SymmetricHeap> heap_of_world() {
+  std::lock_guard<std::mutex> lock(backends_mutex);
+  if (backends().empty()) {
+    throw TransportError(Failure::kOther, "symmetric memory needs a primitives process group");
+  }
+  return backends().front()->heap();
+}
+
 void close_all_backends(Milliseconds limit) {
   std::vector<Backend*> all;
   {
     std::lock_guard<std::mutex> lock(backends_mutex);
-    all.assign(backends().begin(), backends().end());
+    all = backends();
   }
   const auto end = Clock::now() + limit;
   for (Backend* backend : all) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <vector>
 
+#include "bindings/c10d_errors.hpp"
 #include "bindings/c10d_tensors.hpp"
 #include "bindings/c10d_work.hpp"
 #include "collectives/transport.hpp"
@@ -56,6 +57,24 @@ class Backend : public c10d::Backend {
   WorkPtr barrier(const c10d::BarrierOptions&) override;
   void monitoredBarrier(const c10d::BarrierOptions&, bool wait_all_ranks) override;
 
+  // Fused, see collectives/fused.hpp. `numels` [tensors * world_size]: how each full tensor is cut
+  // over the ranks; empty: along dimension 0, as torch.chunk does.
+  WorkPtr all_gather_many(Tensors shards, Tensors fulls, std::vector<int64_t> numels, bool async);
+  WorkPtr reduce_scatter_many(Tensors fulls, Tensors shards, std::vector<int64_t> numels,
+                              double factor, bool accumulate,
+                              const std::optional<at::Tensor>& squares, bool async);
+  // A tensor in symmetric memory; a collective of the same size on all ranks.
+  at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype);
+  // ... of this rank alone: tensors of different ranks need not match.
+  at::Tensor allocateTensor(long numel, at::TensorOptions options) override;
+  std::shared_ptr<SymmetricHeap> heap() { return group_->heap(); }
+  // Throws when the group has failed.
+  void check() {
+    translated([&] { group_->check(); });
+  }
+  uint64_t num_zero_copy() const { return group_->num_zero_copy(); }
+  bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
+
   WorkPtr send(Tensors&, int dst, int tag) override;
   WorkPtr recv(Tensors&, int src, int tag) override;
   WorkPtr recvAnysource(Tensors&, int tag) override;
@@ -102,6 +121,7 @@ class Backend : public c10d::Backend {
   static c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store,
                                                   int rank, int world_size,
                                                   const c10::intrusive_ptr<Options>& options);
+  void check_one_host(const std::string& what) const;
   // The options of a group made from this one.
   c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
 
@@ -116,6 +136,9 @@ class Backend : public c10d::Backend {
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;
 };
+
+// The heap of the oldest group of this process, as a rule the world. Throws when there is no group.
+std::shared_ptr<SymmetricHeap> heap_of_world();
 
 // Closes every backend of this process (at interpreter exit).
 void close_all_backends(Milliseconds limit);

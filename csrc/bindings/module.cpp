@@ -12,4 +12,5 @@ PYBIND11_MODULE(_C, m) {
   primitives::bind_communicator(m);
   primitives::bind_call_sites(m);
   primitives::bind_flight(m);
+  primitives::bind_symmetric_memory(m);
 }

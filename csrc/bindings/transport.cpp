@@ -34,6 +34,19 @@ void bind_transport(py::module_& m) {
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("options"),
            py::arg("host_of_rank") = std::vector<std::string>{}, py::arg("wire") = py::none(),
            py::call_guard<py::gil_scoped_release>())
+      .def("all_gather_many", &Backend::all_gather_many, py::arg("shards"), py::arg("fulls"),
+           py::arg("numels"), py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
+      .def("reduce_scatter_many", &Backend::reduce_scatter_many, py::arg("fulls"),
+           py::arg("shards"), py::arg("numels"), py::arg("factor"), py::arg("accumulate"),
+           py::arg("squares"), py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "empty",
+          [](Backend& self, const std::vector<int64_t>& shape, at::ScalarType dtype) {
+            return self.empty(shape, dtype);
+          },
+          py::arg("shape"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_zero_copy", &Backend::num_zero_copy,
+                             "Collectives of this group so far that went without staging.")
       .def_property_readonly("options", [](Backend& self) { return self.getBackendOptions(); });
   m.def(
       "close_all_backends",

@@ -1,6 +1,7 @@
 // all_reduce, reduce_scatter and reduce: the tree of [Note: tree] over the ranks' staged inputs.
 #include "collectives/chunks.hpp"
 #include "collectives/collectives.hpp"
+#include "collectives/symmetric.hpp"
 
 namespace primitives {
 namespace {
@@ -97,6 +98,7 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
 
 void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
                 const Reduction& reduction, Milliseconds timeout) {
+  if (symmetric::all_reduce(group, call, data, nbytes, reduction, timeout)) return;
   group.start(call, nullptr, nullptr, timeout);
   if (nbytes <= kSmallNbytes || group.world_size() == 1) {
     if (group.world_size() == 1) {
@@ -118,12 +120,12 @@ namespace {
 void reduce_scatter_pair(Group& group, const std::vector<Part>& in, char* out,
                          const Reduction& reduction, bool stream) {
   const int me = group.rank(), peer = 1 - me;
-  group.offer(peer, in[peer].data);
+  group.lend(peer, in[peer].data);
   group.meet();
   char* theirs = group.slot(me, group.epoch() + 1);  // no peer reads it before the next barrier
   for (size_t at = 0; at < in[me].nbytes; at += kPipelineNbytes) {
     const size_t nbytes = std::min(kPipelineNbytes, in[me].nbytes - at);
-    group.read_offer(peer, at, theirs, nbytes);
+    group.read_lent(peer, at, theirs, nbytes);
     const void* sources[2];
     sources[me] = static_cast<const char*>(in[me].data) + at;
     sources[peer] = theirs;
@@ -136,6 +138,7 @@ void reduce_scatter_pair(Group& group, const std::vector<Part>& in, char* out,
 
 void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
                     const Reduction& reduction, Milliseconds timeout) {
+  if (symmetric::reduce_scatter(group, call, in, out, reduction, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   const size_t block = block_nbytes(n), out_nbytes = in[me].nbytes;
   const bool stream = out_nbytes >= kStreamNbytes;

@@ -1,5 +1,6 @@
 #include "collectives/chunks.hpp"
 #include "collectives/collectives.hpp"
+#include "collectives/symmetric.hpp"
 
 namespace primitives {
 namespace {
@@ -12,7 +13,7 @@ void read_all(Group& group, const Part& own, const std::vector<Part>& out, bool 
     if (r == me) {
       copy(out[r].data, own.data, own.nbytes, stream);
     } else {
-      group.read_offer(r, 0, out[r].data, out[r].nbytes);
+      group.read_lent(r, 0, out[r].data, out[r].nbytes);
     }
   }
   group.barrier();
@@ -22,6 +23,7 @@ void read_all(Group& group, const Part& own, const std::vector<Part>& out, bool 
 
 void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
                 const std::vector<Part>& out, Milliseconds timeout) {
+  if (symmetric::all_to_all(group, call, in, out, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   const size_t block = block_nbytes(n);
   std::vector<uint64_t> send(n), recv(n);
@@ -35,7 +37,7 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
   const bool stream = total >= kStreamNbytes, direct = group.reads_peers();
   const size_t direct_from = n == 2 ? kDirectPairMinNbytes : kDirectNbytes;
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
-  for (int r = 0; direct && r < n; r++) group.offer(r, in[r].data);
+  for (int r = 0; direct && r < n; r++) group.lend(r, in[r].data);
   size_t num_chunks = std::max<size_t>(1, ceil_div(longest, block));
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * block;

@@ -4,6 +4,7 @@
 
 #include "collectives/chunks.hpp"
 #include "collectives/collectives.hpp"
+#include "collectives/symmetric.hpp"
 
 namespace primitives {
 namespace {
@@ -18,6 +19,7 @@ size_t total_nbytes(const std::vector<Part>& parts) {
 
 void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
                 const std::vector<Part>& out, Milliseconds timeout) {
+  if (symmetric::all_gather(group, call, in, in_nbytes, out, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   std::vector<uint64_t> send(n, in_nbytes), recv(n);
   size_t longest = 0;
@@ -30,10 +32,10 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
   if (is_direct_pair(group, longest)) {
     const int peer = 1 - me;
-    group.offer(peer, in);
+    group.lend(peer, in);
     group.meet();
     copy(out[me].data, in, in_nbytes, stream);
-    group.read_offer(peer, 0, out[peer].data, out[peer].nbytes);
+    group.read_lent(peer, 0, out[peer].data, out[peer].nbytes);
     group.barrier();
     return group.finish();
   }
@@ -81,6 +83,7 @@ void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
 }
 
 void broadcast(Group& group, const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
+  if (symmetric::broadcast(group, call, data, nbytes, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   const bool stream = nbytes >= kStreamNbytes;
   const size_t num_chunks = std::max<size_t>(1, ceil_div(nbytes, kChunkNbytes));

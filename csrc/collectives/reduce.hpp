@@ -38,6 +38,17 @@ using ReduceFn = void (*)(const void* const* in, int num_in, void* out, size_t n
 // what kAvg divides by. `stream` writes around the caches.
 ReduceFn find_reduce(DType dtype, ReduceOp op);
 
+// out[i] = in[i] in another type, rounded to nearest, ties to even.
+using CastFn = void (*)(void* out, const void* in, size_t numel);
+// Null unless both are float32, float16 or bfloat16, and differ.
+CastFn find_cast(DType from, DType to);
+
+// out[i] = (accumulate ? out[i] : 0) + factor * tree over ranks of in[rank][i], in float32.
+using SumIntoFn = void (*)(const void* const* in, int num_in, float* out, size_t numel,
+                           float factor, bool accumulate);
+// Null unless float32, float16 or bfloat16.
+SumIntoFn find_sum_into(DType dtype);
+
 // Copies around the caches: for results too large to be read back from them.
 void copy_stream(void* out, const void* in, size_t nbytes);
 // Makes streamed stores visible before a following barrier.

@@ -30,6 +30,12 @@ const char* op_name(Op op) {
       return "send";
     case Op::kRecv:
       return "recv";
+    case Op::kAllGatherMany:
+      return "fused all_gather";
+    case Op::kReduceScatterMany:
+      return "fused reduce_scatter";
+    case Op::kEmpty:
+      return "empty";
   }
   return "?";
 }
@@ -67,7 +73,12 @@ std::string describe(const Call& call, const uint64_t* counts, int num_counts) {
   if (call.reduce_op != ReduceOp::kNone) text += reduce_op_name(call.reduce_op) + std::string(", ");
   text += call.dtype + std::string(", numel ") + std::to_string(call.numel);
   if (call.root >= 0) text += ", root " + std::to_string(call.root);
-  if (call.reduce_op == ReduceOp::kPremulSum) {
+  if (call.digest != 0) {
+    char digest[32];
+    std::snprintf(digest, sizeof digest, "%08x", static_cast<uint32_t>(call.digest));
+    text += ", " + std::to_string(call.num_tensors) + " tensors cut as " + digest;
+  }
+  if (call.reduce_op == ReduceOp::kPremulSum || call.op == Op::kReduceScatterMany) {
     char factor[32];
     std::snprintf(factor, sizeof factor, "%.17g", call.factor);
     text += std::string(", factor ") + factor;

@@ -24,6 +24,9 @@ enum class Op : uint8_t {
   kBarrier,
   kSend,
   kRecv,
+  kAllGatherMany,
+  kReduceScatterMany,
+  kEmpty,
 };
 
 enum class ReduceOp : uint8_t {
@@ -49,8 +52,10 @@ struct Call {
   char dtype[17] = "";
   int32_t root = -1;
   uint32_t itemsize = 1;
-  uint64_t numel = 0;  // elements of this rank's input (all_gather: its shard)
-  double factor = 0;   // kPremulSum
+  uint64_t numel = 0;        // elements of this rank's input (all_gather: its shard)
+  double factor = 0;         // kPremulSum, kReduceScatterMany
+  uint64_t num_tensors = 0;  // of a fused collective
+  uint64_t digest = 0;       // of how its tensors are cut
 
   // Factors are compared as bits: NaN equals itself, -0.0 is not 0.0.
   bool operator==(const Call& other) const {

@@ -1,5 +1,5 @@
 // The layout of a segment: control block | call records | digests | staging slots | point-to-point
-// rings.
+// rings | symmetric heaps.
 #pragma once
 
 #include <atomic>
@@ -13,6 +13,7 @@ namespace primitives {
 
 constexpr size_t kSlotNbytes = 512 << 10;  // two per rank
 constexpr size_t kRingNbytes = 256 << 10;  // one per ordered pair of ranks, backed on first use
+constexpr size_t kHeapNbytes = size_t{64} << 30;  // one per rank, mapped and backed on first use
 
 enum class RankState : uint32_t { kAbsent = 0, kAttached = 1, kClosed = 2 };
 
@@ -58,14 +59,25 @@ struct Control {
 static_assert(std::atomic<uint64_t>::is_always_lock_free &&
               std::atomic<uint32_t>::is_always_lock_free);
 
+constexpr uint64_t kNotSymmetric = ~uint64_t{0};
+
+// Where a rank's buffers of a call lie in its symmetric heap.
+struct Offer {
+  uint64_t in = kNotSymmetric;
+  uint64_t out = kNotSymmetric;
+
+  bool any() const { return in != kNotSymmetric || out != kNotSymmetric; }
+};
+
 // Followed by 2 * world_size counts: bytes to each rank, bytes from each rank; and world_size
 // addresses of what each rank may read. See [Note: peer memory].
 struct alignas(64) CallRecord {
   uint64_t seq;
   Call call;
+  Offer offer;
 
   uint64_t* counts() { return reinterpret_cast<uint64_t*>(this + 1); }
-  uint64_t* offers(int world_size) { return counts() + 2 * world_size; }
+  uint64_t* lent(int world_size) { return counts() + 2 * world_size; }
 };
 
 // What a rank meant to stage, for one reader or for all. See [Note: digests].
@@ -108,7 +120,10 @@ class Layout {
   size_t ring_data(int src, int dst) const {
     return num_committed() + (static_cast<size_t>(src) * world_size_ + dst) * kRingNbytes;
   }
-  size_t nbytes() const { return ring_data(world_size_, 0); }
+  // What every rank maps at once.
+  size_t num_mapped() const { return ring_data(world_size_, 0); }
+  size_t heap(int rank) const { return num_mapped() + rank * kHeapNbytes; }
+  size_t nbytes() const { return heap(static_cast<int>(world_size_)); }
 
  private:
   static size_t align(size_t nbytes) { return (nbytes + 63) & ~size_t{63}; }

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "transport/futex.hpp"
 #include "transport/registry.hpp"
@@ -15,6 +16,7 @@ namespace primitives {
 void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
                   Milliseconds timeout) {
   check();
+  if (declined_) return;
   const auto now = Clock::now();
   deadline_ = now + (timeout.count() > 0 ? timeout : options_.timeout);
   RankLine& mine = line(rank());
@@ -32,6 +34,7 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
   record.seq = seq;
   record.call = call;
   record.call.has_counts = send_nbytes != nullptr;
+  record.offer = Offer{};
   if (send_nbytes != nullptr) {
     std::copy_n(send_nbytes, world_size(), record.counts());
     std::copy_n(recv_nbytes, world_size(), record.counts() + world_size());
@@ -44,14 +47,21 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
 
 void Group::meet() {
   barrier();
+  if (std::exchange(declined_, false)) return;
   call_epoch_ = epoch_;
   compare_calls();
-  if (has_met_) return;
-  has_met_ = true;
-  reads_peers_ = world_size() > 1 && !checked_;
-  for (int r = 0; r < world_size(); r++) {
-    reads_peers_ = reads_peers_ && line(r).reads_peers.load(std::memory_order_relaxed) != 0;
+  if (!has_met_) {
+    has_met_ = true;
+    reads_peers_ = world_size() > 1 && !checked_;
+    for (int r = 0; r < world_size(); r++) {
+      reads_peers_ = reads_peers_ && line(r).reads_peers.load(std::memory_order_relaxed) != 0;
+    }
   }
+  bool offered = false;
+  for (int r = 0; r < world_size(); r++) offered |= offer(r).any();
+  if (!offered) return;
+  barrier();  // see [Note: symmetric]
+  barrier();
 }
 
 void Group::finish() {

@@ -5,6 +5,11 @@
 // barrier e and overwritten only after barrier e + 1, where every reader has arrived; so one
 // barrier per chunk is enough and none trails.
 //
+// [Note: symmetric] A rank whose buffers lie in its symmetric heap says so in its call record. When
+// the buffers of all ranks do, each reads or writes the peers' memory between the first barrier and
+// a last one. When only some do, the call falls back to staging: the ranks that staged nothing
+// before the first barrier (e) do it now, as if for barrier e + 2, which publishes the same slots.
+//
 // [Note: failure] The first rank that sees a failure writes it into the segment ("poison"); every
 // other rank that waits finds it there and throws the same error. A failed group stays failed.
 #pragma once
@@ -13,8 +18,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <optional>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -25,6 +30,7 @@
 #include "transport/flight.hpp"
 #include "transport/process.hpp"
 #include "transport/segment.hpp"
+#include "transport/symmetric.hpp"
 
 namespace primitives {
 
@@ -48,6 +54,7 @@ struct GroupOptions {
   std::string folder;  // of the shared memory
   Milliseconds timeout;
   std::vector<int> members = {};  // global ranks by rank of this group; empty: 0, 1, ...
+  bool zero_copy = true;          // false: symmetric memory is staged like any other
 };
 
 // Where a rank stands, as far as the others can see.
@@ -88,6 +95,23 @@ class Group {
   // A message, for the flight recorder: its number there.
   uint64_t record_message(Op op, int peer, int tag, const char* dtype, uint64_t numel,
                           const Site* site) const;
+  // --- the same for buffers in symmetric memory, see [Note: symmetric]: start and first barrier.
+  // Afterwards offer(rank) is what each rank offered; either all go on without staging, or all
+  // ranks that offered decline, and make the call again by start and meet.
+  void start_symmetric(const Call& call, const Offer& mine, const uint64_t* send_nbytes,
+                       const uint64_t* recv_nbytes, Milliseconds timeout);
+  const Offer& offer(int rank) const { return record(rank, call_epoch_).offer; }
+  void decline();
+  // The last barrier: every rank has read and written what it must, buffers may change again.
+  void finish_symmetric();
+  // Calls that went without staging.
+  uint64_t num_zero_copy() const { return num_zero_copy_.load(std::memory_order_relaxed); }
+  // This rank's heap and its peers', made on first use. Any thread.
+  std::shared_ptr<SymmetricHeap> heap();
+  // ... or null while this rank has none, or may not go without staging.
+  SymmetricHeap* zero_copy_heap() const {
+    return options_.zero_copy && !checked_ ? heap_made_.load(std::memory_order_acquire) : nullptr;
+  }
 
   uint32_t epoch() const { return epoch_; }
   char* slot(int rank, uint32_t epoch) const {
@@ -106,11 +130,11 @@ class Group {
   // call, before which nobody knows.
   bool reads_peers() const { return reads_peers_; }
   // Between start() and meet(): what `rank` may read until the next barrier.
-  void offer(int rank, const void* data) {
-    record(this->rank(), epoch_ + 1).offers(world_size())[rank] = reinterpret_cast<uint64_t>(data);
+  void lend(int rank, const void* data) {
+    record(this->rank(), epoch_ + 1).lent(world_size())[rank] = reinterpret_cast<uint64_t>(data);
   }
-  // After meet(): bytes [at, at + nbytes) of what `rank` has offered to this one.
-  void read_offer(int rank, size_t at, void* out, size_t nbytes);
+  // After meet(): bytes [at, at + nbytes) of what `rank` has lent to this one.
+  void read_lent(int rank, size_t at, void* out, size_t nbytes);
 
   // --- failure
   // Makes `what` the failure of the whole group unless it has one, and throws the one it has.
@@ -165,12 +189,17 @@ class Group {
 
   GroupOptions options_;
   Layout layout_;
-  std::optional<Segment> segment_;
+  std::shared_ptr<Segment> segment_;
+  std::mutex heap_mutex_;
+  std::shared_ptr<SymmetricHeap> heap_;
+  std::atomic<SymmetricHeap*> heap_made_{nullptr};
   std::vector<bool> watched_;  // whose process this process can see
   ProcessId self_;
   uint32_t num_forks_ = num_forks();
   uint32_t epoch_ = 0;
   uint32_t call_epoch_ = 0;
+  std::atomic<uint64_t> num_zero_copy_{0};
+  bool declined_ = false;  // the call has met, and is being made again by staging
   bool oversubscribed_ = false;
   bool attached_ = false;
   bool checked_ = false;

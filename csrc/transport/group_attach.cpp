@@ -51,7 +51,7 @@ Group::Group(Meeting& meeting, GroupOptions options)
   deadline_ = Clock::now() + options_.timeout;
   watch_flight();
   if (world_size() == 1) {
-    segment_.emplace(Segment::anonymous(layout_.nbytes()));
+    segment_ = std::make_shared<Segment>(Segment::anonymous(layout_.num_mapped()));
     line(0).pid = self_.pid;
     line(0).start_time = self_.start_time;
     watched_ = {true};
@@ -160,7 +160,8 @@ void Group::attach(Meeting& meeting) {
   try {
     if (rank() == 0) {
       sweep_segments(options_.folder);
-      segment_.emplace(Segment::create(options_.folder, layout_.nbytes(), layout_.num_committed()));
+      segment_ = std::make_shared<Segment>(Segment::create(
+          options_.folder, layout_.nbytes(), layout_.num_mapped(), layout_.num_committed()));
       meeting.set(round + "segment", lines({boot, segment_->name(), members, site}));
     } else {
       wait([&] { return meeting.has(round + "segment"); },
@@ -179,7 +180,8 @@ void Group::attach(Meeting& meeting) {
                 at_site(told[3]) + "; rank " + std::to_string(rank()) + ": ranks [" + members +
                 "]" + at_site(site) + ": every rank must create the same groups in the same order");
       }
-      segment_.emplace(Segment::open(options_.folder, told[1]));
+      segment_ =
+          std::make_shared<Segment>(Segment::open(options_.folder, told[1], layout_.num_mapped()));
       if (segment_->nbytes() != layout_.nbytes()) {
         throw TransportError(Failure::kMismatch, here() + ": ranks run different versions");
       }

@@ -32,8 +32,8 @@ void Group::probe_peers() {
   line(rank()).reads_peers.store(all, std::memory_order_relaxed);
 }
 
-void Group::read_offer(int rank, size_t at, void* out, size_t nbytes) {
-  const uint64_t from = record(rank, call_epoch_).offers(world_size())[this->rank()] + at;
+void Group::read_lent(int rank, size_t at, void* out, size_t nbytes) {
+  const uint64_t from = record(rank, call_epoch_).lent(world_size())[this->rank()] + at;
   for (size_t done = 0; done < nbytes;) {
     const ssize_t got =
         read_memory(line(rank).pid, from + done, static_cast<char*>(out) + done, nbytes - done);

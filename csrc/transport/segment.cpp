@@ -35,7 +35,8 @@ std::string new_name() {
 
 }  // namespace
 
-Segment Segment::create(const std::string& folder, size_t nbytes, size_t num_committed) {
+Segment Segment::create(const std::string& folder, size_t nbytes, size_t num_mapped,
+                        size_t num_committed) {
   Segment segment;
   segment.folder_ = folder;
   segment.name_ = new_name();
@@ -49,11 +50,11 @@ Segment Segment::create(const std::string& folder, size_t nbytes, size_t num_com
   }
   segment.nbytes_ = nbytes;
   segment.commit(0, num_committed);
-  segment.map();
+  segment.data_ = segment.map(0, segment.num_mapped_ = num_mapped);
   return segment;
 }
 
-Segment Segment::open(const std::string& folder, const std::string& name) {
+Segment Segment::open(const std::string& folder, const std::string& name, size_t num_mapped) {
   Segment segment;
   segment.folder_ = folder;
   segment.name_ = name;
@@ -63,15 +64,14 @@ Segment Segment::open(const std::string& folder, const std::string& name) {
   struct stat info;
   if (fstat(segment.fd_, &info) != 0) fail("cannot read the size of", path, errno);
   segment.nbytes_ = static_cast<size_t>(info.st_size);
-  segment.map();
+  segment.data_ = segment.map(0, segment.num_mapped_ = num_mapped);
   return segment;
 }
 
-Segment Segment::anonymous(size_t nbytes) {
+Segment Segment::anonymous(size_t num_mapped) {
   Segment segment;
   segment.name_ = "(private)";
-  segment.nbytes_ = nbytes;
-  segment.map();
+  segment.data_ = segment.map(0, segment.num_mapped_ = num_mapped);
   return segment;
 }
 
@@ -81,19 +81,21 @@ Segment::Segment(Segment&& other) noexcept
       fd_(std::exchange(other.fd_, -1)),
       data_(std::exchange(other.data_, nullptr)),
       nbytes_(other.nbytes_),
+      num_mapped_(other.num_mapped_),
       linked_(std::exchange(other.linked_, false)) {}
 
 Segment::~Segment() {
   unlink();
-  if (data_ != nullptr) munmap(data_, nbytes_);
+  if (data_ != nullptr) munmap(data_, num_mapped_);
   if (fd_ >= 0) close(fd_);
 }
 
-void Segment::map() {
-  const int flags = fd_ < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-  void* data = mmap(nullptr, nbytes_, PROT_READ | PROT_WRITE, flags, fd_, 0);
+char* Segment::map(size_t offset, size_t nbytes) const {
+  const int flags = fd_ < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
+  const off_t from = fd_ < 0 ? 0 : static_cast<off_t>(offset);
+  void* data = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, flags, fd_, from);
   if (data == MAP_FAILED) fail("cannot map shared memory", name_, errno);
-  data_ = static_cast<char*>(data);
+  return static_cast<char*>(data);
 }
 
 void Segment::commit(size_t offset, size_t nbytes) {

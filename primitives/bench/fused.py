@@ -1,0 +1,243 @@
+"""Fused collectives beside what FSDP2 does with gloo, and with the primitives backend.
+
+Contestants, on the same parameters and one thread a rank:
+
+* ``fsdp2 gloo``, ``fsdp2 primitives``: copy and cast into a flat buffer, one collective, copy out;
+  for gradients ``_chunk_cat``, reduce_scatter, division, addition to the shards, norms;
+* ``fused``: ``primitives.collectives`` on ordinary tensors;
+* ``fused symmetric``: the same with the full tensors in symmetric memory.
+
+The ranks alternate between the contestants; a figure is the median over rounds of the slowest rank.
+Every contestant's result is compared with the first one's before it is timed.
+"""
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+import primitives.backend
+from primitives import collectives, memory
+
+NUM_ROUNDS = 5
+BACKENDS = ("gloo", "primitives")
+Contestants = dict[str, Callable[[], list[Tensor]]]
+"""By name: one whole operation, returning its outputs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of parameters."""
+
+    op: str
+    """all_gather (float32 shards to bfloat16 full tensors) or reduce_scatter (to float32)."""
+    dtype: str = "float32"
+    """Of the gradients."""
+    num_tensors: int = 200
+    numel: int = 20_000_000
+    """Of all tensors together; sizes vary by a factor of about 1000, all odd."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median times of one case in milliseconds."""
+
+    case: Case
+    time_ms: dict[str, float]
+
+    def ratio(self, contestant: str, base: str = "fsdp2 gloo") -> float:
+        """How many times sooner than ``base``."""
+        return self.time_ms[base] / self.time_ms[contestant]
+
+
+CASES = (
+    Case("all_gather"),
+    Case("reduce_scatter"),
+    Case("reduce_scatter", "bfloat16"),
+    Case("all_gather", numel=1_000_000),
+    Case("reduce_scatter", numel=1_000_000),
+)
+
+
+def numels(case: Case) -> list[int]:
+    """Odd sizes of the full tensors, the same on every rank."""
+    dice = random.Random(7)
+    weights = [
+        dice.choice([1, 1, 1, 3, 50, 50, 200, 400]) * dice.uniform(0.5, 1.5)
+        for _ in range(case.num_tensors)
+    ]
+    return [max(5, int(case.numel * weight / sum(weights)) | 1) for weight in weights]
+
+
+class Parameters:
+    """The buffers of one rank: ``full`` elements a tensor, ``chunk`` on all ranks but the last."""
+
+    def __init__(self, case: Case, rank: int, world_size: int) -> None:
+        self.world_size = world_size
+        self.full = numels(case)
+        self.chunk = [(numel + world_size - 1) // world_size for numel in self.full]
+        starts = [min(f, c * rank) for f, c in zip(self.full, self.chunk, strict=True)]
+        ends = [min(f, s + c) for f, s, c in zip(self.full, starts, self.chunk, strict=True)]
+        self.own = [end - start for start, end in zip(starts, ends, strict=True)]
+
+    def symmetric(self, dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor]:
+        """Full tensors in symmetric memory."""
+        flat = memory.empty(sum(self.full), dtype=dtype, group=group).zero_()
+        return list(flat.split_with_sizes(self.full))
+
+
+def all_gather(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
+    """float32 shards to bfloat16 full tensors."""
+    ours, rank = groups["primitives"], dist.get_rank()
+    of = Parameters(case, rank, dist.get_world_size())
+    generator = torch.Generator().manual_seed(rank)
+    padded = [torch.randn(chunk, generator=generator) for chunk in of.chunk]
+    shards = [x[:numel] for x, numel in zip(padded, of.own, strict=True)]
+    flat, target = torch.bfloat16, sum(of.chunk)
+    sent, received = (
+        torch.empty(target, dtype=flat),
+        torch.empty(of.world_size * target, dtype=flat),
+    )
+    pieces, views = list(sent.split_with_sizes(of.chunk)), received.view(of.world_size, -1)
+    outs = [torch.zeros(of.world_size * chunk, dtype=flat) for chunk in of.chunk]
+    by_rank = [out.view(of.world_size, -1) for out in outs]
+    unpadded = [out[:numel] for out, numel in zip(outs, of.full, strict=True)]
+    ordinary = [torch.zeros(numel, dtype=flat) for numel in of.full]
+    symmetric = of.symmetric(flat, ours)
+
+    def fsdp2(group: dist.ProcessGroup) -> list[Tensor]:
+        torch._foreach_copy_(pieces, padded)
+        collectives.all_gather_flat(received, sent, group=group)
+        torch.split_with_sizes_copy(views, of.chunk, dim=1, out=by_rank)
+        return unpadded
+
+    def fused(fulls: list[Tensor]) -> list[Tensor]:
+        collectives.all_gather(shards, fulls, group=ours)
+        return fulls
+
+    return {
+        "fsdp2 gloo": lambda: fsdp2(groups["gloo"]),
+        "fsdp2 primitives": lambda: fsdp2(ours),
+        "fused": lambda: fused(ordinary),
+        "fused symmetric": lambda: fused(symmetric),
+    }
+
+
+def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
+    """Gradients to float32 shards: mean over ranks, accumulated, with sums of squares."""
+    ours, rank, n = groups["primitives"], dist.get_rank(), dist.get_world_size()
+    of, dtype = Parameters(case, rank, n), getattr(torch, case.dtype)
+    generator = torch.Generator().manual_seed(rank)
+    # Small integers: exact in any order of summation.
+    grads = [torch.randint(-4, 5, (numel,), generator=generator).to(dtype) for numel in of.full]
+    symmetric = of.symmetric(dtype, ours)
+    torch._foreach_copy_(symmetric, grads)
+    sent, received = torch.zeros(n, sum(of.chunk)), torch.zeros(sum(of.chunk))
+    pieces = list(received.split_with_sizes(of.chunk))
+    padded = [torch.zeros(chunk) for chunk in of.chunk]
+    unpadded = [x[:numel] for x, numel in zip(padded, of.own, strict=True)]
+    shards, squares = [torch.zeros(numel) for numel in of.own], torch.zeros(case.num_tensors)
+
+    def fsdp2(group: dist.ProcessGroup) -> list[Tensor]:
+        torch._foreach_zero_(padded)
+        torch._chunk_cat(grads, dim=0, num_chunks=n, out=sent)
+        collectives.reduce_scatter_flat(received, sent.view(-1), group=group)
+        received.div_(n)
+        torch._foreach_add_(padded, pieces)
+        torch._foreach_norm(padded)
+        return unpadded
+
+    def fused(fulls: list[Tensor]) -> list[Tensor]:
+        torch._foreach_zero_(shards)
+        collectives.reduce_scatter(
+            fulls, shards, factor=1 / n, accumulate=True, squares=squares, group=ours
+        )
+        return shards
+
+    return {
+        "fsdp2 gloo": lambda: fsdp2(groups["gloo"]),
+        "fsdp2 primitives": lambda: fsdp2(ours),
+        "fused": lambda: fused(grads),
+        "fused symmetric": lambda: fused(symmetric),
+    }
+
+
+def slowest_rank(function: Callable[[], object], num_calls: int) -> float:
+    """Milliseconds a call takes on the slowest rank, all ranks starting together."""
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        function()
+    elapsed = torch.tensor([1e3 * (time.perf_counter() - start) / num_calls])
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return float(elapsed)
+
+
+def run_case(case: Case, groups: dict[str, dist.ProcessGroup]) -> Row:
+    """Checks and times all contestants; on every rank."""
+    make = {"all_gather": all_gather, "reduce_scatter": reduce_scatter}[case.op]
+    contestants = make(case, groups)
+    expected: list[Tensor] = []
+    num_calls = {}
+    for name, function in contestants.items():
+        outputs = function()
+        expected = expected or [x.clone() for x in outputs]
+        if not all(map(torch.equal, outputs, expected)):
+            raise AssertionError(f"{name}: the results differ from those of the first contestant")
+        num_calls[name] = max(1, int(30 / slowest_rank(function, 1)))
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(NUM_ROUNDS):
+        for name, function in contestants.items():
+            samples[name].append(slowest_rank(function, num_calls[name]))
+    return Row(case, {name: statistics.median(times) for name, times in samples.items()})
+
+
+def run_rank(
+    rank: int, world_size: int, port: int, cases: list[Case], rows: "mp.Queue[Row]"
+) -> None:
+    """One rank, in its own process."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    primitives.backend.register()
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(
+        "primitives", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=2)
+    )
+    groups = {name: dist.new_group(backend=name) for name in BACKENDS}
+    for case in cases:
+        row = run_case(case, groups)
+        if rank == 0:
+            rows.put(row)
+    dist.destroy_process_group()
+
+
+def measure(world_size: int, cases: list[Case]) -> Iterator[Row]:
+    """Runs the cases on ``world_size`` fresh processes of this host, one thread each.
+
+    Raises:
+        RuntimeError: a rank failed; its message is on stderr.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    rows: mp.Queue[Row] = context.Queue()
+    ranks = [
+        context.Process(target=run_rank, args=(rank, world_size, store.port, cases, rows))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if failed := [rank for rank, process in enumerate(ranks) if process.exitcode != 0]:
+        raise RuntimeError(f"benchmark ranks {failed} failed; see their messages above")
+    for _ in cases:
+        yield rows.get()
