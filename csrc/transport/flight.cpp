@@ -24,7 +24,7 @@ uint64_t Flight::begin(const FlightRecord& record) {
   place.number.store(number, std::memory_order_release);
   // The ring is larger than the nearest caches: fetch the next place while nobody waits for it.
   const char* next = reinterpret_cast<const char*>(&places_[(number + 1) % kNumRecords]);
-  for (size_t at = 0; at < sizeof(Place); at += 64) __builtin_prefetch(next + at, 1);
+  for (size_t at = 0; at < sizeof(Place) + 64; at += 64) __builtin_prefetch(next + at, 1);
   return number;
 }
 

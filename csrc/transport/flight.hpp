@@ -49,7 +49,7 @@ class Flight {
 
  private:
   static constexpr size_t kNumWords = (sizeof(FlightRecord) + 7) / 8;
-  struct alignas(64) Place {
+  struct Place {
     std::atomic<uint64_t> number;  // 0 while it is being written
     std::atomic<uint64_t> words[kNumWords];
     std::atomic<uint32_t> state;

@@ -166,16 +166,17 @@ class _Job:
             for rank in left:
                 if not self._ranks[rank][0].is_alive():
                     ended[rank] = time.monotonic() - start
-        return [self._ending(rank, ended.get(rank)) for rank in range(NUM_RANKS)]
+        watched_s = time.monotonic() - start
+        return [self._ending(rank, ended.get(rank), watched_s) for rank in range(NUM_RANKS)]
 
-    def _ending(self, rank: int, duration_s: float | None) -> Ending:
+    def _ending(self, rank: int, duration_s: float | None, watched_s: float) -> Ending:
         process, report = self._ranks[rank]
         try:
             error, message = report.recv() if report.poll(0) else ("", "")
         except EOFError:
             error, message = "", ""
         if duration_s is None:
-            return Ending(rank, "hangs", f"{error} {message}".strip(), BOUND_S)
+            return Ending(rank, "hangs", f"{error} {message}".strip(), watched_s)
         if process.exitcode < 0:
             error, message = signal_name(-process.exitcode), message
         return Ending(rank, error or f"exit code {process.exitcode}", message, duration_s)
