@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from ranks import ProcessRanks, ThreadRanks, init
 
 from primitives.env import FLIGHT_DIR
-from scenarios.cli import main, testbed
+from scenarios import cli
+from scenarios.cli import main
 from scenarios.flight import merge, read_dumps
 
 
@@ -97,7 +98,7 @@ def test_a_failure_is_dumped_and_explained(tmp_path: Path, monkeypatch: pytest.M
     dump = json.loads(path.read_text())
     assert "passed its deadline" in dump["reason"]
     assert dump["records"][-1]["state"] == "failed"
-    result = CliRunner().invoke(testbed, ["flight", str(tmp_path)], standalone_mode=False)
+    result = CliRunner().invoke(cli.testbed, ["flight", str(tmp_path)], standalone_mode=False)
     assert result.return_value == 1
     assert "passed its deadline; missing: rank 1" in result.output
     assert "rank 1 is behind in group" in result.output
