@@ -94,12 +94,13 @@ def test_message_mismatch_names_both_call_sites() -> None:
 
 
 def test_timeout_says_where_every_rank_stands() -> None:
-    ranks = ThreadRanks(4, timeout_s=0.5)
+    ranks = ThreadRanks(4, timeout_s=1.5)
 
     def call(backend: Any, rank: int) -> None:
         if rank < 2:
             all_reduce(backend)
         elif rank == 3:
+            time.sleep(0.5)  # its own deadline comes later
             backend.recv([torch.empty(1)], 2, 7).wait()
 
     for error in ranks.errors(call)[:2]:

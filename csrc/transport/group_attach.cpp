@@ -109,6 +109,13 @@ void Group::attach(Meeting& meeting) {
         dead = "rank " + std::to_string(r) + " (pid " + process[1] + ")";
       }
     }
+    for (int r = 0; segment_ && r < world_size() && dead.empty(); r++) {
+      const RankLine& of = line(r);
+      if (!absent(r) && r != rank() && of.pid_space == pid_space() &&
+          (has_left(r) || !is_alive({of.pid, of.start_time}))) {
+        dead = "rank " + std::to_string(r) + " (pid " + std::to_string(of.pid) + ")";
+      }
+    }
     Failure kind = Failure::kOther;
     for_each_group([&](Group& other) {
       for (int r = 0; r < world_size(); r++) {

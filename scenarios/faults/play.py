@@ -78,20 +78,27 @@ class Result:
         return {**asdict(self), "duration_s": self.duration_s, "verdict": self.verdict}
 
 
+def why_not(fault: Fault) -> str:
+    """Why the fault cannot be played on this machine; "" if it can."""
+    if not fault.shm_size:
+        return ""
+    with tempfile.TemporaryDirectory() as folder, _small_tmpfs(Path(folder), "64k") as mounted:
+        return "" if mounted else "needs the right to mount a tmpfs"
+
+
 def play(fault: Fault) -> Result:
     """Plays a fault and judges it."""
+    if skipped := why_not(fault):
+        return Result(fault.id, fault.what, (), (), (), skipped)
     with ExitStack() as stack:
         parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-"))
         if fault.shm_size:
             shm_dir = Path(parent) / "shm"
             shm_dir.mkdir()
-            if not stack.enter_context(_small_tmpfs(shm_dir, fault.shm_size)):
-                skipped = "needs the right to mount a tmpfs"
-                return Result(fault.id, fault.what, (), (), (), skipped)
+            stack.enter_context(_small_tmpfs(shm_dir, fault.shm_size))
         else:
-            prefix = "faults-"
-            wish = tempfile.TemporaryDirectory(prefix=prefix, dir=SHM_DIR.get())
-            shm_dir = Path(stack.enter_context(wish))
+            shm = tempfile.TemporaryDirectory(prefix="faults-", dir=SHM_DIR.get())
+            shm_dir = Path(stack.enter_context(shm))
         work_dir = Path(parent) / "work"
         work_dir.mkdir()
         fault.prepare(shm_dir)
@@ -102,10 +109,11 @@ def play(fault: Fault) -> Result:
             for job in jobs:
                 job.kill()
         left = tuple(str(path) for folder in (shm_dir, work_dir) for path in folder.iterdir())
-    return Result(fault.id, fault.what, endings, left, tuple(_complaints(fault, endings, left)))
+    return Result(fault.id, fault.what, endings, left, tuple(judge(fault, endings, left)))
 
 
-def _complaints(fault: Fault, endings: Sequence[Ending], leftovers: Sequence[str]) -> Iterator[str]:
+def judge(fault: Fault, endings: Sequence[Ending], leftovers: Sequence[str]) -> Iterator[str]:
+    """What is not as it must be."""
     allowed = (fault.error,) if isinstance(fault.error, str) else fault.error
     for ending in endings:
         rank, victim = ending.rank, fault.victims.get(ending.rank)
@@ -158,16 +166,17 @@ class _Job:
             for rank in left:
                 if not self._ranks[rank][0].is_alive():
                     ended[rank] = time.monotonic() - start
-        return [self._ending(rank, ended.get(rank)) for rank in range(NUM_RANKS)]
+        watched_s = time.monotonic() - start
+        return [self._ending(rank, ended.get(rank), watched_s) for rank in range(NUM_RANKS)]
 
-    def _ending(self, rank: int, duration_s: float | None) -> Ending:
+    def _ending(self, rank: int, duration_s: float | None, watched_s: float) -> Ending:
         process, report = self._ranks[rank]
         try:
             error, message = report.recv() if report.poll(0) else ("", "")
         except EOFError:
             error, message = "", ""
         if duration_s is None:
-            return Ending(rank, "hangs", f"{error} {message}".strip(), BOUND_S)
+            return Ending(rank, "hangs", f"{error} {message}".strip(), watched_s)
         if process.exitcode < 0:
             error, message = signal_name(-process.exitcode), message
         return Ending(rank, error or f"exit code {process.exitcode}", message, duration_s)
