@@ -124,6 +124,16 @@ def test_coalesced_collectives_are_one_work(world: dist.ProcessGroup, rank: int)
     assert [tensor[0].item() for tensor in tensors] == [6.0, 6.0]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_coalesced_forms(world: dist.ProcessGroup, rank: int) -> None:
+    sums = [torch.ones(2), torch.ones(5)]
+    dist.all_reduce_coalesced(sums)
+    assert all(torch.equal(x, torch.full_like(x, 4)) for x in sums)
+    lists = [[torch.empty(2), torch.empty(1)] for _ in range(NUM_RANKS)]
+    dist.all_gather_coalesced(lists, [torch.full((2,), float(rank)), torch.ones(1)])
+    assert [x[0].tolist() for x in lists] == [[r, r] for r in range(NUM_RANKS)]
+
+
 def test_coalesced_messages_are_one_work(world: dist.ProcessGroup, rank: int) -> None:
     backend = world._get_backend(torch.device("cpu"))
     assert backend.supports_coalescing
