@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean
+.PHONY: setup build lint format test dist bench bench-mpi golden clean torch-suite
 
 setup build:
 	@python3 bootstrap.py
@@ -20,6 +20,10 @@ format: setup
 
 test: lint
 	. $(BIN)/activate && pytest tests && mpirun -n 4 pytest special_distributed
+
+# PyTorch's own distributed tests, all of them (tests/test_torch_suite.py runs a sample).
+torch-suite: setup
+	$(BIN)/python tests/torch_suite/run.py
 
 dist: setup
 	$(BIN)/python -m build --no-isolation

@@ -46,7 +46,8 @@ def full_state(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
             for key, inner in value.items():
                 walk(f"{path}.{key}", inner)
         elif isinstance(value, torch.Tensor):
-            flat[path] = value.full_tensor() if hasattr(value, "full_tensor") else value
+            full = value.full_tensor() if hasattr(value, "full_tensor") else value
+            flat[path] = full.clone()
 
     walk("", dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)))
     return flat
@@ -87,7 +88,8 @@ def test_save_on_four_load_on_four_and_two(
     saved = full_state(model, optimizer)
     state = {**state_to_load(model, optimizer), "step": 7}
     if asynchronous:
-        pending = dcp.async_save(state, checkpoint_id=folder)
+        # It communicates from a thread of its own, so it needs a group of its own.
+        pending = dcp.async_save(state, checkpoint_id=folder, process_group=dist.new_group())
         loss(model, *batch(1, rank)).backward()
         optimizer.step()  # what comes after the call is not saved
         pending.result()

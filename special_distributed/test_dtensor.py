@@ -98,7 +98,7 @@ def test_functional_collectives(world: dist.ProcessGroup, rank: int) -> None:
         functional.reduce_scatter_tensor(mine, "sum", 0, world), total.chunk(NUM_RANKS)[rank]
     )
     ring = [1, 2, 3, 0]  # rank i sends to ring[i]
-    assert torch.equal(functional.permute_tensor(mine, ring, world), xs[rank - 1])
+    assert torch.equal(functional.permute_tensor(mine[0], ring, world), xs[rank - 1][0])
     assert torch.equal(
         functional.all_to_all_single(mine, None, None, world),
         torch.cat([x.chunk(NUM_RANKS)[rank] for x in xs]),
@@ -109,7 +109,9 @@ def test_functional_collectives(world: dist.ProcessGroup, rank: int) -> None:
     assert torch.equal(reduced[1], total[:4] * 2)
     gathered = functional.all_gather_into_tensor_coalesced(pair, world)
     assert torch.equal(gathered[0], torch.cat(xs))
+    assert torch.equal(gathered[1], torch.cat([x[:4] * 2 for x in xs]))
     scattered = functional.reduce_scatter_tensor_coalesced(pair, "sum", [0, 0], world)
+    assert torch.equal(scattered[0], total.chunk(NUM_RANKS)[rank])
     assert torch.equal(scattered[1], (total[:4] * 2).chunk(NUM_RANKS)[rank])
 
 
@@ -118,15 +120,21 @@ def test_functional_collectives_have_gradients(world: dist.ProcessGroup, rank: i
     flows = [values(32, 3) * (r + 1) for r in range(NUM_RANKS)]  # what rank r sends back
 
     x = values(8, 3).requires_grad_()
-    functional.all_gather_tensor_autograd(x, 0, world).backward(flows[rank])
+    gathered = functional.all_gather_tensor_autograd(x, 0, world)
+    assert torch.equal(gathered.detach(), values(8, 3).repeat(NUM_RANKS, 1))
+    gathered.backward(flows[rank])
     assert torch.equal(x.grad, sum(flow.chunk(NUM_RANKS)[rank] for flow in flows))
 
     x = values(8, 3).requires_grad_()
     parts = [flow[:2] for flow in flows]
-    functional.reduce_scatter_tensor_autograd(x, "sum", 0, world).backward(parts[rank])
+    scattered = functional.reduce_scatter_tensor_autograd(x, "sum", 0, world)
+    assert torch.equal(scattered.detach(), values(8, 3).chunk(NUM_RANKS)[rank] * NUM_RANKS)
+    scattered.backward(parts[rank])
     assert torch.equal(x.grad, torch.cat(parts))
 
     x = values(8, 3).requires_grad_()
     rows = [2] * NUM_RANKS
-    functional.all_to_all_single_autograd(x, rows, rows, world).backward(flows[rank][:8])
+    exchanged = functional.all_to_all_single_autograd(x, rows, rows, world)
+    assert torch.equal(exchanged.detach(), values(8, 3).chunk(NUM_RANKS)[rank].repeat(NUM_RANKS, 1))
+    exchanged.backward(flows[rank][:8])
     assert torch.equal(x.grad, torch.cat([flow[:8].chunk(NUM_RANKS)[rank] for flow in flows]))

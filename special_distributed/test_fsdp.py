@@ -44,11 +44,10 @@ def test_fsdp1(world: dist.ProcessGroup, rank: int, strategy: ShardingStrategy) 
     if strategy is ShardingStrategy.HYBRID_SHARD:
         options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
     model = FullyShardedDataParallel(
-        mlp(seed=rank),
+        mlp(),
         sharding_strategy=strategy,
         auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
         device_id=torch.device("cpu"),
-        sync_module_states=True,  # rank 0's parameters count
         use_orig_params=True,
         **options,
     )

@@ -249,7 +249,7 @@ def test_caller_mistakes_are_value_errors_and_harm_nobody() -> None:
         wrong = [
             (lambda: backend.allreduce([torch.ones(2, dtype=torch.int32)], options), "int32"),
             (lambda: backend.allreduce([torch.ones(2, device="meta")]), "meta"),
-            (lambda: backend.allreduce([torch.ones(2).to_sparse()]), "dense"),
+            (lambda: backend.allreduce([torch.eye(2).to_sparse_csr()]), "dense"),
             (lambda: backend._allgather_base(torch.empty(5), torch.ones(2)), "expected 4"),
             (lambda: backend._allgather_base(torch.empty(4).int(), torch.ones(2)), "float32"),
             (lambda: backend.allgather([[torch.empty(2)]], [torch.ones(2)]), "2, got 1"),

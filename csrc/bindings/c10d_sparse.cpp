@@ -1,5 +1,7 @@
 // all_reduce of sparse (COO) tensors: what DDP does with the gradients of sparse embeddings.
 #include <stdexcept>
+#include <string>
+#include <tuple>
 
 #include "bindings/c10d_backend.hpp"
 
@@ -23,14 +25,19 @@ at::Tensor header_of(const at::Tensor& coalesced) {
   return at::tensor(header, at::kLong);
 }
 
+// "[5, 5] of which 2 are sparse"
+std::string describe(const at::Tensor& header) {
+  const at::IntArrayRef all(header.const_data_ptr<int64_t>(), header.numel());
+  return c10::str(all.slice(2), " of which ", all[1], " are sparse");
+}
+
 // Every rank sees the same headers, so all of them throw or none.
 void check_same_shape(const Gathered& headers) {
   for (size_t r = 1; r < headers.size(); r++) {
     if (at::equal(headers[r].slice(0, 1), headers[0].slice(0, 1))) continue;
-    throw std::invalid_argument(
-        "all_reduce: expected the same sizes and sparse dimensions on every rank, got " +
-        c10::str(headers[0].slice(0, 2), " with ", headers[0][1].item<int64_t>(), " on rank 0, ",
-                 headers[r].slice(0, 2), " with ", headers[r][1].item<int64_t>(), " on rank ", r));
+    throw std::invalid_argument("all_reduce: expected the same dimensions on every rank, got " +
+                                describe(headers[0]) + " on rank 0, " + describe(headers[r]) +
+                                " on rank " + std::to_string(r));
   }
 }
 

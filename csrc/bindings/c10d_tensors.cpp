@@ -124,10 +124,27 @@ at::Tensor temporary_like(const at::Tensor& tensor) {
   return at::empty(tensor.sizes(), tensor.options().requires_grad(false));
 }
 
+// The same memory as numbers that torch can copy: it has types that it only holds.
+at::Tensor copyable(const at::Tensor& tensor) {
+  switch (tensor.element_size()) {
+    case 1:
+      return tensor.view(at::kByte);
+    case 2:
+      return tensor.view(at::kShort);
+    case 4:
+      return tensor.view(at::kInt);
+    case 8:
+      return tensor.view(at::kLong);
+    default:
+      return tensor;
+  }
+}
+
 void copy_values(const at::Tensor& to, const at::Tensor& from) {
   // As the collectives write: without autograd, and whatever mode made the tensor.
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  to.copy_(from);
+  const bool lazy = to.is_conj() || to.is_neg() || from.is_conj() || from.is_neg();
+  lazy ? to.copy_(from) : copyable(to).copy_(copyable(from));
 }
 
 // Dimensions from the innermost on: each must step over all that the ones within it cover.

@@ -27,14 +27,13 @@ ROOT = HERE.parent.parent
 TEST_LIMIT_S = 100
 WORLD_SIZE = 8  # the least that every test accepts
 SAMPLE = (
-    r"DistributedDataParallelCPU$|_barrier_wait_all|barrier_timeout_full|monitored_barrier_gloo$|"
-    r"all_gather$|all_gather_coalesced_with_empty|all_gather_object_subgroup|all_gather_complex|"
-    r"all_reduce_(sum|product|group_min|full_group_max|sum_async|coalesced_sum|"
-    r"coalesced_max_complex_unsupported)$|sparse_all_reduce|"
-    r"all_to_all$|all_to_all_single_unequal_split_(complex|group)|batch_isend_irecv_gloo|"
-    r"broadcast_group|ddp_logging_data_cpu|gather_group|reduce_group_sum|reduce_sum_twice|"
-    r"scatter_object|scatter_checks|isend$|irecv$|send_recv_any_source$|send_recv_with_tag$|"
-    r"get_rank_size_group|static_graph_api_cpu|bucket_cap"
+    r"DistributedDataParallelCPU$|barrier_timeout_full|monitored_barrier_gloo$|all_gather$|"
+    r"all_gather_coalesced_with_empty|all_gather_object_subgroup|"
+    r"all_reduce_(sum|product|group_min|sum_async|coalesced_sum|complex_unsupported_ops)$|"
+    r"sparse_all_reduce|all_to_all$|all_to_all_single_unequal_split_complex|"
+    r"batch_isend_irecv_gloo$|broadcast_group|ddp_logging_data_cpu|gather_group|"
+    r"reduce_group_sum|scatter_object|isend$|irecv$|send_recv_any_source$|"
+    r"send_recv_with_tag$|bucket_cap"
 )
 
 
