@@ -56,7 +56,7 @@ class ForkServer:
 
     def fork(self, num_ranks: int, address: str) -> None:
         """Starts new ranks, which connect to ``address``; the last ones must have ended."""
-        self.endings = {}
+        self.pids, self.endings = {}, {}
         self.link.send({"fork": num_ranks, "address": address})
         while not self.pids:
             self.receive()
@@ -70,7 +70,7 @@ class ForkServer:
             if "pids" in message:
                 self.groups = message["pids"]
                 self.pids = {pid: rank for rank, pid in enumerate(self.groups)}
-            else:
+            elif message["ended"] in self.pids:  # and not one of earlier ranks
                 self.endings[self.pids.pop(message["ended"])] = described(message["status"])
 
     def abort(self, ranks: list[int]) -> None:
