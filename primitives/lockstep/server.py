@@ -45,7 +45,8 @@ class ForkServer:
             if stream is not None:
                 stream.flush()
         parent = os.getpid()
-        if os.fork() == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             ours.close()
             live(parent, lambda: serve(Link(theirs), be_rank))
         theirs.close()
@@ -89,7 +90,9 @@ class ForkServer:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
+        """Ends the server; its ranks must have ended."""
         self.link.connection.close()
+        os.waitpid(self.pid, 0)
 
 
 def live(parent: int, life: Callable[[], None]) -> NoReturn:
