@@ -19,7 +19,8 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 test: lint
-	. $(BIN)/activate && pytest tests && mpirun -n 4 pytest special_distributed
+	. $(BIN)/activate && pytest tests && pytest special_distributed \
+	  && mpirun -n 4 pytest special_distributed/test_torch_functional.py
 
 # PyTorch's own distributed tests, all of them (tests/test_torch_suite.py runs a sample).
 torch-suite: setup

@@ -120,7 +120,8 @@ def test_assume_on_one_rank(world, rank, n):
 
 @given(data=st.data())
 def test_draws_differ(world, rank, data):
-    data.draw(st.integers(0, rank))
+    if data.draw(st.integers(0, 100)) > 50 and rank == 1:
+        data.draw(st.booleans())
 
 def test_last(world, rank):
     assert total(rank) == 6
@@ -501,4 +502,4 @@ def test_who_failed_by_itself() -> None:
     follower = arrival("failed", at=2.2)  # not freed: a freed rank left its process group
     assert causes([by_itself, freed, follower], failed) == [0]
     assert causes([freed, by_itself, by_itself], failed) == [1, 2]
-    assert causes([freed, freed, freed], failed) == [0, 1, 2]  # a limit passed everywhere
+    assert causes([freed, freed, freed], failed) == []  # a limit passed everywhere

@@ -130,10 +130,11 @@ class Examples:
             raise ExamplesDiffer(f"the ranks drew different examples\n{each}")
         failed = [r for r, t in enumerate(theirs) if t["kind"] == "failed"]
         blamed = causes(arrivals, failed)
-        if len(kinds) > 1 and all(arrivals[r].freed for r in blamed):
+        if len(kinds) > 1 and not blamed:
             # One rank rejected or skipped the example while the others waited for it.
             blamed, place, message = [], "disagreement", f"the ranks disagree\n{each}"
         else:
+            blamed = blamed or failed
             first = theirs[blamed[0]]
             place = first["place"]
             message = f"the example failed on rank {listed(blamed)}\n{first['error']}"

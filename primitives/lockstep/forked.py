@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from primitives.lockstep import SESSION
 from primitives.lockstep.session import RankSession
@@ -74,9 +73,6 @@ def be_rank(session: pytest.Session, num_ranks: int, rank: int, address: str) ->
     folder = config._tmp_path_factory.getbasetemp() / f"rank_{rank}"  # type: ignore[attr-defined]
     folder.mkdir(exist_ok=True)
     config._tmp_path_factory._basetemp = folder  # type: ignore[attr-defined]
-    if "OMP_NUM_THREADS" not in os.environ:
-        num_cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, num_cores // num_ranks))
     plugin = ForkedRank(config, RankInfo(rank, num_ranks, rank, f"fork/{os.getppid()}"), address)
     plugin.member.link.send({"pid": os.getpid(), "output": descriptors})
     config.pluginmanager.register(plugin, SESSION)

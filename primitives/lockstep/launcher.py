@@ -29,13 +29,14 @@ class LaunchedRank(RankSession):
         self.failures: list[str] = []
         self.collection_errors: list[str] = []
         self.terminated_at: float | None = None
+        self.hub: Hub | None = None
         self.serving: threading.Thread | None = None
         user_job = hashlib.sha256(f"{os.getuid()}/{info.job}".encode()).hexdigest()[:16]
         address = f"\0lockstep/{user_job}"
         if info.rank == 0:
             longest_s = config.getoption("--ranks-limit-s") + config.getoption("--ranks-timeout-s")
-            hub = Hub(address, info.world_size, longest_s + 2 * FREED_GRACE_S)
-            self.serving = threading.Thread(target=hub.serve, name="lockstep hub", daemon=True)
+            self.hub = Hub(address, info.world_size, longest_s + 2 * FREED_GRACE_S)
+            self.serving = threading.Thread(target=self.hub.serve, name="lockstep hub", daemon=True)
             self.serving.start()
         if info.rank != 0:
             config.option.xmlpath = None  # one JUnit file, rank 0's

@@ -24,7 +24,7 @@ class Arrival:
 
 
 def causes(arrivals: Sequence[Arrival], failed: list[int]) -> list[int]:
-    """Those of the ``failed`` ranks that failed by themselves.
+    """Those of the ``failed`` ranks that failed by themselves; may be none.
 
     A rank that was freed did not, nor one that failed after another rank had freed itself: its
     process groups lost a member.
@@ -34,7 +34,7 @@ def causes(arrivals: Sequence[Arrival], failed: list[int]) -> list[int]:
         r
         for r in failed
         if not arrivals[r].freed and (first_freed is None or arrivals[r].at < first_freed)
-    ] or failed
+    ]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def merge(report: pytest.TestReport, arrivals: list[Arrival]) -> bool:
 
 def failure_text(arrivals: list[Arrival], outcomes: list[Outcome]) -> str:
     failed = [r for r, o in enumerate(outcomes) if o.kind == "failed"]
-    blamed = causes(arrivals, failed)
+    blamed = causes(arrivals, failed) or failed
     blamed = [r for r in blamed if outcomes[r].own] or blamed
     lines = [f"failed on rank {listed(blamed)} of {len(outcomes)}"]
     lines += [f"rank {r} was freed: {a.freed}" for r, a in enumerate(arrivals) if a.freed]

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import torch
 
 from primitives.lockstep import forked, needs_ranks
 from primitives.lockstep.control import Hub, listed
@@ -129,6 +130,9 @@ class Parent:
             raise pytest.UsageError("--pdb needs a terminal, which forked ranks do not have")
         self.config = config
         self.num_ranks = num_ranks
+        # A pool of native threads that importing the tests may start would be missing in a fork.
+        self.num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self.backend: str = config.getoption("--ranks-backend")
         self.answer_timeout_s: float = (
             config.getoption("--ranks-limit-s")
@@ -147,12 +151,15 @@ class Parent:
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
         self.order = [i for i, item in enumerate(session.items) if needs_ranks(item)]
         if not self.order:
+            torch.set_num_threads(self.num_threads)
             return (yield)
         self.warm_up()
         try:
             self.server = ForkServer(lambda rank, address: self.be_rank(session, rank, address))
         except RuntimeError as error:
             raise pytest.UsageError(str(error)) from None
+        finally:
+            torch.set_num_threads(self.num_threads)
         try:
             result = yield
             self.end_ranks()
@@ -165,6 +172,8 @@ class Parent:
     def be_rank(self, session: pytest.Session, rank: int, address: str) -> None:
         """In a forked process."""
         self.config.pluginmanager.unregister(self)
+        share = max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
+        torch.set_num_threads(self.num_threads if "OMP_NUM_THREADS" in os.environ else share)
         forked.be_rank(session, self.num_ranks, rank, address)
 
     def warm_up(self) -> None:

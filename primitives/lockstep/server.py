@@ -45,7 +45,8 @@ class ForkServer:
             if stream is not None:
                 stream.flush()
         parent = os.getpid()
-        if os.fork() == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             ours.close()
             live(parent, lambda: serve(Link(theirs), be_rank))
         theirs.close()
@@ -56,7 +57,7 @@ class ForkServer:
 
     def fork(self, num_ranks: int, address: str) -> None:
         """Starts new ranks, which connect to ``address``; the last ones must have ended."""
-        self.endings = {}
+        self.pids, self.endings = {}, {}
         self.link.send({"fork": num_ranks, "address": address})
         while not self.pids:
             self.receive()
@@ -70,7 +71,7 @@ class ForkServer:
             if "pids" in message:
                 self.groups = message["pids"]
                 self.pids = {pid: rank for rank, pid in enumerate(self.groups)}
-            else:
+            elif message["ended"] in self.pids:  # and not one of earlier ranks
                 self.endings[self.pids.pop(message["ended"])] = described(message["status"])
 
     def abort(self, ranks: list[int]) -> None:
@@ -89,7 +90,9 @@ class ForkServer:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
+        """Ends the server; its ranks must have ended."""
         self.link.connection.close()
+        os.waitpid(self.pid, 0)
 
 
 def live(parent: int, life: Callable[[], None]) -> NoReturn:
