@@ -1,8 +1,8 @@
 # Every target sets up what it needs (.venv, pinned packages, native build); a second run starts at once.
 BIN := .venv/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean torch-suite
+.PHONY: setup build lint format test dist bench bench-mpi golden clean torch-suite properties soak sanitize-address sanitize-thread
 
 setup build:
 	@python3 bootstrap.py
@@ -45,3 +45,17 @@ bench: setup
 bench-mpi: setup
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/mpich mpich==5.0.2
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/impi impi_rt==2021.19.0
+
+# 10,000 random collectives and 300 random programs against primitives.reference.
+properties: setup
+	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
+	  tests/test_collective_properties.py tests/test_collective_machine.py
+
+# A million collectives and messages on 8 processes: right, and nothing grows.
+soak: setup
+	$(BIN)/python tests/soak.py
+
+# The native transport and collectives, without Python and torch, under AddressSanitizer and
+# UndefinedBehaviorSanitizer, or under ThreadSanitizer.
+sanitize-address sanitize-thread:
+	$(MAKE) -C tests/native -j2 KIND=$(@:sanitize-%=%) run

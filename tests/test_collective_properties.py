@@ -217,7 +217,7 @@ def test_broadcast(groups: Groups, case: Case) -> None:
     xs = draw_all(case)
 
     def call(backend: Any, rank: int) -> Tensor:
-        x = laid(xs[rank], case.source if rank == case.root else case.target)
+        x = laid(xs[rank], case.target)
         backend.broadcast([x], options(dist.BroadcastOptions, case, rootRank=case.root)).wait()
         return x
 
@@ -230,7 +230,7 @@ def test_reduce(groups: Groups, case: Case) -> None:
     xs = draw_all(case)
 
     def call(backend: Any, rank: int) -> Tensor:
-        x = laid(xs[rank], case.target if rank == case.root else case.source)
+        x = laid(xs[rank], case.target)
         made = options(dist.ReduceOptions, case, rootRank=case.root, reduceOp=OPS[case.op])
         backend.reduce([x], made).wait()
         return x
