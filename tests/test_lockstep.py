@@ -217,7 +217,7 @@ def test_outcomes_are_merged(tmp_path: Path, launcher: str) -> None:
         ("skip_on_one_rank", "the ranks disagree", "rank 0: passed", "rank 1: skipped"),
         ("wrong_from_17_on_rank_2", "failed on rank 2 of 3", "numel=17,", "assert (tensor == 3)"),
         ("examples_fail_while_others_wait", "failed on rank 1 of 3", "steps=[3],", "KeyError"),
-        ("assume_on_one_rank", "the ranks disagree", "rank 1: rejected", "n=17,"),
+        ("assume_on_one_rank", "the ranks disagree about n=", "rank 1: rejected"),
         ("draws_differ", "the ranks drew different examples"),
     ):
         for part in expected:

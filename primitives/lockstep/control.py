@@ -184,8 +184,8 @@ class Listener(Protocol):
     def on_values(self) -> None:
         """A gather is complete."""
 
-    def on_failed(self, step: int) -> None:
-        """Some rank failed in this step."""
+    def on_failed(self, step: int, grace_s: float) -> None:
+        """Some rank left this step; the others have so long to do so, too."""
 
     def on_end(self, reason: str) -> NoReturn:
         """The hub gave up or is gone."""
@@ -228,7 +228,7 @@ class Member:
                         listener.on_values()
                         self.values.put(message["values"])
                     elif "failed" in message:
-                        listener.on_failed(message["failed"])
+                        listener.on_failed(message["failed"], message["grace_s"])
                     elif "end" in message:
                         listener.on_end(message["end"])
                     else:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from primitives.lockstep.session import RankSession
 
 IN_STEP = "_in_lockstep"
+# How long the other ranks may go on by themselves. A test may fail a hundred times until it is
+# minimal; a rank that rejects an example is only a little ahead of the others, which will, too.
+FAILED_GRACE_S = 0.1
+OTHER_GRACE_S = 3.0
 
 
 class ExampleFailed(Exception):
@@ -43,7 +47,7 @@ class ExampleFailed(Exception):
 
 
 class ExamplesDiffer(BaseException):
-    """The ranks did not draw alike; not an Exception, so hypothesis ends the test here."""
+    """The ranks did not draw or judge alike; not an Exception, so hypothesis ends the test here."""
 
 
 class Examples:
@@ -77,7 +81,6 @@ class Examples:
         def run(*positional: Any, **arguments: Any) -> None:
             __tracebackhide__ = True
             session, error = self.session, None
-            session.in_example = True
             try:
                 if self.stale:
                     session.renew_fixtures(arguments)
@@ -87,12 +90,13 @@ class Examples:
                 raise
             except BaseException as caught:  # also what hypothesis and pytest throw to steer
                 error = caught
-            self.agree(error)
+            drawn = {n: v for n, v in arguments.items() if n not in session.item.funcargs}
+            self.agree(error, ", ".join(f"{name}={value!r}" for name, value in drawn.items()))
 
         setattr(run, IN_STEP, True)
         return run
 
-    def agree(self, error: BaseException | None) -> None:
+    def agree(self, error: BaseException | None, drawn: str) -> None:
         """Ends an example on all ranks alike, as the worst of them ended it."""
         __tracebackhide__ = True
         from hypothesis.control import current_build_context
@@ -101,7 +105,7 @@ class Examples:
         session.arrive()
         kind, place = ending(error)
         if error is not None:
-            session.tell_failed()
+            session.tell_failed(FAILED_GRACE_S if kind == "failed" else OTHER_GRACE_S)
         choices = repr(current_build_context().data.choices)
         arrivals = session.meet(
             f"an example of {session.item.nodeid}",
@@ -132,13 +136,13 @@ class Examples:
         blamed = causes(arrivals, failed)
         if len(kinds) > 1 and not blamed:
             # One rank rejected or skipped the example while the others waited for it.
-            blamed, place, message = [], "disagreement", f"the ranks disagree\n{each}"
-        else:
-            blamed = blamed or failed
-            first = theirs[blamed[0]]
-            place = first["place"]
-            message = f"the example failed on rank {listed(blamed)}\n{first['error']}"
-        failure = self.failures.setdefault(place, type("ExampleFailed", (ExampleFailed,), {}))
+            raise ExamplesDiffer(f"the ranks disagree about {drawn}\n{each}")
+        blamed = blamed or failed
+        first = theirs[blamed[0]]
+        message = f"the example failed on rank {listed(blamed)}\n{first['error']}"
+        failure = self.failures.setdefault(
+            first["place"], type("ExampleFailed", (ExampleFailed,), {})
+        )
         raise failure(message, error if session.info.rank in blamed else None)
 
 

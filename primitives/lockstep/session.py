@@ -7,6 +7,7 @@ by aborting the process groups; the next test gets new ones. Where nothing helps
 rank stays blocked), the hub declares these ranks lost.
 """
 
+import math
 import os
 import sys
 import threading
@@ -29,7 +30,6 @@ from primitives.rendezvous import RankInfo
 
 EXIT_LOST = 3
 GRACE_S = 1.0  # for a rank to fail by itself when another one has
-EXAMPLE_GRACE_S = 0.1  # the same within a hypothesis test, which may fail a hundred times
 FREED_GRACE_S = 5.0  # beyond a collective's own timeout, for an abort to take effect
 
 
@@ -57,9 +57,8 @@ class RankSession(Listener):
         self.phase = "start"
         self.started = 0.0
         self.in_test = False
-        self.in_example = False
         self.at_gather = True
-        self.failed_at: float | None = None
+        self.free_at = math.inf  # when to stop waiting for a rank that failed
         self.freed = ""
         self.freed_at: float | None = None
         self.arrived_at = 0.0
@@ -82,13 +81,13 @@ class RankSession(Listener):
         """All have met; another rank may fail in the next step before the main thread runs."""
         with self.lock:
             self.step += 1
-            self.failed_at, self.freed, self.freed_at = None, "", None
+            self.free_at, self.freed, self.freed_at = math.inf, "", None
             self.started, self.at_gather = time.monotonic(), False
 
-    def on_failed(self, step: int) -> None:
+    def on_failed(self, step: int, grace_s: float) -> None:
         with self.lock:
-            if step == self.step and self.failed_at is None:
-                self.failed_at = time.monotonic()
+            if step == self.step:
+                self.free_at = min(self.free_at, time.monotonic() + grace_s)
 
     def tick(self) -> float:
         """Frees the main thread when that is due; the seconds until it may be due next."""
@@ -103,16 +102,12 @@ class RankSession(Listener):
                     self.member.link.send(
                         {"dying": f"is still blocked after abort ({self.freed}), at\n{where}"}
                     )
-            elif self.failed_at is not None:
-                grace_s = EXAMPLE_GRACE_S if self.in_example else GRACE_S
-                remaining_s = self.failed_at + grace_s - now
-                if remaining_s > 0:
-                    return min(remaining_s, POLL_S)
+            elif now > self.free_at:
                 self.free("another rank had failed")
             elif now - self.started > self.limit_s:
                 self.tell_failed()
                 self.free(f"the limit of {self.limit_s:g} s for a test passed")
-        return POLL_S
+            return min(max(self.free_at - now, 0.01), POLL_S)
 
     def free(self, why: str) -> None:
         self.freed, self.freed_at = why, time.monotonic()
@@ -124,8 +119,9 @@ class RankSession(Listener):
 
     # The main thread.
 
-    def tell_failed(self) -> None:
-        self.member.link.send({"failed": self.step})
+    def tell_failed(self, grace_s: float = GRACE_S) -> None:
+        """This rank leaves the step early; who waits for it is freed after ``grace_s``."""
+        self.member.link.send({"failed": self.step, "grace_s": grace_s})
 
     def arrive(self) -> None:
         """The main thread is about to meet the others: from now on nothing must free it."""
@@ -209,7 +205,6 @@ class RankSession(Listener):
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         self.arrive()
-        self.in_example = False
         own = True
         if call.excinfo is not None:
             self.tell_failed()
