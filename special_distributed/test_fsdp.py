@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     ShardingStrategy,
@@ -86,6 +87,16 @@ def test_fsdp2(world: dist.ProcessGroup, rank: int, shape: tuple[int, ...], resh
     names = ("shard",) if len(shape) == 1 else ("copy", "shard")
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     model = shard(mlp(), mesh=mesh, reshard_after_forward=reshard)
+    actual = train_fsdp2(model, rank)
+    assert_same_tensors(actual, dict(train_alone(NUM_STEPS).named_parameters()))
+
+
+def test_fsdp2_on_memory_of_the_group(world: dist.ProcessGroup, rank: int) -> None:
+    """What it gathers into and scatters from then lies in memory that all ranks share."""
+    model = shard(mlp(), mesh=init_device_mesh("cpu", (NUM_RANKS,)))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_allocate_memory_from_process_group_for_comm(True)
     actual = train_fsdp2(model, rank)
     assert_same_tensors(actual, dict(train_alone(NUM_STEPS).named_parameters()))
 
