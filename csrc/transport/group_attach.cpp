@@ -204,7 +204,7 @@ void Group::attach(Meeting& meeting) {
       return missing + " did not come";
     });
   } catch (const TransportError& error) {
-    if (error.failure != Failure::kTimeout && !meeting.has(round + "failed")) {
+    if (!meeting.has(round + "failed")) {
       meeting.set(round + "failed",
                   lines({std::to_string(static_cast<uint32_t>(error.failure)), error.what()}));
     }
