@@ -191,13 +191,15 @@ void Group::wait_generation(uint32_t epoch) {
     ~Leave() { count.fetch_sub(1, std::memory_order_relaxed); }
   } leave{c.num_sleepers};
   std::optional<Waiting> waiting;
-  bool interrupted = true;  // or may have been, while this spun
+  bool interrupted = false;
   for (auto next_check = Clock::now();;) {
     const uint32_t generation = c.generation.load(std::memory_order_seq_cst);
     if (static_cast<int32_t>(generation - epoch) >= 0) return;
     check();
-    if (interrupted) end_on_signal();
-    if (Clock::now() >= next_check) {
+    const bool due = Clock::now() >= next_check;
+    // A signal may also arrive between this and the next wait, or at another thread.
+    if (interrupted || due) end_on_signal();
+    if (due) {
       std::vector<int> missing_ranks;
       int gone = -1;
       for (int r = 0; r < world_size(); r++) {

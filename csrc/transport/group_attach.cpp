@@ -82,6 +82,7 @@ void Group::attach(Meeting& meeting) {
   const std::string boot = boot_id();
   const std::string space = boot + " " + std::to_string(pid_space());
   const std::string members = joined(options_.members);
+  const std::string differs = "group '" + name() + "' differs between ranks";
   const std::string creating = here() + at_site(site) + ", while the group was being created";
   meeting.set(round + "process/" + std::to_string(rank()),
               lines({space, std::to_string(self_.pid), std::to_string(self_.start_time)}));
@@ -124,13 +125,15 @@ void Group::attach(Meeting& meeting) {
         if (!absent(r) || found == known.end()) continue;
         const int there = static_cast<int>(found - known.begin());
         if (other.has_died(there)) dead = other.describe_rank(there);
-        if (other.failed() && !failed_before.contains(&other)) {
+        const bool about_this = other.failure_text().starts_with(differs);
+        if (other.failed() && (about_this || !failed_before.contains(&other))) {
           kind = other.failure();
           failure = other.failure_text();
         }
       }
     });
     if (!failure.empty()) throw TransportError(kind, failure);
+    if (meeting.has(round + "failed")) return;  // what that rank died of says more
     if (!dead.empty()) {
       throw TransportError(Failure::kPeerLost,
                            dead + ", has died; " + creating + ", still needs it");
@@ -181,11 +184,11 @@ void Group::attach(Meeting& meeting) {
                                  "primitives backend must run on one host");
       }
       if (told[2] != members) {
-        throw TransportError(
-            Failure::kMismatch,
-            "group '" + name() + "' differs between ranks; rank 0: ranks [" + told[2] + "]" +
-                at_site(told[3]) + "; rank " + std::to_string(rank()) + ": ranks [" + members +
-                "]" + at_site(site) + ": every rank must create the same groups in the same order");
+        throw TransportError(Failure::kMismatch,
+                             differs + "; rank 0: ranks [" + told[2] + "]" + at_site(told[3]) +
+                                 "; rank " + std::to_string(rank()) + ": ranks [" + members + "]" +
+                                 at_site(site) +
+                                 ": every rank must create the same groups in the same order");
       }
       segment_ =
           std::make_shared<Segment>(Segment::open(options_.folder, told[1], layout_.num_mapped()));
@@ -206,7 +209,7 @@ void Group::attach(Meeting& meeting) {
       return missing + " did not come";
     });
   } catch (const TransportError& error) {
-    if (error.failure != Failure::kTimeout && !meeting.has(round + "failed")) {
+    if (!meeting.has(round + "failed")) {
       meeting.set(round + "failed",
                   lines({std::to_string(static_cast<uint32_t>(error.failure)), error.what()}));
     }

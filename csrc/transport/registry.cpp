@@ -1,6 +1,7 @@
 #include "transport/registry.hpp"
 
 #include <cstdio>
+#include <exception>
 #include <mutex>
 #include <set>
 
@@ -45,6 +46,7 @@ Waiting::Waiting(Group& group, const std::string& what, bool in_own_group)
 }
 
 Waiting::~Waiting() {
+  if (std::uncaught_exceptions() > 0) return;  // the wait failed: others still ask where it was
   for_each_group([&](Group& other) { tell(other, "", in_own_group_); });
 }
 

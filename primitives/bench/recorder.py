@@ -38,7 +38,7 @@ def measure(num_blocks: int = 40, num_calls: int = 5000) -> tuple[float, float]:
 
 
 def _block(backend: Any, num_calls: int) -> float:
-    from torch.distributed import BarrierOptions  # type: ignore[attr-defined]
+    from torch.distributed import BarrierOptions
 
     options = BarrierOptions()
     options.asyncOp = False  # everything on this thread
