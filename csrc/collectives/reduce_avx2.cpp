@@ -10,6 +10,7 @@
 #define ISA avx2
 #define ISA_LEVEL 1
 #include "collectives/reduce_kernels.hpp"
+
 #include "collectives/fused_kernels.hpp"
 
 #pragma GCC pop_options
