@@ -1,8 +1,8 @@
 # Every target sets up what it needs (.venv, pinned packages, native build); a second run starts at once.
 BIN := .venv/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench golden clean
+.PHONY: setup build lint format test dist bench bench-mpi golden clean torch-suite properties soak sanitize-address sanitize-thread
 
 setup build:
 	@python3 bootstrap.py
@@ -19,7 +19,12 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 test: lint
-	. $(BIN)/activate && pytest tests && mpirun -n 4 pytest special_distributed
+	. $(BIN)/activate && pytest tests && pytest special_distributed \
+	  && mpirun -n 4 pytest special_distributed/test_torch_functional.py
+
+# PyTorch's own distributed tests, all of them (tests/test_torch_suite.py runs a sample).
+torch-suite: setup
+	$(BIN)/python tests/torch_suite/run.py
 
 dist: setup
 	$(BIN)/python -m build --no-isolation
@@ -31,6 +36,26 @@ golden: setup
 clean:
 	rm -rf .venv build dist primitives/_C*.so *.egg-info
 
-# Prints both sides and the limit from one run.
+# Prints both sides and the limit from one run; with the competitors of bench-mpi, if it ran before.
 bench: setup
-	$(BIN)/python -m primitives.bench
+	$(BIN)/testbed bench all_gather reduce_scatter all_reduce all_to_all barrier gemm \
+	  -b 4K -e 16M -f 64 --against gloo,mpi
+
+# The MPIs beside Open MPI, which is in .venv: a folder each, since their programs share names.
+bench-mpi: setup
+	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/mpich mpich==5.0.2
+	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/impi impi_rt==2021.19.0
+
+# 10,000 random collectives and 300 random programs against primitives.reference.
+properties: setup
+	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
+	  tests/test_collective_properties.py tests/test_collective_machine.py
+
+# A million collectives and messages on 8 processes: right, and nothing grows.
+soak: setup
+	$(BIN)/python tests/soak.py
+
+# The native transport and collectives, without Python and torch, under AddressSanitizer and
+# UndefinedBehaviorSanitizer, or under ThreadSanitizer.
+sanitize-address sanitize-thread:
+	$(MAKE) -C tests/native -j2 KIND=$(@:sanitize-%=%) run

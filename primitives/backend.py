@@ -1,4 +1,4 @@
-"""The ``torch.distributed`` backend "primitives": shared memory between the ranks of one host.
+"""The ``torch.distributed`` backend "primitives": shared memory inside a host, gloo between hosts.
 
 ``dist.init_process_group("primitives")`` under torchrun, mpirun or srun, or with store, rank and
 world_size. Sums run along the adjacent-pair tree over group ranks (``primitives.reference``), so
@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from primitives.env import SHM_DIR
+from primitives.hosts import connect_hosts, find_hosts
 from primitives.rendezvous import install
 
 if TYPE_CHECKING:
@@ -50,7 +51,18 @@ def _create(group: Any, options: Any) -> "_C.Backend":
     options.shm_dir = SHM_DIR.get()
     options.group_name = group.group_id
     options.global_ranks_in_group = group.global_ranks_in_group
-    backend = _C.Backend(group.store, group.group_rank, group.group_size, options)
+    return create(group.store, group.group_rank, group.group_size, options)
+
+
+def create(store: Any, rank: int, world_size: int, options: "_C.Backend.Options") -> "_C.Backend":
+    """A backend on whatever hosts the ranks run; collective over the ranks of ``store``."""
+    import primitives._C as _C
+
+    timeout_s = options._timeout.total_seconds()
+    hosts = find_hosts(store, rank, world_size, timeout_s, options.group_name)
+    several = len(set(hosts)) > 1
+    wire = connect_hosts(store, rank, world_size, timeout_s) if several else None
+    backend = _C.Backend(store, rank, world_size, options, hosts, wire)
     atexit.unregister(_C.close_all_backends)
     atexit.register(_C.close_all_backends, EXIT_LIMIT_S)
     return backend

@@ -29,3 +29,24 @@ CUDA_ARCHS = Variable("PRIMITIVES_CUDA_ARCHS", "80;90;100", "Build: compute capa
 SHM_DIR = Variable(
     "PRIMITIVES_SHM_DIR", "/dev/shm", "Folder (tmpfs) for the memory that the ranks share."
 )
+FLIGHT_DIR = Variable(
+    "PRIMITIVES_FLIGHT_DIR",
+    "",
+    "Folder for dumps of the flight recorder, one file a process, when a group fails and on "
+    "SIGUSR1. Default: none are written. `testbed flight` reads them.",
+)
+CHECK = Variable(
+    "PRIMITIVES_CHECK",
+    "0",
+    "1 verifies a digest of every payload between ranks; on one rank is on for its groups. A "
+    "difference is a CollectiveError that names both ranks and the bytes.",
+)
+PROPERTY_CASES = Variable(
+    "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
+)
+HOST_ID = Variable(
+    "PRIMITIVES_HOST_ID",
+    "",
+    "Ranks with equal values share memory; others talk over the network. Default: the boot id of "
+    "the kernel. To set: one value per container that has a /dev/shm of its own.",
+)

@@ -39,6 +39,7 @@ COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bor": torch.bitwise_or,
     "bxor": torch.bitwise_xor,
 }
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 COMBINE_BOOL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.logical_or,
     "max": torch.logical_or,
@@ -55,7 +56,7 @@ def reduce(xs: Sequence[Tensor], op: str = "sum", factor: float = 1.0) -> Tensor
 
     Args:
         xs: one tensor per rank, equal shapes and dtypes.
-        op: a key of COMBINE.
+        op: a key of COMBINE; complex tensors have sum, avg and premul_sum.
         factor: what premul_sum multiplies every input with.
 
     Numerics: float16 and bfloat16 are combined in float32 and rounded once at the end; avg divides
@@ -64,15 +65,22 @@ def reduce(xs: Sequence[Tensor], op: str = "sum", factor: float = 1.0) -> Tensor
     dtype = xs[0].dtype
     if dtype == torch.bool:
         return tree(xs, COMBINE_BOOL[op])
+    if dtype.is_complex:  # real and imaginary parts on their own
+        parts = [torch.view_as_real(x.resolve_conj()) for x in xs]
+        return torch.view_as_complex(reduce(parts, op, factor))
+    if dtype in SIGNED:  # torch lacks most operations on them; the bits are those of the signed sum
+        signed = SIGNED[dtype]
+        # min and max: with the sign bit flipped the order is that of the signed numbers
+        flip = torch.iinfo(signed).min if op in ("min", "max") else 0
+        result = reduce([torch.bitwise_xor(x.view(signed), flip) for x in xs], op)
+        return torch.bitwise_xor(result, flip).view(dtype)
     half = dtype in (torch.float16, torch.bfloat16)
     wide = [x.float() if half else x for x in xs]
     if op == "premul_sum":
         wide = [x * torch.tensor(factor, dtype=x.dtype) for x in wide]
     result = tree(wide, COMBINE[op])
     if op == "avg":
-        # A complex quotient has its own rounding; the mean divides real and imaginary parts.
-        parts = torch.view_as_real(result) if dtype.is_complex else result
-        parts /= len(xs)
+        result = result / len(xs)
     return result.to(dtype)
 
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -115,16 +116,13 @@ def meet(info: RankInfo, timeout: timedelta) -> "Store":
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return _tcp_store(host, port, info, timeout)
-    path = _meeting_file(info)
+    file = MeetingFile(_meeting_path(info))
     if info.rank == 0:
         store = _tcp_store("127.0.0.1", 0, info, timeout, wait_for_workers=False)
-        _write(path, {"port": store.port, "pid": os.getpid(), "start": _start_time(os.getpid())})
-        try:
+        with file.announced(store.port):
             _wait_for_all(store, info, timeout)
-        finally:
-            path.unlink(missing_ok=True)
         return store
-    port = _read_port(path, info, timeout)
+    port = file.wait(info.rank, info.world_size, timeout.total_seconds())
     store = _tcp_store("127.0.0.1", port, info, timeout, wait_for_workers=False)
     store.add("met", 1)
     return store
@@ -138,35 +136,78 @@ def _tcp_store(
     return TCPStore(host, port, info.world_size, info.rank == 0, timeout, wait_for_workers)
 
 
-def _meeting_file(info: RankInfo) -> Path:
+def _meeting_path(info: RankInfo) -> Path:
     name = hashlib.sha256(f"{info.job}/{next(_meetings)}".encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"primitives-{os.getuid()}-{name}.json"
 
 
-def _write(path: Path, meeting: dict[str, Any]) -> None:
-    staged = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(meeting, file)
-    staged.replace(path)
+class MeetingFile:
+    """Where rank 0 tells the other ranks of its host the port of its store.
 
+    The file names the process that wrote it: what a killed job left is replaced, never believed.
+    """
 
-def _read_port(path: Path, info: RankInfo, timeout: timedelta) -> int:
-    deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def announced(self, port: int) -> Iterator[None]:
+        """In rank 0: the file is there inside the ``with``.
+
+        Raises:
+            ValueError: another living process has announced itself at this path.
+        """
+        there = self._read()
+        if there and there["pid"] != os.getpid() and _is_alive(there):
+            raise ValueError(f"{self.path} is the meeting of process {there['pid']}, which lives")
+        pid = os.getpid()
+        meeting = {"port": port, "pid": pid, "start": _start_time(pid)}
+        staged = self.path.with_suffix(f".{pid}")
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(meeting, file)
+        staged.replace(self.path)
         try:
-            ours = path.stat().st_uid == os.getuid()
-            meeting = json.loads(path.read_text()) if ours else {}
-        except (FileNotFoundError, json.JSONDecodeError):
-            meeting = {}
-        if meeting and _start_time(meeting["pid"]) == meeting["start"]:
-            return int(meeting["port"])
-        time.sleep(0.01)
-    raise TimeoutError(
-        f"rank {info.rank} of {info.world_size}: rank 0 did not come to {path} within "
-        f"{timeout.total_seconds():g} s (all ranks must run on one host, or set MASTER_ADDR and "
-        "MASTER_PORT)"
-    )
+            yield
+        finally:
+            if self._read() == meeting:
+                self.path.unlink(missing_ok=True)
+
+    def wait(self, rank: int, world_size: int, timeout_s: float) -> int:
+        """In the other ranks: the port.
+
+        Raises:
+            TimeoutError: rank 0 did not come; the message tells of a file left by another.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ((meeting := self._read()) and _is_alive(meeting)):
+            if time.monotonic() > deadline:
+                stale = (
+                    f"; the file there is left over from process {meeting['pid']}, which has ended"
+                    if meeting
+                    else ""
+                )
+                raise TimeoutError(
+                    f"rank {rank} of {world_size}: rank 0 did not come to {self.path} within "
+                    f"{timeout_s:g} s (all ranks must run on one host, or set MASTER_ADDR and "
+                    f"MASTER_PORT){stale}"
+                )
+            time.sleep(0.01)
+        return int(meeting["port"])
+
+    def _read(self) -> dict[str, Any]:
+        """What the file says; empty when it is not there, not ours, or not a meeting."""
+        try:
+            ours = self.path.stat().st_uid == os.getuid()
+            meeting = json.loads(self.path.read_text()) if ours else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+        complete = isinstance(meeting, dict) and {"port", "pid", "start"} <= meeting.keys()
+        return meeting if complete else {}
+
+
+def _is_alive(meeting: dict[str, Any]) -> bool:
+    return bool(_start_time(meeting["pid"]) == meeting["start"])
 
 
 def _wait_for_all(store: "Store", info: RankInfo, timeout: timedelta) -> None:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import click
 
+from primitives.bench import BenchFailed
+from scenarios.bench import bench
 from scenarios.failures import RunFailed
 
 EXIT_PASS, EXIT_MISMATCH, EXIT_USAGE, EXIT_FAILED = range(4)
@@ -219,6 +221,62 @@ def compare(
     return EXIT_PASS if result.passed else EXIT_MISMATCH
 
 
+@testbed.command()
+@click.argument("dumps", nargs=-1, required=True, type=ExistingFile, metavar="DUMP...")
+@click.option(
+    "--last",
+    "num_rows",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Calls to show.",
+)
+@json_option
+def flight(dumps: tuple[Path, ...], num_rows: int, as_json: bool) -> int:  # fmt: skip
+    """Merges the flight recorder's DUMPs (files or folders) of all ranks into one timeline.
+
+    Says which rank is behind, where calls differ, and who never came; exit code 1 if any.
+    """
+    from scenarios.flight import merge, read_dumps, table
+
+    merged = merge(read_dumps(dumps))
+    if as_json:
+        _echo_json(merged.as_json())
+    else:
+        _print_table(table(merged, num_rows))
+        click.echo(f"dumps of rank {', '.join(map(str, merged.ranks))}")
+        for problem in merged.problems:
+            click.echo(f"! {problem}")
+    return EXIT_MISMATCH if merged.problems else EXIT_PASS
+
+
+@testbed.command()
+@click.option("--only", "ids", multiple=True, metavar="ID", help="This fault; may be given again.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Play every fault so often.",
+)
+@json_option
+def faults(ids: tuple[str, ...], repeat: int, as_json: bool) -> int:  # fmt: skip
+    """Plays faults on small jobs: each must end soon, with an error that says who and where."""
+    from scenarios.faults.catalogue import select
+    from scenarios.faults.play import play, table
+
+    results = []
+    for fault in select(ids) * repeat:
+        results.append(play(fault))
+        if not as_json:
+            click.echo(results[-1].line(), err=True)
+    if as_json:
+        _echo_json([result.as_json() for result in results])
+    else:
+        _print_table(table(results))
+    return EXIT_PASS if all(result.passed for result in results) else EXIT_MISMATCH
+
+
 @testbed.group()
 def data() -> None:
     """Makes training data."""
@@ -259,6 +317,9 @@ def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: b
     return EXIT_PASS
 
 
+testbed.add_command(bench)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; user errors are one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -271,6 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(given, EXIT_FAILED, "interrupted")
     except RunFailed as error:
         return _fail(given, EXIT_FAILED, str(error), error.as_json())
+    except BenchFailed as error:
+        return _fail(given, EXIT_FAILED, str(error))
     except SystemExit:
         # Only click leaves so, with the code of a mismatch: nobody reads our output any more.
         return EXIT_FAILED
@@ -292,6 +355,14 @@ def _echo_error(message: str) -> str:
     line = " ".join(message.split())
     click.echo(f"testbed: error: {line}", err=True)
     return line
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # A file or a pipe gets whole lines, a terminal what fits.
+    (console if console.is_terminal else Console(width=240)).print(table)
 
 
 def _progress_stream(as_json: bool) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from primitives.env import SHM_DIR
+from primitives.env import FLIGHT_DIR, SHM_DIR
 from scenarios.failures import RankFailure, RunFailed, signal_name
 from scenarios.golden import Value
 from scenarios.metrics_file import MetricsTail
@@ -93,6 +93,7 @@ class _Rank:
             "TORCHELASTIC_RUN_ID": run_id,
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            FLIGHT_DIR.name: FLIGHT_DIR.get() or str(self.run_dir / "flight"),
         }
         with self.log.open("xb") as log:
             self.process = subprocess.Popen(

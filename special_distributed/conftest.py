@@ -1,15 +1,40 @@
-"""Tests of this folder run on exactly four ranks in lockstep."""
+"""Tests of this folder run on exactly four ranks in lockstep: of a launcher, or forked."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from primitives.rendezvous import rank_info
 
-pytest_plugins = ["special_distributed.lockstep"]
+pytest_plugins = ["primitives.lockstep"]
 NUM_RANKS = 4
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_configure() -> None:
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    try:
+        info = rank_info()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if info is None and config.option.ranks is None:
+        config.option.ranks = NUM_RANKS
+    num_ranks = config.option.ranks if info is None else info.world_size
+    if num_ranks != NUM_RANKS:
+        raise pytest.UsageError(f"{NUM_RANKS} ranks are needed, got {num_ranks}")
+
+
+@pytest.fixture(scope="session")
+def mpi() -> Iterator[Any]:
+    """mpi4py's module in a job that its MPI started; elsewhere there is no MPI to compare with."""
     info = rank_info()
-    if info is not None and info.world_size != NUM_RANKS:
-        raise pytest.UsageError(f"{NUM_RANKS} ranks are needed, got {info.world_size}")
+    if info is None or info.job.startswith("torchrun"):
+        pytest.skip("mpirun did not start the ranks of this job: no MPI to compare with")
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size != NUM_RANKS:
+        pytest.skip(f"MPI.COMM_WORLD has {MPI.COMM_WORLD.size} ranks, this job {NUM_RANKS}")
+    assert MPI.COMM_WORLD.rank == info.rank
+    yield MPI
+    # Collective: at exit it would wait for rank 0, which waits for the others to leave lockstep.
+    MPI.Finalize()

@@ -30,6 +30,16 @@ OPS = {
 NUMELS = st.one_of(st.integers(0, 70), st.sampled_from([1023, 131072, 131073, 300001]))
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from(FLOATS + INTEGERS)
+OBJECTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def one_per_rank(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+    """One value for each rank."""
+    return st.lists(strategy, min_size=NUM_RANKS, max_size=NUM_RANKS)
 
 
 def values(seed: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -91,7 +101,7 @@ def test_all_gather_into_tensor(
     assert_same(full, torch.cat(xs))
 
 
-@examples(25, dtype=DTYPES, numels=st.lists(NUMELS, min_size=4, max_size=4), seed=SEEDS)
+@examples(25, dtype=DTYPES, numels=one_per_rank(NUMELS), seed=SEEDS)
 def test_all_gather_of_uneven_shards(
     world: dist.ProcessGroup, rank: int, dtype: torch.dtype, numels: list[int], seed: int
 ) -> None:
@@ -105,7 +115,7 @@ def test_all_gather_of_uneven_shards(
 @examples(
     25,
     dtype=DTYPES,
-    splits=st.lists(st.lists(NUMELS, min_size=4, max_size=4), min_size=4, max_size=4),
+    splits=one_per_rank(one_per_rank(NUMELS)),
     seed=SEEDS,
 )
 def test_all_to_all_with_splits(
@@ -181,19 +191,34 @@ def test_all_reduce_of_a_strided_view(
     assert_same(mine, expected)  # what lies between is untouched
 
 
-def test_subgroups_are_independent(world: dist.ProcessGroup, rank: int) -> None:
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    for turn in range(rank // 2 + 1):  # another number of calls in each
-        x = torch.tensor([rank + turn])
-        dist.all_reduce(x, group=pairs[rank // 2])
-        assert x.item() == (rank // 2) * 4 + 1 + 2 * turn
+@examples(
+    10, colors=one_per_rank(st.integers(0, 3)), turns=one_per_rank(st.integers(0, 4)), seed=SEEDS
+)
+def test_subgroups_are_independent(
+    world: dist.ProcessGroup, rank: int, colors: list[int], turns: list[int], seed: int
+) -> None:
+    members = {color: [r for r in range(NUM_RANKS) if colors[r] == color] for color in set(colors)}
+    groups = {color: dist.new_group(members[color]) for color in sorted(members)}
+    mine = groups[colors[rank]]
+    for turn in range(turns[colors[rank]]):  # another number of calls in each
+        xs = inputs(seed + turn, [7] * NUM_RANKS, torch.float32)
+        x = xs[rank].clone()
+        dist.all_reduce(x, group=mine)
+        assert_same(x, reference.reduce([xs[r] for r in members[colors[rank]]]))
     dist.barrier()
+    dist.destroy_process_group(mine)
 
 
-def test_objects(world: dist.ProcessGroup, rank: int) -> None:
+@examples(15, objects=one_per_rank(OBJECTS), root=st.integers(0, 3))
+def test_objects(world: dist.ProcessGroup, rank: int, objects: list[Any], root: int) -> None:
     gathered: list[Any] = [None] * NUM_RANKS
-    dist.all_gather_object(gathered, {"rank": rank, "text": "x" * rank * 1000})
-    assert gathered == [{"rank": r, "text": "x" * r * 1000} for r in range(NUM_RANKS)]
-    received = [("from", 2) if rank == 2 else None]
-    dist.broadcast_object_list(received, src=2)
-    assert received == [("from", 2)]
+    dist.all_gather_object(gathered, objects[rank])
+    assert gathered == objects
+    received = [objects[root] if rank == root else None]
+    dist.broadcast_object_list(received, src=root)
+    assert received == [objects[root]]
+
+
+def test_checker_catches_one_bit() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"1 of 2 differ, first \[1\]"):
+        assert_same(torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.0]))

@@ -37,10 +37,17 @@ def small_tmpfs(folder: Path, size: str) -> Iterator[str]:
 
 
 class ThreadRanks:
-    """Backends of one group, each used by a thread of its own."""
+    """Backends of one group, each used by a thread of its own.
 
-    def __init__(self, world_size: int, timeout_s: float = 20.0, **options: Any) -> None:
+    Args:
+        hosts: the host of each rank, a letter each, like "aabb"; empty: all on one.
+    """
+
+    def __init__(
+        self, world_size: int, timeout_s: float = 20.0, hosts: str = "", **options: Any
+    ) -> None:
         from primitives import _C
+        from primitives.hosts import connect_hosts
 
         store = dist.HashStore()
 
@@ -48,7 +55,10 @@ class ThreadRanks:
             settings = _C.Backend.Options(timedelta(seconds=timeout_s))
             for name, value in options.items():
                 setattr(settings, name, value)
-            return _C.Backend(store, rank, world_size, settings)
+            if len(set(hosts)) < 2:
+                return _C.Backend(store, rank, world_size, settings)
+            wire = connect_hosts(store, rank, world_size, timeout_s)
+            return _C.Backend(store, rank, world_size, settings, list(hosts), wire)
 
         self.world_size = world_size
         self.backends = run_threads(world_size, make)

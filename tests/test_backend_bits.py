@@ -38,9 +38,10 @@ CASES = [
 NUMELS = st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 140_001]))
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+# A letter for the host of each rank: one host; several, of equal and unequal size, also mixed up.
+@pytest.fixture(scope="module", params=["aa", "aaa", "aaaa", "aabb", "aaab", "abbc", "abab"])
 def ranks(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
-    group = ThreadRanks(request.param)
+    group = ThreadRanks(len(request.param), hosts=request.param)
     yield group
     group.close()
 

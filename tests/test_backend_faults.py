@@ -43,6 +43,124 @@ def test_mismatch_names_both_sides_on_all_ranks(odd_one: Any, words: list[str]) 
     ranks.close()
 
 
+def line_of(text: str) -> str:
+    """Where ``text`` stands in this file, as errors name it."""
+    lines = Path(__file__).read_text().splitlines()
+    (number,) = (i for i, line in enumerate(lines, 1) if line.strip() == text)
+    return f"{Path(__file__).name}:{number} in "
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_mismatch_names_both_call_sites(asynchronous: bool) -> None:
+    ranks = ThreadRanks(2)
+    x = torch.ones(3)
+
+    def call(backend: Any, rank: int) -> None:
+        reduce, broadcast = dist.AllreduceOptions(), dist.BroadcastOptions()
+        reduce.asyncOp = broadcast.asyncOp = asynchronous
+        calls = [
+            lambda: backend.allreduce([x], reduce),
+            lambda: backend.broadcast([x], broadcast),
+        ]
+        work = calls[rank]()
+        time.sleep(0.1 * asynchronous)  # the error is found on another thread
+        work.wait()
+
+    start = time.monotonic()
+    for error in ranks.errors(call):
+        assert isinstance(error, errors.CollectiveMismatch)
+        text = str(error)
+        assert line_of("lambda: backend.allreduce([x], reduce),") + "<lambda>; rank 1: " in text
+        assert line_of("lambda: backend.broadcast([x], broadcast),") + "<lambda>" in text
+    assert time.monotonic() - start < 1
+    ranks.close()
+
+
+def test_message_mismatch_names_both_call_sites() -> None:
+    ranks = ThreadRanks(2)
+    x = torch.ones(3)
+
+    def call(backend: Any, rank: int) -> None:
+        if rank == 0:
+            backend.send([x], 1, 0).wait()
+        else:
+            backend.recv([x[:2]], 0, 0).wait()
+
+    error = ranks.errors(call)[1]
+    assert isinstance(error, errors.CollectiveMismatch)
+    assert line_of("backend.send([x], 1, 0).wait()") + "call, but rank 1 called recv" in str(error)
+    assert line_of("backend.recv([x[:2]], 0, 0).wait()") + "call" in str(error)
+    ranks.close()
+
+
+def test_timeout_says_where_every_rank_stands() -> None:
+    ranks = ThreadRanks(4, timeout_s=1.5)
+
+    def call(backend: Any, rank: int) -> None:
+        if rank < 2:
+            all_reduce(backend)
+        elif rank == 3:
+            time.sleep(0.5)  # its own deadline comes later
+            backend.recv([torch.empty(1)], 2, 7).wait()
+
+    for error in ranks.errors(call)[:2]:
+        text = str(error)
+        assert isinstance(error, errors.CollectiveTimeout)
+        assert "missing: rank 2 (pid" in text
+        assert "which made no collective call yet" in text
+        assert "waiting as recv from rank 2, tag 7 on rank 3" in text
+        assert "inside collective 1, all_reduce at " in text
+        site = line_of("backend.allreduce([torch.ones(numel, dtype=dtype)]).wait()")
+        assert text.count(site) >= 2
+    ranks.close()
+
+
+def test_nan_factors_are_equal_to_themselves() -> None:
+    ranks = ThreadRanks(2)
+
+    def call(backend: Any, rank: int) -> None:
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist._make_nccl_premul_sum(float("nan"))
+        x = torch.ones(2)
+        backend.allreduce([x], options).wait()
+        assert torch.isnan(x).all()
+
+    ranks(call)
+    ranks.close()
+
+
+def test_closing_from_two_threads_at_once() -> None:
+    for _ in range(5):
+        ranks = ThreadRanks(2)
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
+        ranks(lambda b, r: b.allreduce([torch.ones(4)], options).wait())  # noqa: B023
+        ranks(lambda b, r: b.send([torch.ones(1)], 1 - r, 0).wait())
+        run_threads(4, lambda i: ranks.backends[i % 2].shutdown())  # noqa: B023
+        ranks.backends = []
+
+
+def test_other_members_are_a_mismatch_at_creation() -> None:
+    from primitives import _C
+
+    store = dist.HashStore()
+
+    def join(rank: int) -> str:
+        options = _C.Backend.Options(timedelta(seconds=5))
+        options.global_ranks_in_group = [0, 2 + rank]
+        with pytest.raises(errors.CollectiveMismatch) as caught:
+            _C.Backend(store, rank, 2, options)
+        return str(caught.value)
+
+    start = time.monotonic()
+    for text in run_threads(2, join):
+        assert "rank 0: ranks [0, 2] at " in text
+        assert "rank 1: ranks [0, 3] at " in text
+        assert text.count(line_of("_C.Backend(store, rank, len([0, 1]), options)")) == 2
+    assert time.monotonic() - start < 1
+    assert leftovers() == []
+
+
 def test_factors_are_told_apart() -> None:
     ranks = ThreadRanks(2)
 
@@ -131,7 +249,7 @@ def test_caller_mistakes_are_value_errors_and_harm_nobody() -> None:
         wrong = [
             (lambda: backend.allreduce([torch.ones(2, dtype=torch.int32)], options), "int32"),
             (lambda: backend.allreduce([torch.ones(2, device="meta")]), "meta"),
-            (lambda: backend.allreduce([torch.ones(2).to_sparse()]), "dense"),
+            (lambda: backend.allreduce([torch.eye(2).to_sparse_csr()]), "dense"),
             (lambda: backend._allgather_base(torch.empty(5), torch.ones(2)), "expected 4"),
             (lambda: backend._allgather_base(torch.empty(4).int(), torch.ones(2)), "float32"),
             (lambda: backend.allgather([[torch.empty(2)]], [torch.ones(2)]), "2, got 1"),
@@ -293,6 +411,53 @@ def test_a_killed_rank_is_named_by_all_others(tmp_path: Path, number: int) -> No
         assert code == 1
         assert f"PeerLost: rank 1 (pid {victim.pid})" in output
         assert "all_reduce" in output
+    assert ranks.leftovers() == []
+
+
+def interrupted() -> None:
+    """Rank 0 waits for a rank that never comes, in a way that rank 1 (asleep) does not end."""
+    rank, _ = init(timeout_s=60)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(30)
+    Path("waits").touch()
+    work = dist.all_reduce(torch.ones(3), async_op=os.environ["ASYNC"] == "1")
+    if work is not None:
+        work.wait()
+
+
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+def test_ctrl_c_ends_a_blocked_wait(tmp_path: Path, asynchronous: str) -> None:
+    env = {"ASYNC": asynchronous}
+    ranks = ProcessRanks("test_backend_faults:interrupted", 2, tmp_path, env=env).start()
+    while not (tmp_path / "waits").exists():
+        time.sleep(0.02)
+    time.sleep(0.3)
+    start = time.monotonic()
+    ranks.processes[0].send_signal(signal.SIGINT)
+    output, _ = ranks.processes[0].communicate(timeout=30)
+    assert time.monotonic() - start < 6
+    ranks.processes[1].kill()
+    ranks.wait()
+    assert ranks.processes[0].returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in output
+    assert ranks.leftovers() == []
+
+
+def dies_while_joining() -> None:
+    if os.environ["TEST_RANK"] == "1":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if os.environ["TEST_RANK"] != "2":
+        init(timeout_s=60)
+
+
+def test_a_rank_that_dies_while_the_group_is_created_is_lost(tmp_path: Path) -> None:
+    ranks = ProcessRanks("test_backend_faults:dies_while_joining", 3, tmp_path).start()
+    start = time.monotonic()
+    output, _ = ranks.processes[0].communicate(timeout=60)
+    assert time.monotonic() - start < 20  # most of it is importing torch
+    ranks.wait()
+    assert f"PeerLost: rank 1 (pid {ranks.processes[1].pid}), has died" in output
     assert ranks.leftovers() == []
 
 

@@ -59,7 +59,7 @@ def test_torch_headers_only_in_bindings() -> None:
         ("primitives", "from scenarios.golden import Golden"),
         ("primitives", "def f():\n    import scenarios.cli as cli"),
         ("scenarios", "if True:\n    from tests import something"),
-        ("scenarios", "import special_distributed.lockstep"),
+        ("scenarios", "import special_distributed.examples"),
         ("primitives", "from . import errors"),
     ],
 )

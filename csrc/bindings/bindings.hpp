@@ -8,6 +8,9 @@ namespace primitives {
 
 void bind_canonical(py::module_& m);
 void bind_transport(py::module_& m);
+void bind_communicator(py::module_& m);
+void bind_call_sites(py::module_& m);
+void bind_flight(py::module_& m);
 void bind_symmetric_memory(py::module_& m);
 void bind_devices(py::module_& m);
 

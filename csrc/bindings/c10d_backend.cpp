@@ -8,21 +8,14 @@
 #include <mutex>
 
 #include "bindings/c10d_errors.hpp"
+#include "bindings/make_transport.hpp"
 
 namespace primitives {
 namespace {
 
-class StoreMeeting : public Meeting {
- public:
-  explicit StoreMeeting(c10::intrusive_ptr<c10d::Store> store) : store_(std::move(store)) {}
-  void set(const std::string& key, const std::string& value) override { store_->set(key, value); }
-  std::string get(const std::string& key) override { return store_->get_to_str(key); }
-  bool has(const std::string& key) override { return store_->check({key}); }
-  int64_t add(const std::string& key, int64_t value) override { return store_->add(key, value); }
-
- private:
-  c10::intrusive_ptr<c10d::Store> store_;
-};
+std::vector<int> members_of(const std::vector<uint64_t>& global_ranks) {
+  return {global_ranks.begin(), global_ranks.end()};
+}
 
 std::mutex backends_mutex;
 std::vector<Backend*>& backends() {
@@ -33,17 +26,17 @@ std::vector<Backend*>& backends() {
 }  // namespace
 
 Backend::Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-                 c10::intrusive_ptr<Options> options)
-    : c10d::Backend(rank, world_size), options_(std::move(options)) {
-  StoreMeeting meeting(store);
+                 c10::intrusive_ptr<Options> options, const std::vector<std::string>& host_of_rank,
+                 const c10::intrusive_ptr<c10d::Backend>& wire)
+    : c10d::Backend(rank, world_size), store_(store), options_(std::move(options)) {
   std::string name = options_->group_desc.empty() || options_->group_desc == "undefined"
                          ? options_->group_name
                          : options_->group_desc;
-  group_ = translated([&] {
-    return std::make_unique<Group>(
-        meeting, GroupOptions{rank, world_size, name, options_->shm_dir, options_->timeout});
-  });
-  mailbox_ = std::make_unique<Mailbox>(*group_);
+  transport_ = make_transport(store,
+                              {rank, world_size, name, options_->shm_dir, options_->timeout,
+                               members_of(options_->global_ranks_in_group)},
+                              host_of_rank, wire);
+  group_ = &transport_->group();
   init();
   std::lock_guard<std::mutex> lock(backends_mutex);
   backends().push_back(this);
@@ -57,7 +50,7 @@ Backend::~Backend() {
   close(Milliseconds(30000));
   if (!group_->forked()) return;
   // The threads stayed in the parent: here they can be neither joined nor detached.
-  static_cast<void>(mailbox_.release());
+  static_cast<void>(transport_.release());
   static_cast<void>(queue_.release());
 }
 
@@ -66,16 +59,16 @@ void Backend::close(Milliseconds limit) {
   // The queue's thread may need the GIL to end a callback.
   std::optional<pybind11::gil_scoped_release> no_gil;
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
+  std::lock_guard<std::mutex> lock(close_mutex_);
   const auto end = Clock::now() + limit;
-  auto idle = [&] { return queue_->idle() && mailbox_->idle() && callbacks_->idle(); };
+  auto idle = [&] { return queue_->idle() && transport_->idle() && callbacks_->idle(); };
   while (!group_->failed() && !idle()) {
     if (Clock::now() >= end) group_->abort("it left with operations unfinished");
     std::this_thread::sleep_for(Milliseconds(1));
   }
   callbacks_->stop();
   queue_->stop();
-  mailbox_->stop();
-  group_->close();
+  transport_->close();
 }
 
 std::shared_ptr<SymmetricHeap> heap_of_world() {
@@ -102,14 +95,13 @@ void close_all_backends(Milliseconds limit) {
 Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Job job) {
   return translated([&]() -> WorkPtr {
     group_->check();
-    auto work = c10::make_intrusive<Work>(type, std::move(outputs), callbacks_);
-    if (async || coalescing_) {
-      queue_->run_async(work, std::move(job));
-      if (coalescing_) coalesced_.push_back(work);
-    } else {
+    if (!async && !coalescing_) {
       queue_->run_sync(job);
-      work->complete();
+      return nullptr;  // how c10d says that nothing is left to wait for
     }
+    auto work = c10::make_intrusive<Work>(type, std::move(outputs), callbacks_);
+    queue_->run_async(work, std::move(job));
+    if (coalescing_) coalesced_.push_back(work);
     return work;
   });
 }
@@ -128,18 +120,39 @@ Backend::WorkPtr Backend::endCoalescing() {
   return c10::make_intrusive<WorkBatch>(std::exchange(coalesced_, {}));
 }
 
+c10::intrusive_ptr<Backend::Options> Backend::options_of(
+    const c10d::Backend::Options& options) const {
+  auto copy = c10::make_intrusive<Options>(*options_);
+  copy->timeout = options.timeout;
+  copy->group_name = options.group_name;
+  copy->group_desc = options.group_desc;
+  copy->global_ranks_in_group = options.global_ranks_in_group;
+  return copy;
+}
+
+c10::intrusive_ptr<c10d::Backend> Backend::create(const c10::intrusive_ptr<c10d::Store>& store,
+                                                  int rank, int world_size,
+                                                  const c10::intrusive_ptr<Options>& options) {
+  const pybind11::gil_scoped_acquire gil;  // Python knows which ranks are on which host
+  return pybind11::module_::import("primitives.backend")
+      .attr("create")(store, rank, world_size, options)
+      .cast<c10::intrusive_ptr<Backend>>();
+}
+
 c10::intrusive_ptr<c10d::Backend> Backend::split(
     const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
     const c10::intrusive_ptr<c10d::Backend::Options>& options) {
   const auto mine = std::find(ranks.begin(), ranks.end(), getRank());
   if (mine == ranks.end()) return nullptr;
-  auto copy = c10::make_intrusive<Options>(*options_);
-  copy->timeout = options->timeout;
-  copy->group_name = options->group_name;
-  copy->group_desc = options->group_desc;
-  copy->global_ranks_in_group = options->global_ranks_in_group;
-  return c10::make_intrusive<Backend>(store, static_cast<int>(mine - ranks.begin()),
-                                      static_cast<int>(ranks.size()), std::move(copy));
+  return create(store, static_cast<int>(mine - ranks.begin()), static_cast<int>(ranks.size()),
+                options_of(*options));
+}
+
+c10::intrusive_ptr<c10d::Backend> Backend::merge(
+    const c10::intrusive_ptr<c10d::Store>& store,
+    const c10::intrusive_ptr<c10d::Backend::Options>& options, const int& rank,
+    const int& world_size) {
+  return create(store, rank, world_size, options_of(*options));
 }
 
 c10d::ErrorType Backend::getError() {

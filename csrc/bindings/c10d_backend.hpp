@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -10,8 +11,7 @@
 #include "bindings/c10d_errors.hpp"
 #include "bindings/c10d_tensors.hpp"
 #include "bindings/c10d_work.hpp"
-#include "transport/group.hpp"
-#include "transport/mailbox.hpp"
+#include "collectives/transport.hpp"
 
 namespace primitives {
 
@@ -27,13 +27,16 @@ class Backend : public c10d::Backend {
     std::string shm_dir = "/dev/shm";
   };
 
-  // Collective over the ranks of the group.
+  // Collective over the ranks of the group. `wire`: connects all of them when they run on several
+  // hosts, those of `host_of_rank`; else null.
   Backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-          c10::intrusive_ptr<Options> options);
+          c10::intrusive_ptr<Options> options, const std::vector<std::string>& host_of_rank,
+          const c10::intrusive_ptr<c10d::Backend>& wire);
   ~Backend() override;
 
   WorkPtr broadcast(Tensors&, const c10d::BroadcastOptions&) override;
   WorkPtr allreduce(Tensors&, const c10d::AllreduceOptions&) override;
+  WorkPtr allreduce_sparse(Tensors&, const c10d::AllreduceOptions&) override;
   WorkPtr allreduce_coalesced(Tensors&, const c10d::AllreduceCoalescedOptions&) override;
   WorkPtr reduce(Tensors&, const c10d::ReduceOptions&) override;
   WorkPtr allgather(TensorLists&, Tensors&, const c10d::AllgatherOptions&) override;
@@ -85,9 +88,12 @@ class Backend : public c10d::Backend {
   c10::intrusive_ptr<c10d::Backend> split(
       const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
       const c10::intrusive_ptr<c10d::Backend::Options>& options) override;
+  c10::intrusive_ptr<c10d::Backend> merge(const c10::intrusive_ptr<c10d::Store>& store,
+                                          const c10::intrusive_ptr<c10d::Backend::Options>& options,
+                                          const int& rank, const int& world_size) override;
   void setTimeout(Milliseconds timeout) override { options_->timeout = timeout; }
   void setSequenceNumberForGroup() override {}  // the transport counts for itself
-  uint64_t getSequenceNumberForGroup() override { return group_->seq(); }
+  uint64_t getSequenceNumberForGroup() override { return transport_->seq(); }
   c10d::ErrorType getError() override;
   void abort() override;
   void shutdown() override { close(Milliseconds(30000)); }
@@ -107,13 +113,26 @@ class Backend : public c10d::Backend {
   Job all_gather_list(const Tensors& out, const at::Tensor& in, Milliseconds timeout);
   Job reduce_scatter_from(const at::Tensor& out, const at::Tensor& in, const c10d::ReduceOp& op,
                           Milliseconds timeout);
+  Job all_reduce_sparse(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
+  std::string find_missing(const std::string& round, Milliseconds timeout,
+                           Clock::time_point deadline, bool wait_all_ranks);
   Job all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op, Milliseconds timeout);
 
+  static c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store,
+                                                  int rank, int world_size,
+                                                  const c10::intrusive_ptr<Options>& options);
+  void check_one_host(const std::string& what) const;
+  // The options of a group made from this one.
+  c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
+
+  c10::intrusive_ptr<c10d::Store> store_;
   c10::intrusive_ptr<Options> options_;
-  std::unique_ptr<Group> group_;
-  std::unique_ptr<Mailbox> mailbox_;
+  uint64_t num_monitored_ = 0;  // monitored barriers so far
+  std::unique_ptr<Transport> transport_;
+  Group* group_ = nullptr;  // the part of the transport on this host
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
+  std::mutex close_mutex_;
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;
 };

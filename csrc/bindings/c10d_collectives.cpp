@@ -15,26 +15,55 @@ void check_list(size_t got, int expected, const char* what) {
                               std::to_string(expected) + ", got " + std::to_string(got));
 }
 
-std::vector<Part> parts_of(const std::vector<Output>& outputs) {
+using StagedTensors = std::vector<StagedTensor>;
+
+std::vector<Part> parts_of(const StagedTensors& buffers) {
   std::vector<Part> parts;
-  for (const Output& output : outputs) parts.push_back(output.part());
+  for (const StagedTensor& buffer : buffers) parts.push_back(buffer.part());
   return parts;
 }
 
-void store_all(std::vector<Output>& outputs) {
-  for (Output& output : outputs) output.store();
+void load_all(StagedTensors& buffers) {
+  for (StagedTensor& buffer : buffers) buffer.load();
+}
+
+void store_all(StagedTensors& buffers) {
+  for (StagedTensor& buffer : buffers) buffer.store();
+}
+
+// The inputs of a list, of the dtype of `like`.
+StagedTensors inputs_of(const std::vector<at::Tensor>& tensors, const at::Tensor& like,
+                        const char* what) {
+  StagedTensors inputs;
+  for (const at::Tensor& tensor : tensors) {
+    check_same_dtype(tensor, like, what);
+    inputs.emplace_back(tensor);
+  }
+  return inputs;
 }
 
 // The outputs of a list, kept apart from the inputs that are still read while they are written.
-std::vector<Output> outputs_of(const std::vector<at::Tensor>& tensors, const at::Tensor& like,
-                               const std::vector<at::Tensor>& inputs, const char* what) {
-  std::vector<Output> outputs;
+StagedTensors outputs_of(const std::vector<at::Tensor>& tensors, const at::Tensor& like,
+                         const StagedTensors& inputs, const char* what) {
+  StagedTensors outputs;
   for (const at::Tensor& tensor : tensors) {
     check_same_dtype(tensor, like, what);
+    check_writable(tensor, what);
     outputs.emplace_back(tensor);
-    for (const at::Tensor& input : inputs) outputs.back().keep_apart(input);
+    for (const StagedTensor& input : inputs) outputs.back().keep_apart(input);
   }
   return outputs;
+}
+
+// A tensor that one rank reads and another writes.
+void check_in_place(const at::Tensor& tensor, bool written, const char* what) {
+  written ? check_writable(tensor, what) : check_tensor(tensor, what);
+}
+
+int64_t total_numel(const std::vector<at::Tensor>& tensors) {
+  int64_t numel = 0;
+  for (const at::Tensor& tensor : tensors) numel += tensor.numel();
+  return numel;
 }
 
 void check_root(int64_t root, int world_size, const char* op) {
@@ -51,15 +80,16 @@ Backend::Job Backend::all_gather_into(const at::Tensor& out, const at::Tensor& i
                                       Milliseconds timeout) {
   check_tensor(in, "all_gather: input");
   check_same_dtype(out, in, "all_gather: output");
+  check_writable(out, "all_gather: output");
   check_numel(out, in.numel() * getSize(), "all_gather: output");
-  const at::Tensor source = readable(in);
-  Output result(out);
+  StagedTensor source(in), result(out);
   // FSDP gathers in place: the input may be this rank's part of the output.
-  result.keep_apart(source, static_cast<char*>(result.data()) + getRank() * source.nbytes());
+  result.keep_apart(source, result.data() + getRank() * source.nbytes());
   const Call call = make_call(Op::kAllGather, in, in.numel());
   return [=, this]() mutable {
     const auto parts = cut(result.memory(), getSize(), {}, "all_gather");
-    primitives::all_gather(*group_, call, source.data_ptr(), source.nbytes(), parts, timeout);
+    source.load();
+    transport_->all_gather(call, source.data(), source.nbytes(), parts, timeout);
     result.store();
   };
 }
@@ -68,14 +98,14 @@ Backend::Job Backend::all_gather_list(const Tensors& out, const at::Tensor& in,
                                       Milliseconds timeout) {
   check_tensor(in, "all_gather: input");
   check_list(out.size(), getSize(), "all_gather: outputs");
-  const at::Tensor source = readable(in);
-  auto results = outputs_of(out, in, {source}, "all_gather: output");
+  StagedTensor source(in);
+  StagedTensors results = outputs_of(out, in, {source}, "all_gather: output");
   check_numel(out[getRank()], in.numel(), "all_gather: this rank's output");
   Call call = make_call(Op::kAllGather, in, in.numel());
   call.has_counts = true;
   return [=, this]() mutable {
-    primitives::all_gather(*group_, call, source.data_ptr(), source.nbytes(), parts_of(results),
-                           timeout);
+    source.load();
+    transport_->all_gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
     store_all(results);
   };
 }
@@ -135,12 +165,13 @@ Backend::WorkPtr Backend::allgather_into_tensor_coalesced(Tensors& out, Tensors&
 
 Backend::Job Backend::all_reduce_one(const at::Tensor& tensor, const c10d::ReduceOp& op,
                                      Milliseconds timeout) {
-  check_tensor(tensor, "all_reduce");
+  check_writable(tensor, "all_reduce");
   Call call = make_call(Op::kAllReduce, tensor, tensor.numel());
   const Reduction reduction = make_reduction(call, tensor, op, getSize());
-  Output data(tensor, /*load=*/true);
+  StagedTensor data(tensor);
   return [=, this]() mutable {
-    primitives::all_reduce(*group_, call, data.data(), data.part().nbytes, reduction, timeout);
+    data.load();
+    transport_->all_reduce(call, data.data(), data.nbytes(), reduction, timeout);
     data.store();
   };
 }
@@ -148,8 +179,18 @@ Backend::Job Backend::all_reduce_one(const at::Tensor& tensor, const c10d::Reduc
 Backend::WorkPtr Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) {
   return translated([&] {
     const at::Tensor& tensor = only(tensors, "all_reduce");
+    if (tensor.layout() == at::kSparse) return allreduce_sparse(tensors, options);
     return run(OpType::ALLREDUCE, options.asyncOp, tensors,
                all_reduce_one(tensor, options.reduceOp, resolve(options.timeout)));
+  });
+}
+
+Backend::WorkPtr Backend::allreduce_sparse(Tensors& tensors,
+                                           const c10d::AllreduceOptions& options) {
+  return translated([&] {
+    const at::Tensor& tensor = only(tensors, "all_reduce");
+    return run(OpType::_ALLREDUCE_SPARSE, options.asyncOp, tensors,
+               all_reduce_sparse(tensor, options.reduceOp, resolve(options.timeout)));
   });
 }
 
@@ -169,14 +210,15 @@ Backend::WorkPtr Backend::allreduce_coalesced(Tensors& tensors,
 Backend::WorkPtr Backend::reduce(Tensors& tensors, const c10d::ReduceOptions& options) {
   return translated([&] {
     const at::Tensor& tensor = only(tensors, "reduce");
-    check_tensor(tensor, "reduce");
     check_root(options.rootRank, getSize(), "reduce");
+    check_in_place(tensor, getRank() == options.rootRank, "reduce");
     Call call = make_call(Op::kReduce, tensor, tensor.numel(), static_cast<int>(options.rootRank));
     const Reduction reduction = make_reduction(call, tensor, options.reduceOp, getSize());
-    Output data(tensor, /*load=*/true);
+    StagedTensor data(tensor);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::REDUCE, options.asyncOp, tensors, [=, this]() mutable {
-      primitives::reduce(*group_, call, data.data(), data.part().nbytes, reduction, timeout);
+      data.load();
+      transport_->reduce(call, data.data(), data.nbytes(), reduction, timeout);
       if (getRank() == call.root) data.store();
     });
   });
@@ -186,17 +228,17 @@ Backend::Job Backend::reduce_scatter_from(const at::Tensor& out, const at::Tenso
                                           const c10d::ReduceOp& op, Milliseconds timeout) {
   check_tensor(in, "reduce_scatter: input");
   check_same_dtype(out, in, "reduce_scatter: output");
+  check_writable(out, "reduce_scatter: output");
   check_numel(in, out.numel() * getSize(), "reduce_scatter: input");
   Call call = make_call(Op::kReduceScatter, in, in.numel());
   const Reduction reduction = make_reduction(call, in, op, getSize());
-  const at::Tensor source = readable(in);
-  Output result(out);
-  const auto parts = cut(source, getSize(), {}, "reduce_scatter: input");
+  StagedTensor source(in), result(out);
+  const auto parts = cut(source.memory(), getSize(), {}, "reduce_scatter: input");
   if (result.data() != parts[getRank()].data) result.keep_apart(source);
   return [=, this]() mutable {
-    primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+    source.load();
+    transport_->reduce_scatter(call, parts, result.data(), reduction, timeout);
     result.store();
-    static_cast<void>(source);  // kept alive: the parts point into it
   };
 }
 
@@ -227,31 +269,23 @@ Backend::WorkPtr Backend::reduce_scatter(Tensors& out, TensorLists& in,
                                          const c10d::ReduceScatterOptions& options) {
   return translated([&] {
     const at::Tensor& target = only(out, "reduce_scatter");
-    check_tensor(target, "reduce_scatter: output");
+    check_writable(target, "reduce_scatter: output");
     check_list(in.size(), 1, "reduce_scatter: input lists");
     check_list(in[0].size(), getSize(), "reduce_scatter: inputs");
     check_numel(in[0][getRank()], target.numel(), "reduce_scatter: this rank's input");
-    Tensors sources;
-    std::vector<Part> parts;
-    int64_t numel = 0;
-    for (const at::Tensor& tensor : in[0]) {
-      check_same_dtype(tensor, target, "reduce_scatter: input");
-      sources.push_back(readable(tensor));
-      parts.push_back(part_of(sources.back()));
-      numel += tensor.numel();
-    }
-    Call call = make_call(Op::kReduceScatter, target, numel);
+    StagedTensors sources = inputs_of(in[0], target, "reduce_scatter: input");
+    Call call = make_call(Op::kReduceScatter, target, total_numel(in[0]));
     call.has_counts = true;
     const Reduction reduction = make_reduction(call, target, options.reduceOp, getSize());
-    Output result(target);
+    StagedTensor result(target);
     for (int r = 0; r < getSize(); r++) {
       result.keep_apart(sources[r], r == getRank() ? result.data() : nullptr);
     }
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::REDUCE_SCATTER, options.asyncOp, out, [=, this]() mutable {
-      primitives::reduce_scatter(*group_, call, parts, result.data(), reduction, timeout);
+      load_all(sources);
+      transport_->reduce_scatter(call, parts_of(sources), result.data(), reduction, timeout);
       result.store();
-      static_cast<void>(sources);  // kept alive: the parts point into them
     });
   });
 }
@@ -261,14 +295,15 @@ Backend::WorkPtr Backend::reduce_scatter(Tensors& out, TensorLists& in,
 Backend::WorkPtr Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
   return translated([&] {
     const at::Tensor& tensor = only(tensors, "broadcast");
-    check_tensor(tensor, "broadcast");
     check_root(options.rootRank, getSize(), "broadcast");
+    check_in_place(tensor, getRank() != options.rootRank, "broadcast");
     const int root = static_cast<int>(options.rootRank);
     const Call call = make_call(Op::kBroadcast, tensor, tensor.numel(), root);
-    Output data(tensor, /*load=*/getRank() == root);
+    StagedTensor data(tensor);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::BROADCAST, options.asyncOp, tensors, [=, this]() mutable {
-      primitives::broadcast(*group_, call, data.data(), data.part().nbytes, timeout);
+      if (getRank() == root) data.load();
+      transport_->broadcast(call, data.data(), data.nbytes(), timeout);
       if (getRank() != root) data.store();
     });
   });
@@ -281,8 +316,8 @@ Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in,
     check_tensor(tensor, "gather: input");
     check_root(options.rootRank, getSize(), "gather");
     const int root = static_cast<int>(options.rootRank);
-    const at::Tensor source = readable(tensor);
-    std::vector<Output> results;
+    StagedTensor source(tensor);
+    StagedTensors results;
     Tensors targets;
     if (getRank() == root) {
       check_list(out.size(), 1, "gather: output lists");
@@ -294,8 +329,8 @@ Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in,
     const Call call = make_call(Op::kGather, tensor, tensor.numel(), root);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::GATHER, options.asyncOp, targets, [=, this]() mutable {
-      primitives::gather(*group_, call, source.data_ptr(), source.nbytes(), parts_of(results),
-                         timeout);
+      source.load();
+      transport_->gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
       store_all(results);
     });
   });
@@ -305,29 +340,24 @@ Backend::WorkPtr Backend::scatter(Tensors& out, TensorLists& in,
                                   const c10d::ScatterOptions& options) {
   return translated([&] {
     const at::Tensor& target = only(out, "scatter");
-    check_tensor(target, "scatter: output");
+    check_writable(target, "scatter: output");
     check_root(options.rootRank, getSize(), "scatter");
     const int root = static_cast<int>(options.rootRank);
-    Output result(target);
-    Tensors sources;
-    std::vector<Part> parts;
+    StagedTensor result(target);
+    StagedTensors sources;
     if (getRank() == root) {
       check_list(in.size(), 1, "scatter: input lists");
       check_list(in[0].size(), getSize(), "scatter: inputs");
-      for (const at::Tensor& tensor : in[0]) {
-        check_same_dtype(tensor, target, "scatter: input");
-        check_numel(tensor, target.numel(), "scatter: input");
-        sources.push_back(readable(tensor));
-        parts.push_back(part_of(sources.back()));
-        result.keep_apart(sources.back());
-      }
+      for (const at::Tensor& tensor : in[0]) check_numel(tensor, target.numel(), "scatter: input");
+      sources = inputs_of(in[0], target, "scatter: input");
+      for (const StagedTensor& source : sources) result.keep_apart(source);
     }
     const Call call = make_call(Op::kScatter, target, target.numel(), root);
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::SCATTER, options.asyncOp, out, [=, this]() mutable {
-      primitives::scatter(*group_, call, parts, result.data(), result.part().nbytes, timeout);
+      load_all(sources);
+      transport_->scatter(call, parts_of(sources), result.data(), result.nbytes(), timeout);
       result.store();
-      static_cast<void>(sources);  // kept alive: the parts point into them
     });
   });
 }
@@ -339,18 +369,18 @@ Backend::WorkPtr Backend::alltoall_base(at::Tensor& out, at::Tensor& in,
   return translated([&] {
     check_tensor(in, "all_to_all: input");
     check_same_dtype(out, in, "all_to_all: output");
-    const at::Tensor source = readable(in);
-    Output result(out);
+    check_writable(out, "all_to_all: output");
+    StagedTensor source(in), result(out);
     result.keep_apart(source);
-    const auto from = cut(source, getSize(), in_splits, "all_to_all: input");
+    const auto from = cut(source.memory(), getSize(), in_splits, "all_to_all: input");
     const auto to = cut(result.memory(), getSize(), out_splits, "all_to_all: output");
     Call call = make_call(Op::kAllToAll, in, in.numel());
     call.has_counts = true;  // one rank's splits may be even where another's are not
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::ALLTOALL_BASE, options.asyncOp, {out}, [=, this]() mutable {
-      primitives::all_to_all(*group_, call, from, to, timeout);
+      source.load();
+      transport_->all_to_all(call, from, to, timeout);
       result.store();
-      static_cast<void>(source);  // kept alive: the parts point into it
     });
   });
 }
@@ -360,37 +390,22 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
   return translated([&] {
     check_list(in.size(), getSize(), "all_to_all: inputs");
     check_list(out.size(), getSize(), "all_to_all: outputs");
-    Tensors sources;
-    std::vector<Part> from;
-    int64_t numel = 0;
-    for (const at::Tensor& tensor : in) {
-      check_same_dtype(tensor, in[0], "all_to_all: input");
-      sources.push_back(readable(tensor));
-      from.push_back(part_of(sources.back()));
-      numel += tensor.numel();
-    }
-    auto results = outputs_of(out, in[0], sources, "all_to_all: output");
-    Call call = make_call(Op::kAllToAll, in[0], numel);
+    StagedTensors sources = inputs_of(in, in[0], "all_to_all: input");
+    StagedTensors results = outputs_of(out, in[0], sources, "all_to_all: output");
+    Call call = make_call(Op::kAllToAll, in[0], total_numel(in));
     call.has_counts = true;
     const Milliseconds timeout = resolve(options.timeout);
     return run(OpType::ALLTOALL, options.asyncOp, out, [=, this]() mutable {
-      primitives::all_to_all(*group_, call, from, parts_of(results), timeout);
+      load_all(sources);
+      transport_->all_to_all(call, parts_of(sources), parts_of(results), timeout);
       store_all(results);
-      static_cast<void>(sources);  // kept alive: the parts point into them
     });
   });
 }
 
 Backend::WorkPtr Backend::barrier(const c10d::BarrierOptions& options) {
   const Milliseconds timeout = resolve(options.timeout);
-  return run(OpType::BARRIER, options.asyncOp, {},
-             [=, this] { primitives::barrier(*group_, timeout); });
-}
-
-void Backend::monitoredBarrier(const c10d::BarrierOptions& options, bool) {
-  c10d::BarrierOptions synchronous = options;
-  synchronous.asyncOp = false;
-  barrier(synchronous);
+  return run(OpType::BARRIER, options.asyncOp, {}, [=, this] { transport_->barrier(timeout); });
 }
 
 }  // namespace primitives

@@ -29,6 +29,8 @@ PyObject* type_of(Failure failure) {
 
 }  // namespace
 
+bool PythonError::is_timeout() const { return type_ == error_types.timeout; }
+
 void register_errors(pybind11::module_&) {
   namespace py = pybind11;
   const auto errors = py::module_::import("primitives.errors");

@@ -14,6 +14,7 @@ class PythonError : public torch::PyTorchError {
  public:
   PythonError(PyObject* type, const std::string& what) : torch::PyTorchError(what), type_(type) {}
   PyObject* python_type() override { return type_; }
+  bool is_timeout() const;
 
  private:
   PyObject* type_;

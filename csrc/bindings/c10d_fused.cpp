@@ -131,6 +131,7 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
                                           std::vector<int64_t> numels, bool async) {
   const std::string what = "fused all_gather";
   return translated([&] {
+    check_one_host(what);
     check_lengths(shards, fulls, what);
     if (shards.empty()) throw std::invalid_argument(what + ": expected a shard, got none");
     check_memory(shards, what + ": shards");
@@ -172,6 +173,13 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
   });
 }
 
+void Backend::check_one_host(const std::string& what) const {
+  if (group_->world_size() == getSize()) return;
+  throw std::invalid_argument(what + ": expected a group whose ranks share one host, got " +
+                              std::to_string(group_->world_size()) + " of " +
+                              std::to_string(getSize()) + " ranks on this one");
+}
+
 Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
                                               std::vector<int64_t> numels, double factor,
                                               bool accumulate,
@@ -179,6 +187,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
                                               bool async) {
   const std::string what = "fused reduce_scatter";
   return translated([&] {
+    check_one_host(what);
     check_lengths(shards, fulls, what);
     if (shards.empty()) throw std::invalid_argument(what + ": expected a full tensor, got none");
     check_memory(fulls, what + ": fulls");
@@ -239,6 +248,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
 
 at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype) {
   return translated([&] {
+    check_one_host("empty");
     const int64_t numel = c10::multiply_integers(shape);
     const Call call = make_call(Op::kEmpty, at::empty({0}, dtype), numel);
     void* data = nullptr;

@@ -10,7 +10,7 @@ namespace {
 
 Envelope envelope_of(const at::Tensor& tensor, int tag) {
   const Call call = make_call(Op::kSend, tensor, tensor.numel());
-  Envelope envelope{tensor.nbytes(), tag, ""};
+  Envelope envelope{tensor.nbytes(), call.numel, tag, ""};
   std::snprintf(envelope.dtype, sizeof envelope.dtype, "%s", call.dtype);
   return envelope;
 }
@@ -38,10 +38,11 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
     const at::Tensor& tensor = only(tensors, "send");
     check_tensor(tensor, "send");
     check_peer(dst, getSize(), "send");
-    const at::Tensor source = readable(tensor);
+    StagedTensor source(tensor);
+    source.load();
     auto work = c10::make_intrusive<Work>(c10d::OpType::SEND, tensors, callbacks_);
-    mailbox_->send(
-        source.data_ptr(), envelope_of(source, tag), dst, options_->timeout,
+    transport_->send(
+        source.data(), envelope_of(tensor, tag), dst, options_->timeout,
         [work, source](std::exception_ptr error, int) { work->complete(as_python_error(error)); });
     if (coalescing_) coalesced_.push_back(work);
     return work;
@@ -50,20 +51,20 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
 
 Backend::WorkPtr Backend::receive(Tensors& tensors, int src, int tag) {
   const at::Tensor& tensor = only(tensors, "recv");
-  check_tensor(tensor, "recv");
+  check_writable(tensor, "recv");
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
   auto work = c10::make_intrusive<Work>(type, tensors, callbacks_);
-  Output result(tensor);
-  mailbox_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
-                 [work, result](std::exception_ptr error, int from) mutable {
-                   try {
-                     if (!error) result.store();
-                   } catch (...) {
-                     error = std::current_exception();
-                   }
-                   work->set_source_rank(from);
-                   work->complete(as_python_error(error));
-                 });
+  StagedTensor result(tensor);
+  transport_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
+                   [work, result](std::exception_ptr error, int from) mutable {
+                     try {
+                       if (!error) result.store();
+                     } catch (...) {
+                       error = std::current_exception();
+                     }
+                     work->set_source_rank(from);
+                     work->complete(as_python_error(error));
+                   });
   if (coalescing_) coalesced_.push_back(work);
   return work;
 }

@@ -1,7 +1,11 @@
 #include "bindings/c10d_tensors.hpp"
 
+#include <ATen/EmptyTensor.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
+#include <utility>
 
 namespace primitives {
 namespace {
@@ -28,6 +32,18 @@ std::string dtype_name(at::ScalarType type) {
       return "int64";
     case at::kBool:
       return "bool";
+    case at::kUInt16:
+      return "uint16";
+    case at::kUInt32:
+      return "uint32";
+    case at::kUInt64:
+      return "uint64";
+    case at::kComplexHalf:
+      return "complex32";
+    case at::kComplexFloat:
+      return "complex64";
+    case at::kComplexDouble:
+      return "complex128";
     default:  // names of the rest, as torch spells them
       return c10::toString(type);
   }
@@ -45,6 +61,7 @@ int reducible(at::ScalarType type) {
     case at::kComplexDouble:
       return static_cast<int>(DType::kFloat64);
     case at::kHalf:
+    case at::kComplexHalf:
       return static_cast<int>(DType::kFloat16);
     case at::kBFloat16:
       return static_cast<int>(DType::kBFloat16);
@@ -58,6 +75,12 @@ int reducible(at::ScalarType type) {
       return static_cast<int>(DType::kInt32);
     case at::kLong:
       return static_cast<int>(DType::kInt64);
+    case at::kUInt16:
+      return static_cast<int>(DType::kUInt16);
+    case at::kUInt32:
+      return static_cast<int>(DType::kUInt32);
+    case at::kUInt64:
+      return static_cast<int>(DType::kUInt64);
     case at::kBool:
       return static_cast<int>(DType::kBool);
     default:
@@ -92,7 +115,62 @@ ReduceOp reduce_op_of(const c10d::ReduceOp& op) {
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg();
+  return tensor.is_contiguous() && !tensor.is_conj() && !tensor.is_neg() &&
+         reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
+}
+
+at::Tensor temporary_like(const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;
+  return at::empty(tensor.sizes(), tensor.options().requires_grad(false));
+}
+
+// The same memory as numbers that torch can copy: it has types that it only holds.
+at::Tensor copyable(const at::Tensor& tensor) {
+  switch (tensor.element_size()) {
+    case 1:
+      return tensor.view(at::kByte);
+    case 2:
+      return tensor.view(at::kShort);
+    case 4:
+      return tensor.view(at::kInt);
+    case 8:
+      return tensor.view(at::kLong);
+    default:
+      return tensor;
+  }
+}
+
+void copy_values(const at::Tensor& to, const at::Tensor& from) {
+  // As the collectives write: without autograd, and whatever mode made the tensor.
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const bool lazy = to.is_conj() || to.is_neg() || from.is_conj() || from.is_neg();
+  lazy ? to.copy_(from) : copyable(to).copy_(copyable(from));
+}
+
+// Dimensions from the innermost on: each must step over all that the ones within it cover.
+bool elements_lie_apart(const at::Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); d++) {
+    if (tensor.size(d) == 0) return true;
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t covered = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= covered) return false;
+    covered += stride * (size - 1);
+  }
+  return true;
+}
+
+// Of what `tensor` needs, as far as its storage goes.
+bool has_storage(const at::Tensor& tensor) {
+  const size_t needed =
+      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                       static_cast<size_t>(tensor.storage_offset()));
+  return tensor.numel() == 0 || (tensor.has_storage() && tensor.storage().nbytes() >= needed &&
+                                 tensor.data_ptr() != nullptr);
 }
 
 }  // namespace
@@ -107,6 +185,22 @@ void check_tensor(const at::Tensor& tensor, const std::string& what) {
     throw std::invalid_argument(what + ": expected a dense tensor, got a " +
                                 c10::str(tensor.layout()) + " one");
   }
+  if (tensor.is_quantized() || tensor.is_nested() || tensor._is_zerotensor()) {
+    throw std::invalid_argument(what + ": expected plain elements, got a " + tensor.toString() +
+                                " (quantized, nested or without values)");
+  }
+  if (!has_storage(tensor)) {
+    throw std::invalid_argument(what + ": expected memory for shape " + shape_of(tensor) +
+                                ", got a tensor whose storage was freed");
+  }
+}
+
+void check_writable(const at::Tensor& tensor, const std::string& what) {
+  check_tensor(tensor, what);
+  if (elements_lie_apart(tensor)) return;
+  throw std::invalid_argument(what + ": expected a place for each element, got shape " +
+                              shape_of(tensor) + " with strides " + c10::str(tensor.strides()) +
+                              ", where elements share memory");
 }
 
 void check_same_dtype(const at::Tensor& tensor, const at::Tensor& other, const std::string& what) {
@@ -128,35 +222,23 @@ at::Tensor& only(std::vector<at::Tensor>& tensors, const char* op) {
                               std::to_string(tensors.size()));
 }
 
-at::Tensor readable(const at::Tensor& tensor) {
-  if (is_plain(tensor)) return tensor;
-  const at::NoGradGuard no_grad;
-  return tensor.detach().resolve_conj().resolve_neg().contiguous();
-}
+StagedTensor::StagedTensor(const at::Tensor& tensor)
+    : tensor_(tensor), memory_(is_plain(tensor) ? tensor : temporary_like(tensor)) {}
 
-Output::Output(const at::Tensor& tensor, bool load) : tensor_(tensor), memory_(tensor) {
-  if (is_plain(tensor)) return;
-  const at::NoGradGuard no_grad;
-  memory_ = at::empty(tensor.sizes(), tensor.options().requires_grad(false));
-  if (load) memory_.copy_(tensor.detach());
-}
-
-void Output::keep_apart(const at::Tensor& input, const void* allowed_at) {
-  const char *begin = static_cast<const char*>(memory_.data_ptr()), *end = begin + memory_.nbytes();
-  const char *from = static_cast<const char*>(input.data_ptr()), *to = from + input.nbytes();
+void StagedTensor::keep_apart(const StagedTensor& input, const void* allowed_at) {
+  const char *begin = data(), *end = begin + nbytes();
+  const char *from = input.data(), *to = from + input.nbytes();
   if (to <= begin || end <= from || from == allowed_at) return;
-  const at::NoGradGuard no_grad;
-  memory_ = at::empty(tensor_.sizes(), tensor_.options().requires_grad(false));
+  memory_ = temporary_like(tensor_);
 }
 
-void Output::store() {
-  if (memory_.is_same(tensor_)) return;
-  // As the collectives write: without autograd, and whatever mode made the tensor.
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  tensor_.copy_(memory_);
+void StagedTensor::load() {
+  if (!memory_.is_same(tensor_)) copy_values(memory_, tensor_);
 }
 
-Part part_of(const at::Tensor& tensor) { return {tensor.data_ptr(), tensor.nbytes()}; }
+void StagedTensor::store() {
+  if (!memory_.is_same(tensor_)) copy_values(tensor_, memory_);
+}
 
 std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t>& counts,
                       const std::string& what) {
@@ -193,40 +275,50 @@ std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t
   return parts;
 }
 
-Call make_call(Op op, const at::Tensor& tensor, int64_t numel, int root) {
+Call make_call(Op op, at::ScalarType dtype, uint64_t numel, int root) {
   Call call;
   call.op = op;
-  std::snprintf(call.dtype, sizeof call.dtype, "%s", dtype_name(tensor.scalar_type()).c_str());
-  call.itemsize = static_cast<uint32_t>(tensor.element_size());
-  call.numel = static_cast<uint64_t>(numel);
+  std::snprintf(call.dtype, sizeof call.dtype, "%s", dtype_name(dtype).c_str());
+  call.itemsize = static_cast<uint32_t>(c10::elementSize(dtype));
+  call.numel = numel;
   call.root = root;
   return call;
 }
 
-Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
+Call make_call(Op op, const at::Tensor& tensor, int64_t numel, int root) {
+  return make_call(op, tensor.scalar_type(), static_cast<uint64_t>(numel), root);
+}
+
+Reduction make_reduction(Call& call, at::ScalarType dtype, ReduceOp op, double factor,
                          int world_size) {
-  call.reduce_op = reduce_op_of(op);
-  const int dtype = reducible(tensor.scalar_type());
-  const bool linear = call.reduce_op == ReduceOp::kSum || call.reduce_op == ReduceOp::kAvg ||
-                      call.reduce_op == ReduceOp::kPremulSum;
+  call.reduce_op = op;
+  const int plain = reducible(dtype);
+  const bool complex = c10::isComplexType(dtype);
+  const bool linear = op == ReduceOp::kSum || op == ReduceOp::kAvg || op == ReduceOp::kPremulSum;
   Reduction reduction;
-  if (dtype >= 0 && (linear || !tensor.is_complex())) {
-    reduction.kernel = find_reduce(static_cast<DType>(dtype), call.reduce_op);
+  if (plain >= 0 && (linear || !complex)) {
+    reduction.dtype = static_cast<DType>(plain);
+    reduction.op = op;
+    reduction.kernel = find_reduce(reduction.dtype, op);
   }
   if (reduction.kernel == nullptr) {
-    throw std::invalid_argument(std::string(op_name(call.op)) + ": " +
-                                reduce_op_name(call.reduce_op) + " is not defined for " +
-                                call.dtype);
+    throw std::invalid_argument(std::string(op_name(call.op)) + ": " + reduce_op_name(op) +
+                                " is not defined for " + call.dtype);
   }
-  reduction.itemsize = tensor.element_size() / (tensor.is_complex() ? 2 : 1);
+  reduction.itemsize = call.itemsize / (complex ? 2 : 1);
   reduction.factor = world_size;
-  if (call.reduce_op == ReduceOp::kPremulSum) {
-    const auto& by = dynamic_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
-    reduction.factor =
-        by.tensor_factor.defined() ? by.tensor_factor.item<double>() : by.double_factor;
-    call.factor = reduction.factor;
-  }
+  if (op == ReduceOp::kPremulSum) reduction.factor = call.factor = factor;
   return reduction;
+}
+
+Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
+                         int world_size) {
+  double factor = 0;
+  if (op.op_ == c10d::ReduceOp::PREMUL_SUM) {
+    const auto& by = dynamic_cast<const c10d::NCCLPreMulSumSupplement&>(*op.supplement_);
+    factor = by.tensor_factor.defined() ? by.tensor_factor.item<double>() : by.double_factor;
+  }
+  return make_reduction(call, tensor.scalar_type(), reduce_op_of(op), factor, world_size);
 }
 
 }  // namespace primitives

@@ -13,6 +13,23 @@ c10::intrusive_ptr<c10::ivalue::Future> new_future() {
   return c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
 }
 
+// A future of torch's WorkResult, as a number: how `future` ended.
+c10::intrusive_ptr<c10::ivalue::Future> result_of(c10::ivalue::Future& future) {
+  return future.then(
+      [](c10::ivalue::Future& ended) {
+        auto result = c10d::WorkResult::SUCCESS;
+        try {
+          if (ended.hasError()) std::rethrow_exception(ended.exception_ptr());
+        } catch (const PythonError& error) {
+          result = error.is_timeout() ? c10d::WorkResult::TIMEOUT : c10d::WorkResult::COMM_ERROR;
+        } catch (...) {
+          result = c10d::WorkResult::COMM_ERROR;
+        }
+        return c10::IValue(static_cast<int64_t>(result));
+      },
+      c10::IntType::get());
+}
+
 [[noreturn]] void throw_wait_timeout(std::chrono::milliseconds timeout) {
   translated([&]() -> void {
     throw TransportError(Failure::kTimeout, "Work.wait: not done after " +
@@ -20,6 +37,17 @@ c10::intrusive_ptr<c10::ivalue::Future> new_future() {
                                                 " ms; the operation goes on");
   });
   std::abort();
+}
+
+// Waits until `done`, but for signals of the program: their handlers run in between.
+template <class Done>
+void wait_with_signals(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
+                       Done done) {
+  while (!changed.wait_for(lock, std::chrono::milliseconds(100), done)) {
+    lock.unlock();
+    check_signals();
+    lock.lock();
+  }
 }
 
 }  // namespace
@@ -31,7 +59,7 @@ bool Work::wait(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
   auto done = [&] { return completed_; };
   if (timeout == kNoTimeout) {
-    cv_.wait(lock, done);
+    wait_with_signals(cv_, lock, done);
   } else if (!cv_.wait_for(lock, timeout, done)) {
     lock.unlock();
     throw_wait_timeout(timeout);
@@ -59,6 +87,8 @@ c10::intrusive_ptr<c10::ivalue::Future> Work::getFuture() {
   }
   return future;
 }
+
+c10::intrusive_ptr<c10::ivalue::Future> Work::getFutureResult() { return result_of(*getFuture()); }
 
 void Work::complete(std::exception_ptr error) {
   std::unique_lock<std::mutex> lock(mutex_);
@@ -92,6 +122,13 @@ bool WorkBatch::isSuccess() const {
     if (!work->isSuccess()) return false;
   }
   return true;
+}
+
+std::exception_ptr WorkBatch::exception() const {
+  for (const auto& work : works_) {
+    if (auto error = work->exception()) return error;
+  }
+  return nullptr;
 }
 
 bool WorkBatch::wait(std::chrono::milliseconds timeout) {
@@ -130,10 +167,15 @@ c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFuture() {
   return future;
 }
 
+c10::intrusive_ptr<c10::ivalue::Future> WorkBatch::getFutureResult() {
+  return result_of(*getFuture());
+}
+
 void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
+  const Site* site = this_site();
   std::unique_lock<std::mutex> lock(mutex_);
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
-  entries_.push_back({std::move(work), std::move(job)});
+  entries_.push_back({std::move(work), std::move(job), site});
   if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
   changed_.notify_all();
 }
@@ -141,7 +183,7 @@ void WorkQueue::run_async(c10::intrusive_ptr<Work> work, Job job) {
 void WorkQueue::run_sync(const Job& job) {
   std::unique_lock<std::mutex> lock(mutex_);
   // Entries that are queued now go first: collectives keep the order of their calls.
-  changed_.wait(lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
+  wait_with_signals(changed_, lock, [&] { return stopping_ || (!busy_ && entries_.empty()); });
   if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
   busy_ = true;
   lock.unlock();
@@ -200,6 +242,7 @@ void WorkQueue::run_queued(std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     std::exception_ptr error;
     try {
+      const SiteScope site(entry.site);
       entry.job();
     } catch (...) {
       error = current_python_error();

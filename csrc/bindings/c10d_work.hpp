@@ -12,7 +12,8 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
-#include "bindings/callbacks.hpp"
+#include "transport/callbacks.hpp"
+#include "transport/caller.hpp"
 
 namespace primitives {
 
@@ -28,6 +29,7 @@ class Work : public c10d::Work {
   std::vector<at::Tensor> result() override { return outputs_; }
   int sourceRank() const override { return source_rank_; }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFutureResult() override;
 
   // Called once, by whoever ran it.
   void complete(std::exception_ptr error = nullptr);
@@ -47,10 +49,12 @@ class WorkBatch : public c10d::Work {
 
   bool isCompleted() override;
   bool isSuccess() const override;
+  std::exception_ptr exception() const override;
   bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
   void synchronize() override {}
   std::vector<at::Tensor> result() override;
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFutureResult() override;
 
  private:
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
@@ -74,6 +78,7 @@ class WorkQueue {
   struct Entry {
     c10::intrusive_ptr<Work> work;
     Job job;
+    const Site* site;
   };
   void loop();
   void run_queued(std::unique_lock<std::mutex>& lock);

@@ -9,5 +9,8 @@ PYBIND11_MODULE(_C, m) {
   primitives::bind_devices(m);
   primitives::bind_canonical(m);
   primitives::bind_transport(m);
+  primitives::bind_communicator(m);
+  primitives::bind_call_sites(m);
+  primitives::bind_flight(m);
   primitives::bind_symmetric_memory(m);
 }

@@ -1,8 +1,10 @@
 #include <pybind11/chrono.h>
+#include <pybind11/stl.h>
 
 #include "bindings/bindings.hpp"
 #include "bindings/c10d_backend.hpp"
 #include "bindings/c10d_errors.hpp"
+#include "collectives/chunks.hpp"
 #include "transport/segment.hpp"
 
 namespace primitives {
@@ -23,10 +25,14 @@ void bind_transport(py::module_& m) {
       });
   backend
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
-                       const c10::intrusive_ptr<Backend::Options>& options) {
-             return c10::make_intrusive<Backend>(store, rank, world_size, options);
+                       const c10::intrusive_ptr<Backend::Options>& options,
+                       const std::vector<std::string>& host_of_rank,
+                       const c10::intrusive_ptr<c10d::Backend>& wire) {
+             return c10::make_intrusive<Backend>(store, rank, world_size, options, host_of_rank,
+                                                 wire);
            }),
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("options"),
+           py::arg("host_of_rank") = std::vector<std::string>{}, py::arg("wire") = py::none(),
            py::call_guard<py::gil_scoped_release>())
       .def("all_gather_many", &Backend::all_gather_many, py::arg("shards"), py::arg("fulls"),
            py::arg("numels"), py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
@@ -47,6 +53,22 @@ void bind_transport(py::module_& m) {
       [](double limit_s) { close_all_backends(Milliseconds(static_cast<int64_t>(limit_s * 1e3))); },
       py::arg("limit_s"), py::call_guard<py::gil_scoped_release>(),
       "Leave every process group of this process; peers that wait for it get PeerLost.");
+  m.def(
+      "copy_bytes",
+      [](const py::buffer& out, const py::buffer& in, bool stream) {
+        const py::buffer_info to = out.request(/*writable=*/true), from = in.request();
+        const auto nbytes = static_cast<size_t>(from.size * from.itemsize);
+        if (to.size * to.itemsize != from.size * from.itemsize) {
+          throw py::value_error("copy_bytes: expected as many bytes in the output, got " +
+                                std::to_string(to.size * to.itemsize) + " and " +
+                                std::to_string(nbytes));
+        }
+        const py::gil_scoped_release no_gil;
+        copy(to.ptr, from.ptr, nbytes, stream);
+        if (stream) stream_fence();
+      },
+      py::arg("out"), py::arg("in"), py::arg("stream"),
+      "What the collectives move bytes with: through the caches, or (stream) around them.");
   m.def("sweep_segments", &sweep_segments, py::arg("folder"),
         "Remove shared memory whose owner has ended; how many pieces.");
 }

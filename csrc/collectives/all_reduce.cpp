@@ -23,9 +23,13 @@ Slice slice_of(size_t nbytes, int rank, int n) {
 void all_reduce_small(Group& group, char* data, size_t nbytes, const Reduction& reduction) {
   const int n = group.world_size(), me = group.rank();
   copy(group.slot(me, group.epoch() + 1), data, nbytes, false);
+  publish(group, group.epoch() + 1, n, data, nbytes, 0);
   group.meet();
   std::vector<const void*> sources(n);
-  for (int r = 0; r < n; r++) sources[r] = r == me ? data : group.slot(r, group.epoch());
+  for (int r = 0; r < n; r++) {
+    sources[r] = r == me ? data : group.slot(r, group.epoch());
+    verify(group, group.epoch(), r, n, sources[r], nbytes);
+  }
   reduction.kernel(sources.data(), n, data, nbytes / reduction.itemsize, reduction.factor, false);
 }
 
@@ -48,6 +52,7 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
         const Slice slice = slice_of(chunk_nbytes(nbytes, i, chunk), r, n);
         copy(at + slice.begin, group.slot(r, published) + kPipelineNbytes + slice.begin,
              slice.end - slice.begin, false);
+        verify(group, published, r, n, at + slice.begin, slice.end - slice.begin);
       }
     }
     if (step < num_chunks) {
@@ -56,6 +61,12 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
       char* staged = group.slot(me, first + static_cast<uint32_t>(step));
       copy(staged, data + step * chunk, mine.begin, false);
       copy(staged + mine.end, data + step * chunk + mine.end, size - mine.end, false);
+      for (int r = 0; group.checked() && r < n; r++) {
+        const Slice slice = slice_of(size, r, n);
+        const size_t at = step * chunk + slice.begin;
+        publish(group, first + static_cast<uint32_t>(step), r, data + at, slice.end - slice.begin,
+                at);
+      }
     }
     if (step >= 1 && step - 1 < num_chunks) {
       const size_t i = step - 1;
@@ -63,12 +74,16 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
       if (mine.end > mine.begin) {
         const uint32_t epoch = first + static_cast<uint32_t>(i);
         char* own = data + i * chunk + mine.begin;
-        for (int r = 0; r < n; r++) sources[r] = r == me ? own : group.slot(r, epoch) + mine.begin;
-        char* sums = group.slot(me, epoch + 1) + kPipelineNbytes + mine.begin;
         const size_t size = mine.end - mine.begin;
+        for (int r = 0; r < n; r++) {
+          sources[r] = r == me ? own : group.slot(r, epoch) + mine.begin;
+          verify(group, epoch, r, me, sources[r], size);
+        }
+        char* sums = group.slot(me, epoch + 1) + kPipelineNbytes + mine.begin;
         reduction.kernel(sources.data(), n, sums, size / reduction.itemsize, reduction.factor,
                          false);
         copy(own, sums, size, false);
+        publish(group, epoch + 1, n, own, size, i * chunk + mine.begin);
       }
     }
     if (step == 0) {
@@ -99,6 +114,28 @@ void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
   group.finish();
 }
 
+namespace {
+
+// Two ranks: the peer's part comes straight from its input, by way of the cache.
+void reduce_scatter_pair(Group& group, const std::vector<Part>& in, char* out,
+                         const Reduction& reduction, bool stream) {
+  const int me = group.rank(), peer = 1 - me;
+  group.lend(peer, in[peer].data);
+  group.meet();
+  char* theirs = group.slot(me, group.epoch() + 1);  // no peer reads it before the next barrier
+  for (size_t at = 0; at < in[me].nbytes; at += kPipelineNbytes) {
+    const size_t nbytes = std::min(kPipelineNbytes, in[me].nbytes - at);
+    group.read_lent(peer, at, theirs, nbytes);
+    const void* sources[2];
+    sources[me] = static_cast<const char*>(in[me].data) + at;
+    sources[peer] = theirs;
+    reduction.kernel(sources, 2, out + at, nbytes / reduction.itemsize, reduction.factor, stream);
+  }
+  group.barrier();
+}
+
+}  // namespace
+
 void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
                     const Reduction& reduction, Milliseconds timeout) {
   if (symmetric::reduce_scatter(group, call, in, out, reduction, timeout)) return;
@@ -114,18 +151,26 @@ void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
   std::vector<const void*> sources(n);
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, block));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
+  if (is_direct_pair(group, longest)) {
+    reduce_scatter_pair(group, in, static_cast<char*>(out), reduction, stream);
+    if (stream) stream_fence();
+    return group.finish();
+  }
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * block;
     for (int r = 0; r < n; r++) {
       if (r == me) continue;
-      copy(group.slot(me, group.epoch() + 1) + r * block, static_cast<const char*>(in[r].data) + at,
-           chunk_nbytes(in[r].nbytes, i, block), false);
+      const char* mine = static_cast<const char*>(in[r].data) + at;
+      const size_t size = chunk_nbytes(in[r].nbytes, i, block);
+      copy(group.slot(me, group.epoch() + 1) + r * block, mine, size, false);
+      publish(group, group.epoch() + 1, r, mine, size, at);
     }
     i == 0 ? group.meet() : group.barrier();
     const size_t nbytes = chunk_nbytes(out_nbytes, i, block);
     for (int r = 0; r < n; r++) {
       sources[r] = r == me ? static_cast<const char*>(in[me].data) + at
                            : group.slot(r, group.epoch()) + me * block;
+      verify(group, group.epoch(), r, me, sources[r], nbytes);
     }
     if (nbytes > 0) {
       reduction.kernel(sources.data(), n, static_cast<char*>(out) + at, nbytes / reduction.itemsize,
@@ -145,10 +190,16 @@ void reduce(Group& group, const Call& call, void* data, size_t nbytes, const Red
   for (size_t i = 0; i < num_chunks; i++) {
     char* at = static_cast<char*>(data) + i * kChunkNbytes;
     const size_t size = chunk_nbytes(nbytes, i, kChunkNbytes);
-    if (me != call.root) copy(group.slot(me, group.epoch() + 1), at, size, false);
+    if (me != call.root) {
+      copy(group.slot(me, group.epoch() + 1), at, size, false);
+      publish(group, group.epoch() + 1, call.root, at, size, i * kChunkNbytes);
+    }
     i == 0 ? group.meet() : group.barrier();
     if (me != call.root || size == 0) continue;
-    for (int r = 0; r < n; r++) sources[r] = r == me ? at : group.slot(r, group.epoch());
+    for (int r = 0; r < n; r++) {
+      sources[r] = r == me ? at : group.slot(r, group.epoch());
+      verify(group, group.epoch(), r, me, sources[r], size);
+    }
     reduction.kernel(sources.data(), n, at, size / reduction.itemsize, reduction.factor, false);
   }
   group.finish();

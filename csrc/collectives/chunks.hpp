@@ -6,13 +6,23 @@
 #include <cstring>
 
 #include "collectives/reduce.hpp"
-#include "transport/control.hpp"
+#include "transport/group.hpp"
 
 namespace primitives {
 
 constexpr size_t kChunkNbytes = 128 << 10;
 constexpr size_t kSmallNbytes = 64 << 10;  // all_reduce: every rank sums everything
 constexpr size_t kStreamNbytes = 2 << 20;  // results from here on are written around the caches
+
+// Parts of these sizes are read from the peers' memory where that is possible. Two ranks gain from
+// it in all_gather and reduce_scatter too; more of them would each pay for the kernel's page walk.
+constexpr size_t kDirectNbytes = 32 << 10;
+constexpr size_t kDirectPairMinNbytes = 12 << 10, kDirectPairMaxNbytes = 8 << 20;
+
+inline bool is_direct_pair(const Group& group, size_t nbytes) {
+  return group.world_size() == 2 && group.reads_peers() && nbytes >= kDirectPairMinNbytes &&
+         nbytes <= kDirectPairMaxNbytes;
+}
 
 // Bytes of one of n blocks that share a slot.
 inline size_t block_nbytes(int n) {
@@ -33,6 +43,30 @@ inline void copy(void* out, const void* in, size_t nbytes, bool stream) {
   } else {
     std::memcpy(out, in, nbytes);
   }
+}
+
+// [Note: digests] With PRIMITIVES_CHECK=1 every run of bytes that goes through staging carries the
+// digest of what its writer meant to write, computed from the writer's own memory; whoever copied
+// or reduces it compares. Messages carry one in their envelope (mailbox.cpp).
+
+// For the readers that `reader` names: one rank, or world_size() for all of them.
+void publish_digest(Group& group, uint32_t epoch, int reader, const void* data, size_t nbytes,
+                    size_t at);
+void verify_digest(Group& group, uint32_t epoch, int writer, int reader, const void* data,
+                   size_t nbytes);
+
+// This rank stages `data`, bytes [at, at + nbytes) of its buffer, before barrier `epoch`.
+inline void publish(Group& group, uint32_t epoch, int reader, const void* data, size_t nbytes,
+                    size_t at) {
+  if (group.checked()) [[unlikely]]
+    publish_digest(group, epoch, reader, data, nbytes, at);
+}
+
+// `data` is what this rank has from `writer`: a copy, or the staged bytes themselves.
+inline void verify(Group& group, uint32_t epoch, int writer, int reader, const void* data,
+                   size_t nbytes) {
+  if (group.checked()) [[unlikely]]
+    verify_digest(group, epoch, writer, reader, data, nbytes);
 }
 
 }  // namespace primitives

@@ -29,6 +29,8 @@ struct Part {
 // What is summed, and how. `kernel` is null for collectives that only move bytes.
 struct Reduction {
   ReduceFn kernel = nullptr;
+  DType dtype = DType::kFloat32;
+  ReduceOp op = ReduceOp::kNone;
   size_t itemsize = 1;
   double factor = 0;
 };

@@ -30,19 +30,30 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
   const bool stream = total_nbytes(out) >= kStreamNbytes;
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, kChunkNbytes));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
+  if (is_direct_pair(group, longest)) {
+    const int peer = 1 - me;
+    group.lend(peer, in);
+    group.meet();
+    copy(out[me].data, in, in_nbytes, stream);
+    group.read_lent(peer, 0, out[peer].data, out[peer].nbytes);
+    group.barrier();
+    return group.finish();
+  }
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * kChunkNbytes;
     const char* mine = static_cast<const char*>(in) + at;
     if (n > 1) {
-      copy(group.slot(me, group.epoch() + 1), mine, chunk_nbytes(in_nbytes, i, kChunkNbytes),
-           false);
+      const size_t nbytes = chunk_nbytes(in_nbytes, i, kChunkNbytes);
+      copy(group.slot(me, group.epoch() + 1), mine, nbytes, false);
+      publish(group, group.epoch() + 1, n, mine, nbytes, at);
     }
     i == 0 ? group.meet() : group.barrier();
     for (int j = 0; j < n; j++) {
       const int r = (me + j) % n;
       const char* from = r == me ? mine : group.slot(r, group.epoch());
-      copy(static_cast<char*>(out[r].data) + at, from, chunk_nbytes(out[r].nbytes, i, kChunkNbytes),
-           stream);
+      const size_t nbytes = chunk_nbytes(out[r].nbytes, i, kChunkNbytes);
+      copy(static_cast<char*>(out[r].data) + at, from, nbytes, stream);
+      verify(group, group.epoch(), r, n, static_cast<char*>(out[r].data) + at, nbytes);
     }
   }
   if (stream) stream_fence();
@@ -57,11 +68,15 @@ void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * kChunkNbytes, nbytes = chunk_nbytes(in_nbytes, i, kChunkNbytes);
     const char* mine = static_cast<const char*>(in) + at;
-    if (me != call.root) copy(group.slot(me, group.epoch() + 1), mine, nbytes, false);
+    if (me != call.root) {
+      copy(group.slot(me, group.epoch() + 1), mine, nbytes, false);
+      publish(group, group.epoch() + 1, call.root, mine, nbytes, at);
+    }
     i == 0 ? group.meet() : group.barrier();
     for (int r = 0; me == call.root && r < n; r++) {
       const char* from = r == me ? mine : group.slot(r, group.epoch());
       copy(static_cast<char*>(out[r].data) + at, from, nbytes, false);
+      verify(group, group.epoch(), r, me, static_cast<char*>(out[r].data) + at, nbytes);
     }
   }
   group.finish();
@@ -69,16 +84,22 @@ void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
 
 void broadcast(Group& group, const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
   if (symmetric::broadcast(group, call, data, nbytes, timeout)) return;
-  const int me = group.rank();
+  const int n = group.world_size(), me = group.rank();
   const bool stream = nbytes >= kStreamNbytes;
   const size_t num_chunks = std::max<size_t>(1, ceil_div(nbytes, kChunkNbytes));
   group.start(call, nullptr, nullptr, timeout);
   for (size_t i = 0; i < num_chunks; i++) {
     char* at = static_cast<char*>(data) + i * kChunkNbytes;
     const size_t size = chunk_nbytes(nbytes, i, kChunkNbytes);
-    if (me == call.root) copy(group.slot(me, group.epoch() + 1), at, size, false);
+    if (me == call.root) {
+      copy(group.slot(me, group.epoch() + 1), at, size, false);
+      publish(group, group.epoch() + 1, n, at, size, i * kChunkNbytes);
+    }
     i == 0 ? group.meet() : group.barrier();
-    if (me != call.root) copy(at, group.slot(call.root, group.epoch()), size, stream);
+    if (me != call.root) {
+      copy(at, group.slot(call.root, group.epoch()), size, stream);
+      verify(group, group.epoch(), call.root, n, at, size);
+    }
   }
   if (stream) stream_fence();
   group.finish();
@@ -94,12 +115,15 @@ void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* 
     const size_t at = i * block, nbytes = chunk_nbytes(out_nbytes, i, block);
     for (int r = 0; me == call.root && r < n; r++) {
       char* staged = group.slot(me, group.epoch() + 1) + r * block;
-      if (r != me) copy(staged, static_cast<const char*>(in[r].data) + at, nbytes, false);
+      if (r == me) continue;
+      copy(staged, static_cast<const char*>(in[r].data) + at, nbytes, false);
+      publish(group, group.epoch() + 1, r, static_cast<const char*>(in[r].data) + at, nbytes, at);
     }
     i == 0 ? group.meet() : group.barrier();
     const char* from = me == call.root ? static_cast<const char*>(in[me].data) + at
                                        : group.slot(call.root, group.epoch()) + me * block;
     copy(static_cast<char*>(out) + at, from, nbytes, false);
+    verify(group, group.epoch(), call.root, me, static_cast<char*>(out) + at, nbytes);
   }
   group.finish();
 }

@@ -23,9 +23,11 @@ enum class DType : uint8_t {
   kInt16,
   kInt32,
   kInt64,
+  kUInt16,
+  kUInt32,
+  kUInt64,
   kBool,
 };
-constexpr int kNumDTypes = 10;
 
 // out[i] = op over ranks of in[rank][i]. `out` may be one of the inputs, but may not overlap them
 // otherwise.

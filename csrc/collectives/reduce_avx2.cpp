@@ -11,6 +11,4 @@
 #define ISA_LEVEL 1
 #include "collectives/reduce_kernels.hpp"
 
-#include "collectives/fused_kernels.hpp"
-
 #pragma GCC pop_options

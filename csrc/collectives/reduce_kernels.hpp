@@ -322,6 +322,12 @@ ReduceFn find_reduce(DType dtype, ReduceOp op) {
       return find_integer<int32_t, uint32_t>(op);
     case DType::kInt64:
       return find_integer<int64_t, uint64_t>(op);
+    case DType::kUInt16:
+      return find_integer<uint16_t, uint16_t>(op);
+    case DType::kUInt32:
+      return find_integer<uint32_t, uint32_t>(op);
+    case DType::kUInt64:
+      return find_integer<uint64_t, uint64_t>(op);
     case DType::kBool:
       return find_bool(op);
   }
@@ -331,3 +337,5 @@ ReduceFn find_reduce(DType dtype, ReduceOp op) {
 void copy_stream(void* out, const void* in, size_t nbytes) { copy_around_caches(out, in, nbytes); }
 
 }  // namespace primitives::ISA
+
+#include "collectives/fused_kernels.hpp"

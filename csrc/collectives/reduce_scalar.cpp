@@ -7,5 +7,3 @@
 #define ISA scalar
 #define ISA_LEVEL 0
 #include "collectives/reduce_kernels.hpp"
-
-#include "collectives/fused_kernels.hpp"

@@ -3,8 +3,10 @@
 // sum.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 namespace primitives {
@@ -55,7 +57,13 @@ struct Call {
   uint64_t num_tensors = 0;  // of a fused collective
   uint64_t digest = 0;       // of how its tensors are cut
 
-  bool operator==(const Call&) const = default;
+  // Factors are compared as bits: NaN equals itself, -0.0 is not 0.0.
+  bool operator==(const Call& other) const {
+    return op == other.op && reduce_op == other.reduce_op && has_counts == other.has_counts &&
+           std::memcmp(dtype, other.dtype, sizeof dtype) == 0 && root == other.root &&
+           itemsize == other.itemsize && numel == other.numel &&
+           std::bit_cast<uint64_t>(factor) == std::bit_cast<uint64_t>(other.factor);
+  }
 };
 
 // "all_reduce(sum, float32, numel 8)"; counts are bytes to send to each of `num_counts` ranks.

@@ -1,5 +1,5 @@
-// The layout of a segment: control block | call records | staging slots | point-to-point rings |
-// symmetric heaps.
+// The layout of a segment: control block | call records | digests | staging slots | point-to-point
+// rings | symmetric heaps.
 #pragma once
 
 #include <atomic>
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "transport/call.hpp"
+#include "transport/caller.hpp"
 
 namespace primitives {
 
@@ -26,17 +27,23 @@ struct alignas(64) RankLine {
   std::atomic<uint32_t> inside;  // the last call has not returned
   int32_t pid;
   uint64_t start_time;
+  uint64_t pid_space;
   alignas(64) uint64_t affinity[16];  // CPUs this rank may run on
   // Point to point: peers ring when data or room has come for this rank.
   alignas(64) std::atomic<uint32_t> bell;
   std::atomic<uint32_t> asleep;
+  std::atomic<uint32_t> checks;        // this rank asked for payload digests
+  std::atomic<uint32_t> reads_peers;   // this rank can read the memory of all others
+  uint64_t self_address;               // where its ProcessId lies, for them to try
+  alignas(64) char site[kSiteNbytes];  // of the last call; "" when unknown
+  char waiting[352];                   // what it has waited for elsewhere, see Waiting
 };
 
 struct Poison {
   std::atomic<uint32_t> state;  // 0 none, 1 being written, 2 readable
   uint32_t failure;
   int32_t rank;
-  char text[2000];
+  char text[6000];
 };
 
 struct Control {
@@ -62,13 +69,22 @@ struct Offer {
   bool any() const { return in != kNotSymmetric || out != kNotSymmetric; }
 };
 
-// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank.
+// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank; and world_size
+// addresses of what each rank may read. See [Note: peer memory].
 struct alignas(64) CallRecord {
   uint64_t seq;
   Call call;
   Offer offer;
 
   uint64_t* counts() { return reinterpret_cast<uint64_t*>(this + 1); }
+  uint64_t* lent(int world_size) { return counts() + 2 * world_size; }
+};
+
+// What a rank meant to stage, for one reader or for all. See [Note: digests].
+struct Digest {
+  uint64_t value;
+  uint64_t at;  // where the bytes are in the writer's buffer
+  uint64_t nbytes;
 };
 
 // A stream of bytes from one rank to another; positions only grow.
@@ -86,8 +102,13 @@ class Layout {
     return align(sizeof(Control) + world_size_ * sizeof(RankLine)) +
            (2 * rank + parity) * record_nbytes();
   }
+  // One for each reader, and one for all of them.
+  size_t digest(int rank, int parity, int reader) const {
+    return record(world_size_, 0) +
+           ((2 * rank + parity) * (world_size_ + 1) + reader) * sizeof(Digest);
+  }
   size_t stage(int rank) const {
-    return page_align(record(world_size_, 0)) + rank * 2 * kSlotNbytes;
+    return page_align(digest(world_size_, 0, 0)) + rank * 2 * kSlotNbytes;
   }
   // What every group uses; the rings come on demand, except for their heads.
   size_t num_committed() const {
@@ -108,7 +129,7 @@ class Layout {
   static size_t align(size_t nbytes) { return (nbytes + 63) & ~size_t{63}; }
   static size_t page_align(size_t nbytes) { return (nbytes + 4095) & ~size_t{4095}; }
   size_t record_nbytes() const {
-    return sizeof(CallRecord) + align(2 * world_size_ * sizeof(uint64_t));
+    return sizeof(CallRecord) + align(3 * world_size_ * sizeof(uint64_t));
   }
   size_t ring_heads() const { return stage(world_size_); }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <climits>
 #include <cstdint>
@@ -13,11 +14,11 @@
 
 namespace primitives {
 
-// Returns at the latest after `limit`; the caller looks again.
-inline void futex_wait(std::atomic<uint32_t>* word, uint32_t seen,
+// Returns at the latest after `limit`; the caller looks again. True when a signal ended the wait.
+inline bool futex_wait(std::atomic<uint32_t>* word, uint32_t seen,
                        std::chrono::milliseconds limit) {
   const timespec time{limit.count() / 1000, (limit.count() % 1000) * 1000000};
-  syscall(SYS_futex, word, FUTEX_WAIT, seen, &time, nullptr, 0);
+  return syscall(SYS_futex, word, FUTEX_WAIT, seen, &time, nullptr, 0) != 0 && errno == EINTR;
 }
 
 inline void futex_wake_all(std::atomic<uint32_t>* word) {

@@ -1,125 +1,34 @@
 #include "transport/group.hpp"
 
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstdio>
 #include <cstring>
-#include <thread>
+#include <optional>
 #include <utility>
 
 #include "transport/futex.hpp"
+#include "transport/registry.hpp"
 
 namespace primitives {
-
-Group::Group(Meeting& meeting, GroupOptions options)
-    : options_(std::move(options)), layout_(options_.world_size), self_(this_process()) {
-  deadline_ = Clock::now() + options_.timeout;
-  if (world_size() == 1) {
-    segment_ = std::make_shared<Segment>(Segment::anonymous(layout_.num_mapped()));
-  } else {
-    attach(meeting);
-  }
-  attached_ = true;
-}
-
-Group::~Group() { close(); }
-
-// Rank 0 creates the segment and tells its name; everybody maps it; rank 0 unlinks it.
-void Group::attach(Meeting& meeting) {
-  // A store may outlive a group of the same name, so each meeting has its own number.
-  const std::string round =
-      "round" + std::to_string(meeting.add("count/" + std::to_string(rank()), 1)) + "/";
-  const std::string this_boot = boot_id();
-  auto wait = [&](auto done, auto waiting_for) {
-    for (auto pause = std::chrono::microseconds(100); !done();
-         pause = std::min(pause * 2, std::chrono::microseconds(20000))) {
-      if (meeting.has(round + "failed")) {
-        throw TransportError(Failure::kOther, meeting.get(round + "failed"));
-      }
-      if (Clock::now() > deadline_) {
-        throw TransportError(Failure::kTimeout, here() + ": " + waiting_for() + " within " +
-                                                    std::to_string(options_.timeout.count()) +
-                                                    " ms, while the group was being created");
-      }
-      std::this_thread::sleep_for(pause);
-    }
-  };
-  try {
-    if (rank() == 0) {
-      sweep_segments(options_.folder);
-      segment_ = std::make_shared<Segment>(Segment::create(
-          options_.folder, layout_.nbytes(), layout_.num_mapped(), layout_.num_committed()));
-      meeting.set(round + "segment", this_boot + "\n" + segment_->name());
-    } else {
-      wait([&] { return meeting.has(round + "segment"); },
-           [] { return std::string("rank 0 did not come"); });
-      const std::string value = meeting.get(round + "segment");
-      const size_t cut = value.find('\n');
-      if (value.substr(0, cut) != this_boot) {
-        throw TransportError(Failure::kOther,
-                             here() +
-                                 " runs on another host than rank 0; all ranks of the "
-                                 "primitives backend must run on one host");
-      }
-      segment_ = std::make_shared<Segment>(
-          Segment::open(options_.folder, value.substr(cut + 1), layout_.num_mapped()));
-      if (segment_->nbytes() != layout_.nbytes()) {
-        throw TransportError(Failure::kMismatch, here() + ": ranks differ in world size");
-      }
-    }
-  } catch (const TransportError& error) {
-    if (error.failure != Failure::kTimeout && !meeting.has(round + "failed")) {
-      meeting.set(round + "failed", error.what());
-    }
-    throw;
-  }
-  RankLine& mine = line(rank());
-  mine.pid = self_.pid;
-  mine.start_time = self_.start_time;
-  cpu_set_t cpus;
-  CPU_ZERO(&cpus);
-  sched_getaffinity(0, sizeof cpus, &cpus);
-  std::memcpy(mine.affinity, &cpus, std::min(sizeof mine.affinity, sizeof cpus));
-  mine.state.store(static_cast<uint32_t>(RankState::kAttached), std::memory_order_release);
-  control().num_attached.fetch_add(1, std::memory_order_acq_rel);
-  auto all_attached = [&] {
-    return control().num_attached.load(std::memory_order_acquire) ==
-           static_cast<uint32_t>(world_size());
-  };
-  wait(all_attached, [&] {
-    std::string missing;
-    for (int r = 0; r < world_size(); r++) {
-      if (line(r).state.load() == static_cast<uint32_t>(RankState::kAbsent)) {
-        missing += (missing.empty() ? "rank " : ", ") + std::to_string(r);
-      }
-    }
-    return missing + " did not come";
-  });
-  segment_->unlink();
-
-  uint64_t cores[16] = {};
-  int num_cores = 0;
-  watched_.resize(world_size());
-  for (int r = 0; r < world_size(); r++) {
-    for (int i = 0; i < 16; i++) cores[i] |= line(r).affinity[i];
-    watched_[r] = is_alive({line(r).pid, line(r).start_time});
-  }
-  for (uint64_t word : cores) num_cores += std::popcount(word);
-  oversubscribed_ = world_size() > num_cores;
-}
 
 void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
                   Milliseconds timeout) {
   check();
   if (declined_) return;
-  deadline_ = Clock::now() + (timeout.count() > 0 ? timeout : options_.timeout);
+  const auto now = Clock::now();
+  deadline_ = now + (timeout.count() > 0 ? timeout : options_.timeout);
   RankLine& mine = line(rank());
   const uint64_t seq = mine.seq.load(std::memory_order_relaxed) + 1;
   mine.op.store(static_cast<uint32_t>(call.op), std::memory_order_relaxed);
   mine.inside.store(1, std::memory_order_relaxed);
+  record_.site = this_site();
+  if (record_.site != nullptr) {
+    std::memcpy(mine.site, record_.site->text, sizeof mine.site);
+  } else {
+    mine.site[0] = '\0';
+  }
   mine.seq.store(seq, std::memory_order_release);
   CallRecord& record = this->record(rank(), epoch_ + 1);
   record.seq = seq;
@@ -130,6 +39,10 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
     std::copy_n(send_nbytes, world_size(), record.counts());
     std::copy_n(recv_nbytes, world_size(), record.counts() + world_size());
   }
+  record_.seq = seq;
+  record_.call = call;
+  record_.start_ns = now.time_since_epoch().count();
+  flight_.store(Flight::of_process().begin(record_), std::memory_order_relaxed);
 }
 
 void Group::meet() {
@@ -137,6 +50,13 @@ void Group::meet() {
   if (std::exchange(declined_, false)) return;
   call_epoch_ = epoch_;
   compare_calls();
+  if (!has_met_) {
+    has_met_ = true;
+    reads_peers_ = world_size() > 1 && !checked_;
+    for (int r = 0; r < world_size(); r++) {
+      reads_peers_ = reads_peers_ && line(r).reads_peers.load(std::memory_order_relaxed) != 0;
+    }
+  }
   bool offered = false;
   for (int r = 0; r < world_size(); r++) offered |= offer(r).any();
   if (!offered) return;
@@ -144,7 +64,26 @@ void Group::meet() {
   barrier();
 }
 
-void Group::finish() { line(rank()).inside.store(0, std::memory_order_relaxed); }
+void Group::finish() {
+  line(rank()).inside.store(0, std::memory_order_relaxed);
+  Flight::of_process().end(flight_.load(std::memory_order_relaxed), FlightState::kDone);
+}
+
+uint64_t Group::record_message(Op op, int peer, int tag, const char* dtype, uint64_t numel,
+                               const Site* site) const {
+  FlightRecord record;
+  std::memcpy(record.group, record_.group, sizeof record.group);
+  record.rank = rank();
+  record.peer = peer;
+  record.tag = tag;
+  record.state = FlightState::kQueued;
+  record.call.op = op;
+  std::snprintf(record.call.dtype, sizeof record.call.dtype, "%s", dtype);
+  record.call.numel = numel;
+  record.site = site;
+  record.start_ns = Clock::now().time_since_epoch().count();
+  return Flight::of_process().begin(record);
+}
 
 uint64_t Group::sent_nbytes(int rank, int to) const {
   return record(rank, call_epoch_).counts()[to];
@@ -177,6 +116,7 @@ void Group::compare_calls() {
     if (of.call.has_counts && of.call.op != Op::kAllGather) {
       calls[r] += " expecting " + describe(of.call, of.counts() + n, n);
     }
+    if (line(r).site[0] != '\0') calls[r] += " at " + std::string(line(r).site);
   }
   for (int r = 0; r < n; r++) {
     if (std::find(calls.begin(), calls.begin() + r, calls[r]) != calls.begin() + r) continue;
@@ -250,10 +190,13 @@ void Group::wait_generation(uint32_t epoch) {
     std::atomic<uint32_t>& count;
     ~Leave() { count.fetch_sub(1, std::memory_order_relaxed); }
   } leave{c.num_sleepers};
+  std::optional<Waiting> waiting;
+  bool interrupted = true;  // or may have been, while this spun
   for (auto next_check = Clock::now();;) {
     const uint32_t generation = c.generation.load(std::memory_order_seq_cst);
     if (static_cast<int32_t>(generation - epoch) >= 0) return;
     check();
+    if (interrupted) end_on_signal();
     if (Clock::now() >= next_check) {
       std::vector<int> missing_ranks;
       int gone = -1;
@@ -264,10 +207,13 @@ void Group::wait_generation(uint32_t epoch) {
         if (gone < 0 && has_gone(r) && missing(r)) gone = r;
       }
       check_missing(missing_ranks, gone, deadline_, here());
-      next_check = Clock::now() + Milliseconds(100);
+      now = Clock::now();
+      if (now - start > Milliseconds(90)) waiting.emplace(*this, here(), false);
+      next_check = now + Milliseconds(100);
     }
     const auto left = std::chrono::duration_cast<Milliseconds>(deadline_ - Clock::now());
-    futex_wait(&c.generation, generation, std::clamp(left, Milliseconds(1), Milliseconds(50)));
+    interrupted =
+        futex_wait(&c.generation, generation, std::clamp(left, Milliseconds(1), Milliseconds(50)));
   }
 }
 

@@ -24,8 +24,10 @@
 #include <vector>
 
 #include "transport/call.hpp"
+#include "transport/caller.hpp"
 #include "transport/control.hpp"
 #include "transport/errors.hpp"
+#include "transport/flight.hpp"
 #include "transport/process.hpp"
 #include "transport/segment.hpp"
 #include "transport/symmetric.hpp"
@@ -51,7 +53,19 @@ struct GroupOptions {
   std::string name;    // for messages
   std::string folder;  // of the shared memory
   Milliseconds timeout;
-  bool zero_copy = true;  // false: symmetric memory is staged like any other
+  std::vector<int> members = {};  // global ranks by rank of this group; empty: 0, 1, ...
+  bool zero_copy = true;          // false: symmetric memory is staged like any other
+};
+
+// Where a rank stands, as far as the others can see.
+struct Standing {
+  int32_t pid;
+  const char* state;  // running, stopped, left, dead
+  uint64_t seq;       // its last call; 0: none yet
+  Op op;
+  bool inside;  // that has not returned
+  std::string site;
+  std::string waiting;  // what blocks it elsewhere, or ""
 };
 
 class Group {
@@ -65,6 +79,7 @@ class Group {
   int rank() const { return options_.rank; }
   int world_size() const { return options_.world_size; }
   const std::string& name() const { return options_.name; }
+  const std::vector<int>& members() const { return options_.members; }
   uint64_t seq() const { return line(rank()).seq.load(std::memory_order_relaxed); }
 
   // --- one collective: start, write the first chunk to slot(rank, epoch() + 1), meet, then
@@ -77,6 +92,9 @@ class Group {
   void barrier();
   void finish();
 
+  // A message, for the flight recorder: its number there.
+  uint64_t record_message(Op op, int peer, int tag, const char* dtype, uint64_t numel,
+                          const Site* site) const;
   // --- the same for buffers in symmetric memory, see [Note: symmetric]: start and first barrier.
   // Afterwards offer(rank) is what each rank offered; either all go on without staging, or all
   // ranks that offered decline, and make the call again by start and meet.
@@ -92,15 +110,31 @@ class Group {
   std::shared_ptr<SymmetricHeap> heap();
   // ... or null while this rank has none, or may not go without staging.
   SymmetricHeap* zero_copy_heap() const {
-    return options_.zero_copy ? heap_made_.load(std::memory_order_acquire) : nullptr;
+    return options_.zero_copy && !checked_ ? heap_made_.load(std::memory_order_acquire) : nullptr;
   }
 
   uint32_t epoch() const { return epoch_; }
   char* slot(int rank, uint32_t epoch) const {
     return segment_->data() + layout_.stage(rank) + (epoch & 1) * kSlotNbytes;
   }
+  // Payload digests are exchanged: some rank runs with PRIMITIVES_CHECK=1.
+  bool checked() const { return checked_; }
+  Digest& digest(int rank, uint32_t epoch, int reader) const {
+    return *reinterpret_cast<Digest*>(segment_->data() + layout_.digest(rank, epoch & 1, reader));
+  }
   // Bytes that `rank` sends to `to` in the call that has just met (has_counts only).
   uint64_t sent_nbytes(int rank, int to) const;
+
+  // --- memory of the peers, see [Note: peer memory]
+  // Whether all ranks can read one another's; the same answer on all ranks. False in the first
+  // call, before which nobody knows.
+  bool reads_peers() const { return reads_peers_; }
+  // Between start() and meet(): what `rank` may read until the next barrier.
+  void lend(int rank, const void* data) {
+    record(this->rank(), epoch_ + 1).lent(world_size())[rank] = reinterpret_cast<uint64_t>(data);
+  }
+  // After meet(): bytes [at, at + nbytes) of what `rank` has lent to this one.
+  void read_lent(int rank, size_t at, void* out, size_t nbytes);
 
   // --- failure
   // Makes `what` the failure of the whole group unless it has one, and throws the one it has.
@@ -109,6 +143,9 @@ class Group {
   void check();
   // Another rank that left or died.
   bool has_gone(int rank) const;
+  bool has_died(int rank) const;
+  // Makes `what` the failure of the whole group unless it has one; wakes everybody.
+  void poison(Failure failure, const std::string& what);
   // Throws when `gone`, the first of `missing` that can never arrive (-1: none), is a rank, or the
   // deadline has passed.
   void check_missing(const std::vector<int>& missing, int gone, Clock::time_point deadline,
@@ -121,24 +158,34 @@ class Group {
   void close();
   bool failed() const;
   Failure failure() const;
+  std::string failure_text() const;
 
   RankLine& line(int rank) const { return control().line(rank); }
   Control& control() const { return *reinterpret_cast<Control*>(segment_->data()); }
   Segment& segment() { return *segment_; }
   const Layout& layout() const { return layout_; }
-  // "rank 2 (pid 71), last seen inside collective 17, all_reduce"
+  bool shares_memory_with(const Group& other) const {
+    return segment_->name() == other.segment_->name();
+  }
+  Standing standing(int rank) const;
+  // "rank 2 (pid 71), last seen inside collective 17, all_reduce at train.py:12 in step"
   std::string describe_rank(int rank) const;
+  // "rank 0 of group 'world' in all_reduce, collective 17 at train.py:12 in step"
+  std::string here() const;
 
  private:
   void attach(Meeting& meeting);
+  void enter();
+  void probe_peers();
   void wait_generation(uint32_t epoch);
+  void end_on_signal();
   void compare_calls();
   CallRecord& record(int rank, uint32_t epoch) const {
     return *reinterpret_cast<CallRecord*>(segment_->data() + layout_.record(rank, epoch & 1));
   }
   bool has_left(int rank) const;
   [[noreturn]] void throw_poison();
-  std::string here() const;
+  std::string describe_others(const std::vector<int>& told) const;
 
   GroupOptions options_;
   Layout layout_;
@@ -148,12 +195,19 @@ class Group {
   std::atomic<SymmetricHeap*> heap_made_{nullptr};
   std::vector<bool> watched_;  // whose process this process can see
   ProcessId self_;
+  uint32_t num_forks_ = num_forks();
   uint32_t epoch_ = 0;
   uint32_t call_epoch_ = 0;
   std::atomic<uint64_t> num_zero_copy_{0};
   bool declined_ = false;  // the call has met, and is being made again by staging
   bool oversubscribed_ = false;
   bool attached_ = false;
+  bool checked_ = false;
+  bool has_met_ = false;
+  bool reads_peers_ = false;
+  FlightRecord record_;                // of the running call
+  std::atomic<uint64_t> flight_{0};    // its number in the flight recorder
+  std::atomic<bool> has_told_{false};  // of the failure, in a dump
   Clock::time_point deadline_;
   std::atomic<bool> closed_{false};
 };

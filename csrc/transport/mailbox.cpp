@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "transport/digest.hpp"
 #include "transport/futex.hpp"
 
 namespace primitives {
@@ -19,17 +20,28 @@ Mailbox::Mailbox(Group& group)
 
 void Mailbox::send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout,
                    Done done) {
-  post(sends_[dst], {static_cast<char*>(const_cast<void*>(data)), envelope, dst, 0,
-                     Clock::now() + timeout, std::move(done)});
+  post(sends_[dst],
+       {static_cast<char*>(const_cast<void*>(data)), envelope, dst, 0, Clock::now() + timeout,
+        std::move(done)},
+       Op::kSend);
 }
 
 void Mailbox::recv(void* data, const Envelope& envelope, int src, Milliseconds timeout, Done done) {
   post(recvs_,
-       {static_cast<char*>(data), envelope, src, 0, Clock::now() + timeout, std::move(done)});
+       {static_cast<char*>(data), envelope, src, 0, Clock::now() + timeout, std::move(done)},
+       Op::kRecv);
 }
 
-void Mailbox::post(std::list<Operation>& to, Operation operation) {
+void Mailbox::post(std::list<Operation>& to, Operation operation, Op op) {
   group_.check();
+  Envelope& envelope = operation.envelope;
+  operation.site = this_site();
+  if (operation.site != nullptr) std::memcpy(envelope.site, operation.site->text, kSiteNbytes);
+  if (op == Op::kSend && group_.checked()) {
+    envelope.digest = digest_of(operation.data, envelope.nbytes);
+  }
+  operation.flight = group_.record_message(op, operation.peer, envelope.tag, envelope.dtype,
+                                           envelope.numel, operation.site);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (stopping_) throw TransportError(Failure::kOther, "the process group is destroyed");
@@ -76,6 +88,7 @@ void Mailbox::loop() {
         if (Clock::now() >= next_check) {
           group_.check();
           check_pending();
+          tell_waiting();
           next_check = Clock::now() + Milliseconds(100);
         }
       } catch (...) {
@@ -86,7 +99,11 @@ void Mailbox::loop() {
       for (const auto& incoming : incoming_) pending = pending || incoming.active;
       finished.swap(finished_);
     }
-    for (Finished& operation : finished) operation.done(operation.error, operation.src);
+    for (Finished& operation : finished) {
+      Flight::of_process().end(operation.flight,
+                               operation.error ? FlightState::kFailed : FlightState::kDone);
+      operation.done(operation.error, operation.src);
+    }
     if (stopping) return;
     num_idle = moved || !finished.empty() ? 0 : num_idle + 1;
     if (num_idle == 0) continue;
@@ -112,6 +129,7 @@ bool Mailbox::progress() {
 }
 
 void Mailbox::copy_in(int dst, uint64_t at, const char* data, size_t nbytes) {
+  if (nbytes == 0) return;  // an empty payload may have no address
   char* base = group_.segment().data() + group_.layout().ring_data(group_.rank(), dst);
   const size_t offset = at % kRingNbytes, first = std::min(nbytes, kRingNbytes - offset);
   std::memcpy(base + offset, data, first);
@@ -119,6 +137,7 @@ void Mailbox::copy_in(int dst, uint64_t at, const char* data, size_t nbytes) {
 }
 
 void Mailbox::copy_out(int src, uint64_t at, char* data, size_t nbytes) {
+  if (nbytes == 0) return;
   const char* base = group_.segment().data() + group_.layout().ring_data(src, group_.rank());
   const size_t offset = at % kRingNbytes, first = std::min(nbytes, kRingNbytes - offset);
   std::memcpy(data, base + offset, first);
@@ -157,7 +176,7 @@ bool Mailbox::progress_send(int dst) {
     ring_bell(dst);
   }
   if (send.moved < send.envelope.nbytes + sizeof(Envelope)) return at != written;
-  finished_.push_back({std::move(send.done), nullptr, group_.rank()});
+  finish(send, group_.rank());
   sends_[dst].pop_front();
   return true;
 }
@@ -187,14 +206,19 @@ bool Mailbox::progress_recv(int src) {
     ring_bell(src);
   }
   if (into.moved < into.envelope.nbytes) return read != begin;
+  if (!incoming.unexpected) check_payload(into, incoming.envelope, src);
   incoming.active = false;
   if (incoming.unexpected) {
     aside_[src].push_back(std::move(incoming.aside));
     match_aside();
   } else {
-    finished_.push_back({std::move(into.done), nullptr, src});
+    finish(into, src);
   }
   return true;
+}
+
+void Mailbox::finish(Operation& operation, int src, std::exception_ptr error) {
+  finished_.push_back({std::move(operation.done), error, src, operation.flight});
 }
 
 // "rank 1, tag 3 on rank 0 of group 'world'"
@@ -202,7 +226,7 @@ std::string Mailbox::describe(const Operation& operation) const {
   const int peer = operation.peer;
   return (peer == kAnySource ? "any rank" : "rank " + std::to_string(peer)) + ", tag " +
          std::to_string(operation.envelope.tag) + " on rank " + std::to_string(group_.rank()) +
-         " of group '" + group_.name() + "'";
+         " of group '" + group_.name() + "'" + at_site(operation.envelope.site);
 }
 
 bool Mailbox::wanted_from(int src) const {
@@ -215,6 +239,7 @@ bool Mailbox::wanted_from(int src) const {
 // aside.
 void Mailbox::start_incoming(int src, const Envelope& envelope) {
   Incoming& incoming = incoming_[src];
+  incoming.envelope = envelope;
   const auto recv = std::find_if(recvs_.begin(), recvs_.end(), [&](const Operation& posted) {
     return (posted.peer == src || posted.peer == kAnySource) && posted.envelope.tag == envelope.tag;
   });
@@ -243,8 +268,11 @@ bool Mailbox::match_aside() {
                        [&](const Aside& kept) { return kept.envelope.tag == recv->envelope.tag; });
       if (aside == aside_[src].end()) continue;
       check_match(*recv, aside->envelope, src);
-      std::memcpy(recv->data, aside->payload.data(), aside->payload.size());
-      finished_.push_back({std::move(recv->done), nullptr, src});
+      if (!aside->payload.empty()) {
+        std::memcpy(recv->data, aside->payload.data(), aside->payload.size());
+      }
+      check_payload(*recv, aside->envelope, src);
+      finish(*recv, src);
       aside_[src].erase(aside);
       matched = moved = true;
     }
@@ -258,11 +286,35 @@ void Mailbox::check_match(const Operation& recv, const Envelope& sent, int src) 
   if (asked.nbytes == sent.nbytes && std::strcmp(asked.dtype, sent.dtype) == 0) return;
   auto text = [](const Envelope& of) {
     return "(" + std::string(of.dtype) + ", " + std::to_string(of.nbytes) + " bytes, tag " +
-           std::to_string(of.tag) + ")";
+           std::to_string(of.tag) + ")" + at_site(of.site);
   };
   group_.fail(Failure::kMismatch, "in group '" + group_.name() + "' rank " + std::to_string(src) +
                                       " called send" + text(sent) + ", but rank " +
                                       std::to_string(group_.rank()) + " called recv" + text(asked));
+}
+
+// What has come is what was sent, in checked mode. See [Note: digests].
+void Mailbox::check_payload(const Operation& recv, const Envelope& sent, int src) {
+  if (sent.digest == 0 || digest_of(recv.data, sent.nbytes) == sent.digest) return;
+  Operation from = recv;
+  from.peer = src;
+  group_.fail(Failure::kOther, "recv from " + describe(from) + " read other bytes than rank " +
+                                   std::to_string(src) + " wrote, in bytes [0, " +
+                                   std::to_string(sent.nbytes) + ") of its send" +
+                                   at_site(sent.site));
+}
+
+// Messages that have waited for long are told to the other ranks.
+void Mailbox::tell_waiting() {
+  const Operation* first = recvs_.empty() ? nullptr : &recvs_.front();
+  std::string what = "recv from ";
+  for (const auto& list : sends_) {
+    if (first != nullptr || list.empty()) continue;
+    first = &list.front();
+    what = "send to ";
+  }
+  waiting_.reset();
+  if (first != nullptr) waiting_.emplace(group_, what + describe(*first), true);
 }
 
 // Every 100 ms: deadlines, and peers that are gone. A peer counts as gone the second time, so that
@@ -302,7 +354,7 @@ void Mailbox::check_pending() {
 
 void Mailbox::fail_pending(std::exception_ptr error) {
   auto fail = [&](Operation& operation) {
-    if (operation.done) finished_.push_back({std::move(operation.done), error, operation.peer});
+    if (operation.done) finish(operation, operation.peer, error);
   };
   for (auto& list : sends_) {
     for (Operation& send : list) fail(send);

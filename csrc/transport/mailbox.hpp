@@ -15,20 +15,26 @@
 #include <functional>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "transport/group.hpp"
+#include "transport/registry.hpp"
 
 namespace primitives {
 
 constexpr int kAnySource = -1;
 
+// The header of a message. The caller fills the first four, the mailbox the others.
 struct Envelope {
   uint64_t nbytes;
+  uint64_t numel;
   int32_t tag;
   char dtype[20];
+  uint64_t digest = 0;          // of the payload, in checked mode
+  char site[kSiteNbytes] = "";  // where it was sent
 };
 
 class Mailbox {
@@ -57,11 +63,14 @@ class Mailbox {
     size_t moved;  // bytes of the payload; of header and payload for a send
     Clock::time_point deadline;
     Done done;
+    const Site* site = nullptr;
+    uint64_t flight = 0;
   };
   struct Finished {
     Done done;
     std::exception_ptr error;
     int src;
+    uint64_t flight;
   };
   struct Aside {  // an unexpected message
     Envelope envelope;
@@ -70,11 +79,12 @@ class Mailbox {
   struct Incoming {  // the message at the head of a ring, once its header is read
     bool active = false;
     Operation into;  // data == aside.payload when nobody asked for it
+    Envelope envelope;
     bool unexpected = false;
     Aside aside;
   };
 
-  void post(std::list<Operation>& to, Operation operation);
+  void post(std::list<Operation>& to, Operation operation, Op op);
   void ring_bell(int rank);
   void loop();
   bool progress();
@@ -82,9 +92,12 @@ class Mailbox {
   bool progress_recv(int src);
   void start_incoming(int src, const Envelope& envelope);
   bool match_aside();
+  void finish(Operation& operation, int src, std::exception_ptr error = nullptr);
   void check_pending();
   void fail_pending(std::exception_ptr error);
   void check_match(const Operation& recv, const Envelope& sent, int src);
+  void check_payload(const Operation& recv, const Envelope& sent, int src);
+  void tell_waiting();
   bool wanted_from(int src) const;
   std::string describe(const Operation& operation) const;
 
@@ -102,6 +115,7 @@ class Mailbox {
   std::vector<std::deque<Aside>> aside_;     // by source
   std::vector<bool> seen_gone_;
   std::vector<Finished> finished_;
+  std::optional<Waiting> waiting_;
   bool stopping_ = false;
   std::thread thread_;  // started by the first operation
 };

@@ -1,8 +1,11 @@
 #include "transport/process.hpp"
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -39,7 +42,13 @@ bool read_stat(int32_t pid, char* state, uint64_t* start_time) {
   return true;
 }
 
+std::atomic<uint32_t> forks{0};
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+
 }  // namespace
+
+uint32_t num_forks() { return forks.load(std::memory_order_relaxed); }
 
 ProcessId this_process() {
   char state = 0;
@@ -56,6 +65,11 @@ char process_state(ProcessId process) {
   }
   if (start_time != process.start_time) return 0;
   return state == 'Z' || state == 'X' ? 0 : state;
+}
+
+uint64_t pid_space() {
+  struct stat info;
+  return stat("/proc/self/ns/pid", &info) == 0 ? info.st_ino : 0;
 }
 
 std::string boot_id() {

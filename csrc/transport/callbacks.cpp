@@ -1,4 +1,4 @@
-#include "bindings/callbacks.hpp"
+#include "transport/callbacks.hpp"
 
 #include <pthread.h>
 

@@ -1,0 +1,111 @@
+// What a process group runs on: the shared memory of one host, or several hosts.
+//
+// The collectives are those of collectives.hpp; ranks are those of the whole group. `group()` is
+// the part of it on this host: where failures are kept, and all there is on one host.
+#pragma once
+
+#include "collectives/collectives.hpp"
+#include "transport/mailbox.hpp"
+
+namespace primitives {
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual Group& group() = 0;
+  virtual uint64_t seq() const = 0;
+  // A rank that is known to have left or died.
+  virtual bool has_gone(int rank) const = 0;
+  virtual std::string describe_rank(int rank) const = 0;
+
+  virtual void all_gather(const Call& call, const void* in, size_t in_nbytes,
+                          const std::vector<Part>& out, Milliseconds timeout) = 0;
+  virtual void reduce_scatter(const Call& call, const std::vector<Part>& in, void* out,
+                              const Reduction& reduction, Milliseconds timeout) = 0;
+  virtual void all_reduce(const Call& call, void* data, size_t nbytes, const Reduction& reduction,
+                          Milliseconds timeout) = 0;
+  virtual void all_to_all(const Call& call, const std::vector<Part>& in,
+                          const std::vector<Part>& out, Milliseconds timeout) = 0;
+  virtual void broadcast(const Call& call, void* data, size_t nbytes, Milliseconds timeout) = 0;
+  virtual void reduce(const Call& call, void* data, size_t nbytes, const Reduction& reduction,
+                      Milliseconds timeout) = 0;
+  virtual void gather(const Call& call, const void* in, size_t in_nbytes,
+                      const std::vector<Part>& out, Milliseconds timeout) = 0;
+  virtual void scatter(const Call& call, const std::vector<Part>& in, void* out, size_t out_nbytes,
+                       Milliseconds timeout) = 0;
+  virtual void barrier(Milliseconds timeout) = 0;
+
+  // As Mailbox: the memory must live until `done`.
+  virtual void send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout,
+                    Mailbox::Done done) = 0;
+  virtual void recv(void* data, const Envelope& envelope, int src, Milliseconds timeout,
+                    Mailbox::Done done) = 0;
+  // All sends have left.
+  virtual bool idle() = 0;
+  // Ends messages that are under way with an error, then leaves the group. Idempotent.
+  virtual void close() = 0;
+};
+
+class OneHost final : public Transport {
+ public:
+  OneHost(Meeting& meeting, GroupOptions options) : group_(meeting, std::move(options)) {}
+
+  Group& group() override { return group_; }
+  uint64_t seq() const override { return group_.seq(); }
+  bool has_gone(int rank) const override { return group_.has_gone(rank); }
+  std::string describe_rank(int rank) const override { return group_.describe_rank(rank); }
+
+  void all_gather(const Call& call, const void* in, size_t in_nbytes, const std::vector<Part>& out,
+                  Milliseconds timeout) override {
+    primitives::all_gather(group_, call, in, in_nbytes, out, timeout);
+  }
+  void reduce_scatter(const Call& call, const std::vector<Part>& in, void* out,
+                      const Reduction& reduction, Milliseconds timeout) override {
+    primitives::reduce_scatter(group_, call, in, out, reduction, timeout);
+  }
+  void all_reduce(const Call& call, void* data, size_t nbytes, const Reduction& reduction,
+                  Milliseconds timeout) override {
+    primitives::all_reduce(group_, call, data, nbytes, reduction, timeout);
+  }
+  void all_to_all(const Call& call, const std::vector<Part>& in, const std::vector<Part>& out,
+                  Milliseconds timeout) override {
+    primitives::all_to_all(group_, call, in, out, timeout);
+  }
+  void broadcast(const Call& call, void* data, size_t nbytes, Milliseconds timeout) override {
+    primitives::broadcast(group_, call, data, nbytes, timeout);
+  }
+  void reduce(const Call& call, void* data, size_t nbytes, const Reduction& reduction,
+              Milliseconds timeout) override {
+    primitives::reduce(group_, call, data, nbytes, reduction, timeout);
+  }
+  void gather(const Call& call, const void* in, size_t in_nbytes, const std::vector<Part>& out,
+              Milliseconds timeout) override {
+    primitives::gather(group_, call, in, in_nbytes, out, timeout);
+  }
+  void scatter(const Call& call, const std::vector<Part>& in, void* out, size_t out_nbytes,
+               Milliseconds timeout) override {
+    primitives::scatter(group_, call, in, out, out_nbytes, timeout);
+  }
+  void barrier(Milliseconds timeout) override { primitives::barrier(group_, timeout); }
+
+  void send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout,
+            Mailbox::Done done) override {
+    mailbox_.send(data, envelope, dst, timeout, std::move(done));
+  }
+  void recv(void* data, const Envelope& envelope, int src, Milliseconds timeout,
+            Mailbox::Done done) override {
+    mailbox_.recv(data, envelope, src, timeout, std::move(done));
+  }
+  bool idle() override { return mailbox_.idle(); }
+  void close() override {
+    mailbox_.stop();
+    group_.close();
+  }
+
+ private:
+  Group group_;
+  Mailbox mailbox_{group_};
+};
+
+}  // namespace primitives

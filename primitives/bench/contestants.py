@@ -1,0 +1,179 @@
+"""Who is measured: each binds a case to its own call and buffers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from primitives.bench.case import Case, bytes_moved, storage_dtype
+from primitives.bench.payload import Array
+
+if TYPE_CHECKING:
+    import torch
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Bound:
+    """One call, ready to be repeated: ``send`` is read and ``recv`` written (may overlap)."""
+
+    run: Run
+    send: Array
+    recv: Array
+
+
+class Contestant(Protocol):
+    """One implementation of the collectives, on the ranks of one job."""
+
+    def bind(self, case: Case, rank: int) -> Bound | None:
+        """The case on fresh, touched buffers; None where the implementation has no such call."""
+
+
+def plain_buffers(case: Case, rank: int) -> tuple[Array, Array]:
+    """Input and output in private memory, one inside the other when the case is in place."""
+    dtype = storage_dtype(case.dtype)
+    send, recv = np.zeros(case.send_numel, dtype), np.zeros(case.recv_numel, dtype)
+    if case.in_place:
+        own = slice(rank * case.count, (rank + 1) * case.count)
+        match case.op:
+            case "all_gather":
+                send = recv[own]
+            case "reduce_scatter":
+                recv = send[own]
+            case _:
+                recv = send
+    return send, recv
+
+
+def as_tensor(array: Array, dtype: str) -> "torch.Tensor":
+    """The same memory as a tensor of the case's dtype."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+class C10d:
+    """A process group of torch.distributed."""
+
+    def __init__(self, backend: str) -> None:
+        import torch.distributed as dist
+
+        if backend == "fake":  # registers itself
+            import torch.testing._internal.distributed.fake_pg  # noqa: F401
+        self.group = dist.new_group(backend=backend)
+
+    def bind(self, case: Case, rank: int) -> Bound | None:
+        """The public function of torch.distributed on the case."""
+        import torch.distributed as dist
+
+        from primitives.collectives import all_gather_flat, reduce_scatter_flat
+
+        send, recv = plain_buffers(case, rank)
+        source, target = as_tensor(send, case.dtype), as_tensor(recv, case.dtype)
+        group, root = self.group, case.root
+        reduce_op = getattr(dist.ReduceOp, {"prod": "PRODUCT"}.get(case.reduce_op) or
+                            case.reduce_op.upper())  # fmt: skip
+        runs: dict[str, Run] = {
+            "all_gather": lambda: all_gather_flat(target, source, group=group),
+            "reduce_scatter": lambda: reduce_scatter_flat(
+                target, source, op=reduce_op, group=group
+            ),
+            "all_reduce": lambda: dist.all_reduce(target, op=reduce_op, group=group),
+            "all_to_all": lambda: dist.all_to_all_single(target, source, group=group),
+            "broadcast": lambda: dist.broadcast(target, src=root, group=group),
+            "barrier": lambda: dist.barrier(group=group),
+        }
+        return Bound(runs[case.op], send, recv)
+
+
+class Raw:
+    """``primitives.communicator`` without torch.distributed."""
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        from primitives.communicator import Communicator
+
+        self.communicator = Communicator.from_store(store, rank, world_size)
+
+    def bind(self, case: Case, rank: int) -> Bound | None:
+        """The communicator's method on the case."""
+        send, recv = plain_buffers(case, rank)
+        # NumPy has no bfloat16; a tensor over the same memory does.
+        source: Any = as_tensor(send, case.dtype) if case.dtype == "bfloat16" else send
+        target: Any = as_tensor(recv, case.dtype) if case.dtype == "bfloat16" else recv
+        to, op, root = self.communicator, case.reduce_op, case.root
+        op = {"prod": "product"}.get(op, op)
+        runs: dict[str, Run] = {
+            "all_gather": lambda: to.all_gather(target, source),
+            "reduce_scatter": lambda: to.reduce_scatter(target, source, op),
+            "all_reduce": lambda: to.all_reduce(target, op),
+            "all_to_all": lambda: to.all_to_all(target, source),
+            "broadcast": lambda: to.broadcast(target, root),
+            "barrier": to.barrier,
+        }
+        return Bound(runs[case.op], send, recv)
+
+
+class Mpi:
+    """The MPI that this process was started under, through mpi4py's buffer calls."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.mpi = MPI
+        self.comm = MPI.COMM_WORLD
+
+    def bind(self, case: Case, rank: int) -> Bound | None:
+        """The MPI call on the case; None for what MPI has no type or operation for."""
+        mpi, comm = self.mpi, self.comm
+        moved_as = {"bfloat16": mpi.BYTE, "float16": mpi.BYTE}
+        types = {
+            "int8": mpi.INT8_T, "uint8": mpi.UINT8_T, "int32": mpi.INT32_T, "int64": mpi.INT64_T,
+            "float32": mpi.FLOAT, "float64": mpi.DOUBLE,
+        }  # fmt: skip
+        reduce_ops = {"sum": mpi.SUM, "prod": mpi.PROD, "min": mpi.MIN, "max": mpi.MAX}
+        reduces = case.op in ("reduce_scatter", "all_reduce")
+        if reduces and (case.dtype in moved_as or case.reduce_op not in reduce_ops):
+            return None
+        send, recv = plain_buffers(case, rank)
+        kind = types.get(case.dtype, mpi.BYTE)
+        items = case.itemsize if kind == mpi.BYTE else 1
+        send_all, recv_all = [send, send.size * items, kind], [recv, recv.size * items, kind]
+        part = case.count * items
+        op = reduce_ops.get(case.reduce_op, mpi.SUM)
+        source: Any = mpi.IN_PLACE if case.in_place else send_all
+        runs: dict[str, Run] = {
+            "all_gather": lambda: comm.Allgather(source, [recv, part, kind]),
+            "all_reduce": lambda: comm.Allreduce(source, recv_all, op),
+            "all_to_all": lambda: comm.Alltoall([send, part, kind], [recv, part, kind]),
+            "broadcast": lambda: comm.Bcast(recv_all, case.root),
+            "barrier": comm.Barrier,
+        }
+        if case.op == "reduce_scatter":
+            if case.in_place:
+                # MPI leaves the result at the start of the buffer.
+                whole, recv = [send, part, kind], send[: case.count]
+                return Bound(lambda: comm.Reduce_scatter_block(mpi.IN_PLACE, whole, op), send, recv)
+            return Bound(
+                lambda: comm.Reduce_scatter_block(send_all, [recv, part, kind], op), send, recv
+            )
+        return Bound(runs[case.op], send, recv)
+
+
+class Copy:
+    """The limit: the same ranks, all at once, copy as many bytes as the operation must move."""
+
+    def __init__(self, *, stream: bool) -> None:
+        self.stream = stream  # around the caches
+
+    def bind(self, case: Case, rank: int) -> Bound | None:
+        """A copy that reads and writes this rank's share of bytes_moved()."""
+        from primitives import _C
+
+        nbytes = bytes_moved(case.op, case.nbytes, case.world_size) // (2 * case.world_size)
+        if nbytes == 0:
+            return None
+        source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
+        return Bound(lambda: _C.copy_bytes(target, source, self.stream), source, target)

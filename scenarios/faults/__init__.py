@@ -1,0 +1,1 @@
+"""Faults on small jobs: what is done to a rank, and how the others must end."""
