@@ -9,7 +9,6 @@
 
 #define ISA avx2
 #define ISA_LEVEL 1
-#include "collectives/fused_kernels.hpp"
 #include "collectives/reduce_kernels.hpp"
 
 #pragma GCC pop_options

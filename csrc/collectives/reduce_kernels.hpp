@@ -337,3 +337,5 @@ ReduceFn find_reduce(DType dtype, ReduceOp op) {
 void copy_stream(void* out, const void* in, size_t nbytes) { copy_around_caches(out, in, nbytes); }
 
 }  // namespace primitives::ISA
+
+#include "collectives/fused_kernels.hpp"

@@ -6,5 +6,4 @@
 
 #define ISA scalar
 #define ISA_LEVEL 0
-#include "collectives/fused_kernels.hpp"
 #include "collectives/reduce_kernels.hpp"

@@ -46,22 +46,28 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
 }
 
 void Group::meet() {
-  barrier();
-  if (std::exchange(declined_, false)) return;
-  call_epoch_ = epoch_;
-  compare_calls();
-  if (!has_met_) {
-    has_met_ = true;
-    reads_peers_ = world_size() > 1 && !checked_;
-    for (int r = 0; r < world_size(); r++) {
-      reads_peers_ = reads_peers_ && line(r).reads_peers.load(std::memory_order_relaxed) != 0;
-    }
+  if (declined_) {  // it has met
+    declined_ = false;
+    return barrier();
   }
+  meet_first();
   bool offered = false;
   for (int r = 0; r < world_size(); r++) offered |= offer(r).any();
   if (!offered) return;
   barrier();  // see [Note: symmetric]
   barrier();
+}
+
+void Group::meet_first() {
+  barrier();
+  call_epoch_ = epoch_;
+  compare_calls();
+  if (has_met_) return;
+  has_met_ = true;
+  reads_peers_ = world_size() > 1 && !checked_;
+  for (int r = 0; r < world_size(); r++) {
+    reads_peers_ = reads_peers_ && line(r).reads_peers.load(std::memory_order_relaxed) != 0;
+  }
 }
 
 void Group::finish() {

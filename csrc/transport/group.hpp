@@ -179,6 +179,8 @@ class Group {
   void probe_peers();
   void wait_generation(uint32_t epoch);
   void end_on_signal();
+  // The first barrier of any call, and what is known afterwards.
+  void meet_first();
   void compare_calls();
   CallRecord& record(int rank, uint32_t epoch) const {
     return *reinterpret_cast<CallRecord*>(segment_->data() + layout_.record(rank, epoch & 1));

@@ -88,9 +88,7 @@ void Group::start_symmetric(const Call& call, const Offer& mine, const uint64_t*
                             const uint64_t* recv_nbytes, Milliseconds timeout) {
   start(call, send_nbytes, recv_nbytes, timeout);
   record(rank(), epoch_ + 1).offer = mine;
-  barrier();
-  call_epoch_ = epoch_;
-  compare_calls();
+  meet_first();
 }
 
 void Group::finish_symmetric() {
