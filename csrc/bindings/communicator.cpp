@@ -264,7 +264,10 @@ class Communicator {
   }
 
   static Envelope envelope_of(const Buffer& buffer, int tag) {
-    Envelope envelope{buffer.nbytes(), tag, ""};
+    Envelope envelope{};
+    envelope.nbytes = buffer.nbytes();
+    envelope.numel = buffer.numel();
+    envelope.tag = tag;
     const Call call = make_call(Op::kSend, buffer.dtype(), buffer.numel());
     std::snprintf(envelope.dtype, sizeof envelope.dtype, "%s", call.dtype);
     return envelope;

@@ -38,7 +38,7 @@ void all_reduce_small(Group& group, char* data, size_t nbytes, const Reduction& 
 void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reduction& reduction) {
   const int n = group.world_size(), me = group.rank();
   size_t chunk = kPipelineNbytes;
-  if (nbytes < 2 * chunk) chunk = (ceil_div(nbytes, 2) + 63) & ~size_t{63};
+  if (nbytes > chunk / 2 && nbytes < 2 * chunk) chunk = (ceil_div(nbytes, 2) + 63) & ~size_t{63};
   const size_t num_chunks = ceil_div(nbytes, chunk);
   const uint32_t first = group.epoch() + 1;  // the barrier that publishes chunk 0
   std::vector<const void*> sources(n);

@@ -5,17 +5,11 @@
 namespace primitives {
 namespace {
 
-// Every part straight from its owner.
-void read_all(Group& group, const Part& own, const std::vector<Part>& out, bool stream) {
-  const int n = group.world_size(), me = group.rank();
-  for (int j = 0; j < n; j++) {
-    const int r = (me + j) % n;
-    if (r == me) {
-      copy(out[r].data, own.data, own.nbytes, stream);
-    } else {
-      group.read_lent(r, 0, out[r].data, out[r].nbytes);
-    }
-  }
+// Two ranks: the peer's part straight from its input.
+void all_to_all_pair(Group& group, const Part& own, const std::vector<Part>& out, bool stream) {
+  const int me = group.rank(), peer = 1 - me;
+  copy(out[me].data, own.data, own.nbytes, stream);
+  group.read_lent(peer, 0, out[peer].data, out[peer].nbytes);
   group.barrier();
 }
 
@@ -34,16 +28,16 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
     longest = std::max(longest, in[r].nbytes);
     total += out[r].nbytes;
   }
-  const bool stream = total >= kStreamNbytes, direct = group.reads_peers();
-  const size_t direct_from = n == 2 ? kDirectPairMinNbytes : kDirectNbytes;
+  const bool stream = total >= kStreamNbytes;
+  // The longest part of any rank decides for all: what is that long is not staged.
+  const bool reads_peer = n == 2 && group.reads_peers();
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
-  for (int r = 0; direct && r < n; r++) group.lend(r, in[r].data);
+  if (reads_peer) group.lend(1 - me, in[1 - me].data);
   size_t num_chunks = std::max<size_t>(1, ceil_div(longest, block));
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * block;
-    // The longest part of any pair decides for all ranks: one that long is read from its owner.
-    for (int r = 0; r < n && !(direct && longest >= direct_from); r++) {
-      if (r == me) continue;
+    for (int r = 0; r < n; r++) {
+      if (r == me || (reads_peer && longest >= kDirectMinNbytes)) continue;
       const char* mine = static_cast<const char*>(in[r].data) + at;
       const size_t nbytes = chunk_nbytes(in[r].nbytes, i, block);
       copy(group.slot(me, group.epoch() + 1) + r * block, mine, nbytes, false);
@@ -54,8 +48,8 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
       for (int r = 0; call.has_counts && r < n; r++) {
         for (int s = 0; s < n; s++) longest = std::max<size_t>(longest, group.sent_nbytes(r, s));
       }
-      if (direct && longest >= direct_from) {
-        read_all(group, in[me], out, stream);
+      if (reads_peer && longest >= kDirectMinNbytes) {
+        all_to_all_pair(group, in[me], out, stream);
         break;
       }
       num_chunks = std::max<size_t>(1, ceil_div(longest, block));

@@ -11,17 +11,16 @@
 namespace primitives {
 
 constexpr size_t kChunkNbytes = 128 << 10;
-constexpr size_t kSmallNbytes = 64 << 10;  // all_reduce: every rank sums everything
+constexpr size_t kSmallNbytes = 16 << 10;  // all_reduce: every rank sums everything
 constexpr size_t kStreamNbytes = 2 << 20;  // results from here on are written around the caches
 
-// Parts of these sizes are read from the peers' memory where that is possible. Two ranks gain from
-// it in all_gather and reduce_scatter too; more of them would each pay for the kernel's page walk.
-constexpr size_t kDirectNbytes = 32 << 10;
-constexpr size_t kDirectPairMinNbytes = 12 << 10, kDirectPairMaxNbytes = 8 << 20;
+// Two ranks read parts of these sizes from each other's memory where that is possible. With more
+// ranks the kernel's page walks cost more than the second copy: staging won at every size.
+constexpr size_t kDirectMinNbytes = 32 << 10, kDirectMaxNbytes = 8 << 20;
 
 inline bool is_direct_pair(const Group& group, size_t nbytes) {
-  return group.world_size() == 2 && group.reads_peers() && nbytes >= kDirectPairMinNbytes &&
-         nbytes <= kDirectPairMaxNbytes;
+  return group.world_size() == 2 && group.reads_peers() && nbytes >= kDirectMinNbytes &&
+         nbytes <= kDirectMaxNbytes;
 }
 
 // Bytes of one of n blocks that share a slot.

@@ -5,7 +5,7 @@
 // steps and bytes for S bytes a rank (all_gather: the shard; others: the input):
 //   all_gather      S in, n S out, one barrier a 128 KiB chunk
 //   reduce_scatter  S in, S / n out, one barrier a 256 KiB chunk
-//   all_reduce      up to 64 KiB one barrier, every rank sums all; above, each rank sums 1 / n of a
+//   all_reduce      up to 16 KiB one barrier, every rank sums all; above, each rank sums 1 / n of a
 //   chunk
 //                   in a pipeline: in k | sum k - 1 | out k - 2, one barrier a chunk and two at the
 //                   end
