@@ -9,7 +9,8 @@
 
 #define ISA avx512
 #define ISA_LEVEL 2
-#include "collectives/fused_kernels.hpp"
 #include "collectives/reduce_kernels.hpp"
+// needs what the one before defines: not to be sorted
+#include "collectives/fused_kernels.hpp"
 
 #pragma GCC pop_options

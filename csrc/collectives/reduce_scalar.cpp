@@ -6,5 +6,6 @@
 
 #define ISA scalar
 #define ISA_LEVEL 0
-#include "collectives/fused_kernels.hpp"
 #include "collectives/reduce_kernels.hpp"
+// needs what the one before defines: not to be sorted
+#include "collectives/fused_kernels.hpp"
