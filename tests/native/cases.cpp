@@ -143,7 +143,8 @@ class Case {
 
   Reduction reduction() const {
     const double factor = reduce_op_ == ReduceOp::kPremulSum ? kFactor : n_;
-    return {find_reduce(TypeOf<T>::kDType, reduce_op_), sizeof(T), factor};
+    return {find_reduce(TypeOf<T>::kDType, reduce_op_), TypeOf<T>::kDType, reduce_op_, sizeof(T),
+            factor};
   }
 
   static std::vector<Part> parts(std::vector<Buffer<T>>& buffers) {
@@ -275,7 +276,10 @@ class Case {
       return any_source ? numels[0] : numels[src * n_ + dst];
     };
     auto envelope = [&](size_t numel, int tag) {
-      Envelope made{numel * sizeof(T), tag, ""};
+      Envelope made{};
+      made.nbytes = numel * sizeof(T);
+      made.numel = numel;
+      made.tag = tag;
       std::snprintf(made.dtype, sizeof made.dtype, "%s", TypeOf<T>::kName);
       return made;
     };

@@ -32,8 +32,9 @@ void sum(Group& group, size_t numel, Milliseconds timeout) {
   call.reduce_op = ReduceOp::kSum;
   call.itemsize = sizeof(float);
   call.numel = numel;
-  all_reduce(group, call, data.data(), numel * sizeof(float),
-             {find_reduce(DType::kFloat32, ReduceOp::kSum), sizeof(float), 0}, timeout);
+  const Reduction reduction{find_reduce(DType::kFloat32, ReduceOp::kSum), DType::kFloat32,
+                            ReduceOp::kSum, sizeof(float), 0};
+  all_reduce(group, call, data.data(), numel * sizeof(float), reduction, timeout);
 }
 
 void wrong_call(Group& group, bool guilty) {
@@ -70,6 +71,15 @@ void leaves(Group& group, bool guilty) {
   expect_failure(Failure::kPeerLost, "one rank leaves", [&] { sum(group, 8, kLong); });
 }
 
+Envelope envelope_of(const int32_t& data) {
+  Envelope envelope{};
+  envelope.nbytes = sizeof data;
+  envelope.numel = 1;
+  envelope.tag = 3;
+  std::snprintf(envelope.dtype, sizeof envelope.dtype, "int32");
+  return envelope;
+}
+
 // Receives from every rank; the culprit's message never comes.
 void no_message(Group& group, int culprit) {
   Mailbox mailbox(group);
@@ -78,7 +88,7 @@ void no_message(Group& group, int culprit) {
   auto arrived = [&](std::exception_ptr error, int) {
     error ? received.set_exception(error) : received.set_value();
   };
-  mailbox.recv(&data, {sizeof data, 3, "int32"}, culprit, kShort, arrived);
+  mailbox.recv(&data, envelope_of(data), culprit, kShort, arrived);
   expect_failure(Failure::kTimeout, "a message does not come",
                  [&] { received.get_future().get(); });
 }
@@ -91,7 +101,7 @@ void stops(Group& group) {
   auto arrived = [&](std::exception_ptr error, int) {
     error ? received.set_exception(error) : received.set_value();
   };
-  mailbox.recv(&data, {sizeof data, 3, "int32"}, kAnySource, kLong, arrived);
+  mailbox.recv(&data, envelope_of(data), kAnySource, kLong, arrived);
   mailbox.stop();
   expect_failure(Failure::kOther, "the mailbox stops", [&] { received.get_future().get(); });
   sum(group, 8, kLong);  // the collectives go on
