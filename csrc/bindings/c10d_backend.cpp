@@ -95,13 +95,14 @@ void close_all_backends(Milliseconds limit) {
 Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Job job) {
   return translated([&]() -> WorkPtr {
     group_->check();
-    if (!async && !coalescing_) {
-      queue_->run_sync(job);
-      return nullptr;  // how c10d says that nothing is left to wait for
-    }
     auto work = c10::make_intrusive<Work>(type, std::move(outputs), callbacks_);
-    queue_->run_async(work, std::move(job));
-    if (coalescing_) coalesced_.push_back(work);
+    if (async || coalescing_) {
+      queue_->run_async(work, std::move(job));
+      if (coalescing_) coalesced_.push_back(work);
+    } else {
+      queue_->run_sync(job);
+      work->complete();
+    }
     return work;
   });
 }
