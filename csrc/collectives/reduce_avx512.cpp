@@ -10,7 +10,5 @@
 #define ISA avx512
 #define ISA_LEVEL 2
 #include "collectives/reduce_kernels.hpp"
-// needs what the one before defines: not to be sorted
-#include "collectives/fused_kernels.hpp"
 
 #pragma GCC pop_options

@@ -7,5 +7,3 @@
 #define ISA scalar
 #define ISA_LEVEL 0
 #include "collectives/reduce_kernels.hpp"
-// needs what the one before defines: not to be sorted
-#include "collectives/fused_kernels.hpp"
