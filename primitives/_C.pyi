@@ -120,8 +120,8 @@ class Communicator:
         timeout_s: float,
         name: str,
         shm_dir: str,
-        host_of_rank: Sequence[str],
-        wire: c10d.Backend | None,
+        host_of_rank: Sequence[str] = (),
+        wire: c10d.Backend | None = None,
     ) -> None: ...
     @property
     def rank(self) -> int: ...

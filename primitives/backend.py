@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from primitives.env import SHM_DIR
+from primitives.errors import RanksOnSeveralHosts
 from primitives.hosts import connect_hosts, find_hosts
 from primitives.rendezvous import install
 
@@ -58,11 +59,13 @@ def create(store: Any, rank: int, world_size: int, options: "_C.Backend.Options"
     """A backend on whatever hosts the ranks run; collective over the ranks of ``store``."""
     import primitives._C as _C
 
-    timeout_s = options._timeout.total_seconds()
-    hosts = find_hosts(store, rank, world_size, timeout_s, options.group_name)
-    several = len(set(hosts)) > 1
-    wire = connect_hosts(store, rank, world_size, timeout_s) if several else None
-    backend = _C.Backend(store, rank, world_size, options, hosts, wire)
+    try:
+        backend = _C.Backend(store, rank, world_size, options)
+    except RanksOnSeveralHosts:
+        timeout_s = options._timeout.total_seconds()
+        hosts = find_hosts(store, rank, world_size, timeout_s, options.group_name)
+        wire = connect_hosts(store, rank, world_size, timeout_s)
+        backend = _C.Backend(store, rank, world_size, options, hosts, wire)
     atexit.unregister(_C.close_all_backends)
     atexit.register(_C.close_all_backends, EXIT_LIMIT_S)
     return backend

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 import primitives._C as _C
 from primitives.env import SHM_DIR
-from primitives.errors import CollectiveTimeout
+from primitives.errors import CollectiveTimeout, RanksOnSeveralHosts
 from primitives.hosts import connect_hosts, find_hosts, host_id
 from primitives.rendezvous import MeetingFile
 
@@ -80,10 +80,13 @@ class Communicator(_C.Communicator):
         timeout_s: float = TIMEOUT_S,
         name: str = "communicator",
     ) -> None:
-        hosts = find_hosts(store, rank, world_size, timeout_s, name)
-        several = len(set(hosts)) > 1
-        wire = connect_hosts(store, rank, world_size, timeout_s) if several else None
-        super().__init__(store, rank, world_size, timeout_s, name, SHM_DIR.get(), hosts, wire)
+        native = (store, rank, world_size, timeout_s, name, SHM_DIR.get())
+        try:
+            super().__init__(*native)
+        except RanksOnSeveralHosts:
+            hosts = find_hosts(store, rank, world_size, timeout_s, name)
+            wire = connect_hosts(store, rank, world_size, timeout_s)
+            super().__init__(*native, hosts, wire)
         # The store is wanted by later splits, and its server by peers that have just met.
         self._store = store
         self._timeout_s = timeout_s

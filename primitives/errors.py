@@ -17,6 +17,10 @@ class CollectiveMismatch(CollectiveError):
     """Ranks called different collectives; the message names both sides."""
 
 
+class RanksOnSeveralHosts(CollectiveError):
+    """The ranks of a group that is being created do not share memory."""
+
+
 class CheckpointCorrupt(RuntimeError):
     """A checkpoint is incomplete or differs from its manifest; the message names the file."""
 

@@ -183,7 +183,9 @@ def laid(x: Tensor, how: str) -> Tensor:
 def bits(x: Tensor) -> Tensor:
     """The bits as integers, every NaN of the types that we compute with as one."""
     x = x.detach().resolve_conj().resolve_neg().reshape(-1)
-    if x.dtype.is_complex and x.dtype != torch.complex32:
+    if x.dtype == torch.complex32:
+        x = x.contiguous().view(torch.float16)
+    elif x.dtype.is_complex:
         x = torch.view_as_real(x).reshape(-1)
     if x.dtype in FLOATS:
         x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)

@@ -148,6 +148,7 @@ def test_other_members_are_a_mismatch_at_creation() -> None:
     def join(rank: int) -> str:
         options = _C.Backend.Options(timedelta(seconds=5))
         options.global_ranks_in_group = [0, 2 + rank]
+        options.group_name = "other members"  # what is wrong with it is told to groups of the name
         with pytest.raises(errors.CollectiveMismatch) as caught:
             _C.Backend(store, rank, len([0, 1]), options)
         return str(caught.value)

@@ -96,11 +96,11 @@ def test_a_failure_is_dumped_and_explained(tmp_path: Path, monkeypatch: pytest.M
     (path,) = (tmp_path / "flight").iterdir()
     assert path.match(f"flight_rank_*_pid_{os.getpid()}.json")
     dump = json.loads(path.read_text())
-    assert "passed its deadline" in dump["reason"]
+    assert "reached the timeout of its call" in dump["reason"]
     assert dump["records"][-1]["state"] == "failed"
     result = CliRunner().invoke(cli.testbed, ["flight", str(tmp_path)], standalone_mode=False)
     assert result.return_value == 1
-    assert "passed its deadline; missing: rank 1" in result.output
+    assert "reached the timeout of its call; missing: rank 1" in result.output
     assert "rank 1 is behind in group" in result.output
     assert "all_reduce(sum, float32, 4)" in result.output
 

@@ -89,7 +89,8 @@ def test_all_gather(
     for fulls, num_zero_copy in ranks(call):
         for got, want in zip(fulls, wholes, strict=True):
             assert_bits(got, want.to(target))
-        assert num_zero_copy == (mask == 15 and n > 1)
+        if any(x.numel() > 0 for x in wholes):  # no bytes lie in every heap
+            assert num_zero_copy == (mask == 15 and n > 1)
 
 
 @settings(max_examples=30, deadline=None)

@@ -165,6 +165,7 @@ c10d::ErrorType Backend::getError() {
     case Failure::kPeerLost:
       return c10d::ErrorType::REMOTE_ERROR;
     case Failure::kMismatch:
+    case Failure::kOtherHost:
     case Failure::kOther:
       return c10d::ErrorType::COMM_ERROR;
   }

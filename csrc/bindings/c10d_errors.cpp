@@ -8,7 +8,7 @@ namespace primitives {
 namespace {
 
 struct ErrorTypes {
-  PyObject *collective, *timeout, *peer_lost, *mismatch;
+  PyObject *collective, *timeout, *peer_lost, *mismatch, *other_host;
 };
 ErrorTypes error_types;  // written once at import; the references live as long as the process
 
@@ -20,6 +20,8 @@ PyObject* type_of(Failure failure) {
       return error_types.peer_lost;
     case Failure::kMismatch:
       return error_types.mismatch;
+    case Failure::kOtherHost:
+      return error_types.other_host;
     case Failure::kNone:
     case Failure::kOther:
       return error_types.collective;
@@ -36,7 +38,7 @@ void register_errors(pybind11::module_&) {
   const auto errors = py::module_::import("primitives.errors");
   auto hold = [&](const char* name) { return py::object(errors.attr(name)).release().ptr(); };
   error_types = {hold("CollectiveError"), hold("CollectiveTimeout"), hold("PeerLost"),
-                 hold("CollectiveMismatch")};
+                 hold("CollectiveMismatch"), hold("RanksOnSeveralHosts")};
   pybind11::register_exception_translator([](std::exception_ptr pending) {
     try {
       if (pending) std::rethrow_exception(pending);

@@ -294,7 +294,7 @@ void bind_communicator(py::module_& m) {
       .def(py::init<const StorePtr&, int, int, double, const std::string&, const std::string&,
                     const std::vector<std::string>&, const c10::intrusive_ptr<c10d::Backend>&>(),
            "store"_a, "rank"_a, "world_size"_a, "timeout_s"_a, "name"_a, "shm_dir"_a,
-           "host_of_rank"_a, "wire"_a)
+           "host_of_rank"_a = std::vector<std::string>{}, "wire"_a = py::none())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)

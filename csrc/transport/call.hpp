@@ -61,7 +61,7 @@ struct Call {
   bool operator==(const Call& other) const {
     return op == other.op && reduce_op == other.reduce_op && has_counts == other.has_counts &&
            std::memcmp(dtype, other.dtype, sizeof dtype) == 0 && root == other.root &&
-           itemsize == other.itemsize && numel == other.numel &&
+           itemsize == other.itemsize && numel == other.numel && digest == other.digest &&
            std::bit_cast<uint64_t>(factor) == std::bit_cast<uint64_t>(other.factor);
   }
 };

@@ -39,6 +39,12 @@ std::vector<std::string> split(const std::string& text) {
   return values;
 }
 
+// Equal for processes that can share memory.
+std::string host_id() {
+  const char* given = std::getenv("PRIMITIVES_HOST_ID");
+  return given != nullptr && *given != '\0' ? given : boot_id();
+}
+
 }  // namespace
 
 Group::Group(Meeting& meeting, GroupOptions options)
@@ -59,7 +65,7 @@ Group::Group(Meeting& meeting, GroupOptions options)
     try {
       attach(meeting);
     } catch (const TransportError& error) {
-      dump_flight_on_error(error.what());
+      if (error.failure != Failure::kOtherHost) dump_flight_on_error(error.what());
       throw;
     }
   }
@@ -79,8 +85,8 @@ void Group::attach(Meeting& meeting) {
       "round" + std::to_string(meeting.add("count/" + std::to_string(rank()), 1)) + "/";
   const Site* mine_at = this_site();
   const std::string site = mine_at == nullptr ? "" : mine_at->text;
-  const std::string boot = boot_id();
-  const std::string space = boot + " " + std::to_string(pid_space());
+  const std::string host = host_id();
+  const std::string space = boot_id() + " " + std::to_string(pid_space());
   const std::string members = joined(options_.members);
   const std::string differs = "group '" + name() + "' differs between ranks";
   const std::string creating = here() + at_site(site) + ", while the group was being created";
@@ -172,16 +178,13 @@ void Group::attach(Meeting& meeting) {
       sweep_segments(options_.folder);
       segment_ = std::make_shared<Segment>(Segment::create(
           options_.folder, layout_.nbytes(), layout_.num_mapped(), layout_.num_committed()));
-      meeting.set(round + "segment", lines({boot, segment_->name(), members, site}));
+      meeting.set(round + "segment", lines({host, segment_->name(), members, site}));
     } else {
       wait([&] { return meeting.has(round + "segment"); },
            [] { return std::string("rank 0 did not come"); });
       const auto told = split(meeting.get(round + "segment"));
-      if (told[0] != boot) {
-        throw TransportError(Failure::kOther,
-                             here() +
-                                 " runs on another host than rank 0; all ranks of the "
-                                 "primitives backend must run on one host");
+      if (told[0] != host) {
+        throw TransportError(Failure::kOtherHost, here() + " runs on another host than rank 0");
       }
       if (told[2] != members) {
         throw TransportError(Failure::kMismatch,
@@ -209,6 +212,12 @@ void Group::attach(Meeting& meeting) {
       return missing + " did not come";
     });
   } catch (const TransportError& error) {
+    if (error.failure != Failure::kOtherHost && meeting.has(round + "failed")) {
+      // What failed first may be why this rank could not open what rank 0 has taken away.
+      const auto failed = split(meeting.get(round + "failed"));
+      const auto failure = static_cast<Failure>(std::atoi(failed[0].c_str()));
+      if (failure == Failure::kOtherHost) throw TransportError(failure, failed[1]);
+    }
     if (!meeting.has(round + "failed")) {
       meeting.set(round + "failed",
                   lines({std::to_string(static_cast<uint32_t>(error.failure)), error.what()}));

@@ -19,17 +19,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import primitives.backend
 from primitives.env import SHM_DIR
 from scenarios.failures import signal_name
-from scenarios.faults.catalogue import NUM_RANKS, TIMEOUT_S, Fault
+from scenarios.faults.catalogue import NUM_RANKS, TIMEOUT, Fault
 
 BOUND_S = 10.0
 """From the moment all ranks have begun, every one must have ended."""
 STARTUP_S = 60.0
+JOIN_S = 30.0
 JOB = "FAULT_JOB"  # rank and port, for the processes of one job
 
 
@@ -207,8 +209,10 @@ def live(id: str, job: tuple[int, int, str, str], report: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ |= {SHM_DIR.name: shm_dir, JOB: f"{rank} {port}", **fault.env}
     if fault.joins:
-        join_world(TIMEOUT_S)
+        join_world(JOIN_S)
         dist.barrier()
+        world = dist.distributed_c10d._get_default_group()
+        world._get_backend(torch.device("cpu")).set_timeout(TIMEOUT)
     report.send("begun")
     try:
         fault.body(rank)
