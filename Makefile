@@ -38,7 +38,7 @@ clean:
 
 # Prints both sides and the limit from one run; with the competitors of bench-mpi, if it ran before.
 bench: setup
-	$(BIN)/testbed bench all_gather reduce_scatter all_reduce all_to_all barrier gemm \
+	$(BIN)/testbed bench all_gather reduce_scatter all_reduce all_to_all barrier gemm fused \
 	  -b 4K -e 16M -f 64 --against gloo,mpi
 
 # The MPIs beside Open MPI, which is in .venv: a folder each, since their programs share names.

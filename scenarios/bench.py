@@ -22,8 +22,10 @@ from scenarios.golden import write_atomically
 from scenarios.provenance import cpu_model, versions
 
 if TYPE_CHECKING:
+    from primitives.bench.fused import Row as FusedRow
     from primitives.bench.gemm import Row as GemmRow
 
+BENCHMARKS = [*OPS, "gemm", "fused"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 
 
@@ -46,7 +48,7 @@ SIZE = Size()
 
 
 @click.command()
-@click.argument("op", type=click.Choice([*OPS, "gemm"]), metavar="OP...", nargs=-1, required=True)
+@click.argument("op", type=click.Choice(BENCHMARKS), metavar="OP...", nargs=-1, required=True)
 @click.option("-b", "--minbytes", "min_nbytes", type=SIZE, default="8", show_default=True)
 @click.option("-e", "--maxbytes", "max_nbytes", type=SIZE, default="128M", show_default=True)
 @click.option("-f", "--stepfactor", "factor", type=int, help="Each size times this [2].")
@@ -97,7 +99,8 @@ SIZE = Size()
 @click.option(
     "--against",
     default=None,
-    help="Of gloo, openmpi, mpich, impi, mpi (all three), none; commas between "
+    help="Of gloo, symmetric (ours on symmetric memory), openmpi, mpich, impi, mpi (all three), "
+    "none; commas between "
     "[c10d: gloo; communicator: mpi].",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -112,7 +115,7 @@ def bench(
     as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
-    """Times collectives beside their competitors and the limit, or gemm beside torch.mm.
+    """Times collectives beside competitors and the limit, gemm and fused beside torch.
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
@@ -125,7 +128,7 @@ def bench(
             against=_contestants(against), **given,
         )
         for name in op
-        if name != "gemm"
+        if name in OPS
     ]  # fmt: skip
     document: dict[str, Any] = {"cpu": cpu_model(), "versions": versions(), "benchmarks": []}
     absent = plans[0].jobs()[1] if plans else []
@@ -150,6 +153,16 @@ def bench(
         document["gemm"] = [asdict(row) for row in gemm_rows]
         if not as_json:
             click.echo("\n".join(gemm_lines(gemm_rows)))
+    if "fused" in op:
+        from primitives.bench import fused
+
+        if not as_json:
+            click.echo("\n".join(fused_head()))
+        document["fused"] = []
+        for fused_row in fused.measure(given["num_ranks"], list(fused.CASES)):
+            document["fused"].append(asdict(fused_row))
+            if not as_json:
+                click.echo(fused_line(fused_row))
     if num_wrong and not as_json:
         click.echo(f"# {num_wrong} wrong elements", err=True)
     document["num_wrong"] = num_wrong
@@ -261,6 +274,24 @@ def gemm_lines(rows: "list[GemmRow]") -> list[str]:
         lines.append(f" {row.m:>5} {row.n:>5} {row.k:>5} {row.canonical_gflop_s:>9.2f} "
                      f"{row.torch_gflop_s:>9.2f} {ratio:>10.2f}")  # fmt: skip
     return lines
+
+
+FUSED = ("fsdp2 gloo", "fsdp2 primitives", "fused", "fused symmetric")
+
+
+def fused_head() -> list[str]:
+    """What `fused` measures."""
+    return [
+        "# fused: many odd tensors in one call, beside FSDP2's flat buffers; ms, and times sooner"
+        " than fsdp2 gloo",
+        f"#{'op':>15} {'type':>9} {'elements':>10}  " + " ".join(f"{n:>23}" for n in FUSED),
+    ]
+
+
+def fused_line(row: "FusedRow") -> str:
+    """One set of parameters."""
+    figures = (f"{row.time_ms[name]:>15.2f} {row.ratio(name):>6.1f}x" for name in FUSED)
+    return f" {row.case.op:>15} {row.case.dtype:>9} {row.case.numel:>10}  " + " ".join(figures)
 
 
 __all__ = ["bench", "gemm_lines", "head", "lines_of"]

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from primitives.bench import BenchFailed, measure
+from primitives.bench import BenchFailed, fused, measure
 from primitives.bench import jobs as bench_jobs
 from primitives.bench.case import DTYPES, OPS, Case, bus_factor, bytes_moved, sizes
 from primitives.bench.jobs import Jobs
 from primitives.bench.measure import Placement, Plan, Row, Timing
 from primitives.bench.payload import Array, expected_output, make_input, num_wrong
-from scenarios.bench import head, lines_of
+from scenarios.bench import FUSED, fused_line, head, lines_of
 from scenarios.cli import EXIT_MISMATCH, EXIT_PASS, EXIT_USAGE, main
 
 
@@ -104,7 +106,8 @@ def test_command_measures_and_checks_everybody(
 ) -> None:
     output = tmp_path / "bench.json"
     arguments = ["bench", "all_gather", "all_reduce", "barrier", "-b", "1K", "-e", "4K", "-f", "4",
-                 "-n", "2", "-w", "1", "--ranks", "2", "-J", str(output)]  # fmt: skip
+                 "-n", "2", "-w", "1", "--ranks", "2", "--against", "gloo,symmetric",
+                 "-J", str(output)]  # fmt: skip
     assert main(arguments) == EXIT_PASS
     printed = capfd.readouterr().out
     assert "out-of-place" in printed
@@ -121,19 +124,40 @@ def test_command_measures_and_checks_everybody(
     for row in gathered:
         for placement in (row["out_of_place"], row["in_place"]):
             timings = placement["timings"]
-            assert {"primitives", "raw", "noop", "gloo", "copy", "copy_stream"} == set(timings)
+            assert set(timings) == {
+                "primitives", "raw", "noop", "gloo", "symmetric", "copy", "copy_stream",
+            }  # fmt: skip
             assert all(0 < t["time_us"] < 1e7 and t["num_blocks"] >= 1 for t in timings.values())
             assert placement["limit_us"] == min(
                 timings[name]["time_us"] for name in ("copy", "copy_stream")
             )
             assert timings["primitives"]["wrong"] == timings["raw"]["wrong"] == 0
-            assert timings["gloo"]["wrong"] == 0
+            assert timings["gloo"]["wrong"] == timings["symmetric"]["wrong"] == 0
             # The backend that does nothing is what a broken one looks like: the check sees it.
             assert timings["noop"]["wrong"] > 0
     reduced = document["benchmarks"][1]["rows"][0]
     assert reduced["out_of_place"] is None
     assert reduced["in_place"]["timings"]["noop"]["wrong"] > 0
     assert document["benchmarks"][2]["rows"][0]["nbytes"] == 0
+
+
+def test_fused_compares_results_before_it_times_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [fused.Case("all_gather", numel=4000, num_tensors=7), fused.Case("reduce_scatter",
+             "bfloat16", numel=4000, num_tensors=7)]  # fmt: skip
+    rows = list(fused.measure(2, cases))
+    assert [row.case for row in rows] == cases
+    for row in rows:
+        assert set(row.time_ms) == set(FUSED)
+        assert row.ratio("fsdp2 gloo") == 1.0
+        assert f"{row.time_ms['fused']:.2f}" in fused_line(row)
+
+    def wrong(case: fused.Case, groups: Any) -> fused.Contestants:
+        return {"a": lambda: [torch.zeros(3)], "b": lambda: [torch.ones(3)]}
+
+    monkeypatch.setattr(fused, "all_gather", wrong)
+    monkeypatch.setattr(fused, "slowest_rank", lambda function, num_calls: 1.0)
+    with pytest.raises(AssertionError, match="b: the results differ"):
+        fused.run_case(cases[0], {})
 
 
 def row_of(wrong: int) -> Row:

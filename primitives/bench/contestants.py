@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 Run = Callable[[], object]
+Allocate = Callable[[int, "np.dtype[Any]"], Array]
 
 
 @dataclass
@@ -31,10 +32,15 @@ class Contestant(Protocol):
         """The case on fresh, touched buffers; None where the implementation has no such call."""
 
 
-def plain_buffers(case: Case, rank: int) -> tuple[Array, Array]:
-    """Input and output in private memory, one inside the other when the case is in place."""
+def zeros(numel: int, dtype: "np.dtype[Any]") -> Array:
+    """In private memory."""
+    return np.zeros(numel, dtype)
+
+
+def buffers(case: Case, rank: int, allocate: Allocate = zeros) -> tuple[Array, Array]:
+    """Input and output, one inside the other when the case is in place."""
     dtype = storage_dtype(case.dtype)
-    send, recv = np.zeros(case.send_numel, dtype), np.zeros(case.recv_numel, dtype)
+    send, recv = allocate(case.send_numel, dtype), allocate(case.recv_numel, dtype)
     if case.in_place:
         own = slice(rank * case.count, (rank + 1) * case.count)
         match case.op:
@@ -56,14 +62,24 @@ def as_tensor(array: Array, dtype: str) -> "torch.Tensor":
 
 
 class C10d:
-    """A process group of torch.distributed."""
+    """A process group of torch.distributed, on private or on symmetric memory."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, *, symmetric: bool = False) -> None:
         import torch.distributed as dist
 
         if backend == "fake":  # registers itself
             import torch.testing._internal.distributed.fake_pg  # noqa: F401
         self.group = dist.new_group(backend=backend)
+        self.allocate: Allocate = self._symmetric_zeros if symmetric else zeros
+
+    def _symmetric_zeros(self, numel: int, dtype: "np.dtype[Any]") -> Array:
+        import torch
+
+        from primitives.memory import empty
+
+        memory = empty(numel * dtype.itemsize, dtype=torch.uint8, group=self.group)
+        array: Array = memory.zero_().numpy().view(dtype)
+        return array
 
     def bind(self, case: Case, rank: int) -> Bound | None:
         """The public function of torch.distributed on the case."""
@@ -71,7 +87,7 @@ class C10d:
 
         from primitives.collectives import all_gather_flat, reduce_scatter_flat
 
-        send, recv = plain_buffers(case, rank)
+        send, recv = buffers(case, rank, self.allocate)
         source, target = as_tensor(send, case.dtype), as_tensor(recv, case.dtype)
         group, root = self.group, case.root
         reduce_op = getattr(dist.ReduceOp, {"prod": "PRODUCT"}.get(case.reduce_op) or
@@ -99,7 +115,7 @@ class Raw:
 
     def bind(self, case: Case, rank: int) -> Bound | None:
         """The communicator's method on the case."""
-        send, recv = plain_buffers(case, rank)
+        send, recv = buffers(case, rank)
         # NumPy has no bfloat16; a tensor over the same memory does.
         source: Any = as_tensor(send, case.dtype) if case.dtype == "bfloat16" else send
         target: Any = as_tensor(recv, case.dtype) if case.dtype == "bfloat16" else recv
@@ -137,7 +153,7 @@ class Mpi:
         reduces = case.op in ("reduce_scatter", "all_reduce")
         if reduces and (case.dtype in moved_as or case.reduce_op not in reduce_ops):
             return None
-        send, recv = plain_buffers(case, rank)
+        send, recv = buffers(case, rank)
         kind = types.get(case.dtype, mpi.BYTE)
         items = case.itemsize if kind == mpi.BYTE else 1
         send_all, recv_all = [send, send.size * items, kind], [recv, recv.size * items, kind]

@@ -28,6 +28,8 @@ from primitives.bench.rank import MPIS
 
 MAX_FOREIGN = 0.04
 MIN_BLOCKS = 3
+OURS = ("gloo", "symmetric")
+"""Competitors in the same processes; symmetric: this backend on symmetric memory."""
 LIMITS = ("copy", "copy_stream")
 
 
@@ -67,7 +69,7 @@ class Plan:
         expect("--launcher", self.launcher, LAUNCHERS)
         expect("--level", self.level, ("c10d", "communicator"))
         for name in self.against:
-            expect("--against", name, ("gloo", *MPIS))
+            expect("--against", name, (*OURS, *MPIS))
         if not 1 <= self.num_ranks <= MAX_RANKS:
             raise ValueError(f"--ranks: expected 1 to {MAX_RANKS}, got {self.num_ranks}")
         if not 0 <= self.root < self.num_ranks:
@@ -96,7 +98,7 @@ class Plan:
     def jobs(self) -> tuple[list[tuple[list[str], str]], list[str]]:
         """Contestants and launcher of each job, and which MPIs are absent."""
         mine = ["primitives", "raw", "noop"] if self.level == "c10d" else ["raw"]
-        mine += [name for name in self.against if name == "gloo"]
+        mine += [name for name in self.against if name in OURS]
         jobs = [([*mine, *LIMITS], self.launcher)]
         absent = []
         for name in self.against:

@@ -60,6 +60,8 @@ class Job:
             match name:
                 case "primitives" | "gloo":
                     self.contestants[name] = C10d(name)
+                case "symmetric":
+                    self.contestants[name] = C10d("primitives", symmetric=True)
                 case "noop":
                     self.contestants[name] = C10d("fake")
                 case "raw":
