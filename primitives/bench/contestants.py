@@ -173,7 +173,7 @@ class Mpi:
                 whole, recv = [send, part, kind], send[: case.count]
                 return Bound(lambda: comm.Reduce_scatter_block(mpi.IN_PLACE, whole, op), send, recv)
             return Bound(
-                lambda: comm.Reduce_scatter_block(send_all, [recv, part, kind], op), send, recv
+                lambda: comm.Reduce_scatter_block([send, kind], [recv, kind], op), send, recv
             )
         return Bound(runs[case.op], send, recv)
 

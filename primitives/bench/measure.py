@@ -225,10 +225,11 @@ def _measure_case(plan: Plan, case: Case, jobs: Jobs) -> Placement:
             break
         first = turn % len(turns)
         for name, link in turns[first:] + turns[:first]:
-            busy, clock = _busy_s(), time.monotonic()
+            busy, clock, own = _busy_s(), time.monotonic(), time.process_time()
             told = link.ask({"do": "measure", "contestant": name, "num_calls": num_calls[name]})
             wall = time.monotonic() - clock
-            others = _busy_s() - busy - sum(answer["cpu"] for answer in told)
+            own = time.process_time() - own
+            others = _busy_s() - busy - own - sum(answer["cpu"] for answer in told)
             took = max(a["end"] for a in told) - min(a["start"] for a in told)
             foreign = max(0.0, others / (wall * (os.cpu_count() or 1)))
             blocks[name].append((foreign, took / num_calls[name]))
