@@ -67,7 +67,7 @@ SIZE = Size()
     type=int,
     default=20,
     show_default=True,
-    help="Timed blocks of calls, about 10 ms each; the figure is their median.",
+    help="Timed blocks of calls, about 50 ms each; the figure is their median.",
 )
 @click.option("-w", "--warmup_iters", "warmup", type=int, default=5, show_default=True)
 @click.option(

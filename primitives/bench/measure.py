@@ -53,7 +53,7 @@ class Plan:
     launcher: str = "mp"
     level: str = "c10d"
     against: tuple[str, ...] = ("gloo",)
-    block_s: float = 0.01
+    block_s: float = 0.05
     """About how long a block lasts: as many calls as fit, at least one."""
     max_s: float = 20.0
     """Longest measurement of one size in one placement, once every contestant has 3 blocks."""
