@@ -270,9 +270,9 @@ def play_fault(hosts: str, fault: str, victim: str) -> None:
             else:
                 dist.recv(torch.ones(4), 0)
         dist.all_reduce(torch.ones(5))
-        print("no error")
+        print("no error", flush=True)
     except RuntimeError as error:
-        print(type(error).__name__, f"{time.monotonic() - begin:.1f} s", error)
+        print(type(error).__name__, f"{time.monotonic() - begin:.1f} s", error, flush=True)
     os._exit(0)  # not through the exit handlers, which are not what is tested
 
 
