@@ -2,7 +2,7 @@
 
     python tests/soak.py --operations 1000000 --ranks 8
 
-After a warm-up of a tenth (3000 where that is at most a third), the memory, descriptors, threads and
+After a warm-up of a tenth (3000 where that is at most a third), memory, descriptors, threads and
 shared segments of every rank must stay what they are, while groups are created and destroyed along
 the way.
 """
