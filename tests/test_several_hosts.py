@@ -4,6 +4,7 @@ The bits of every collective over several hosts are in test_backend_bits.py.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,8 @@ def test_everything_torch_distributed_offers(tmp_path: Path) -> None:
 def two_namespaces() -> Iterator[tuple[str, str]]:
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the ip command (iproute2)")
     a, b = f"primitives-{os.getpid()}-a", f"primitives-{os.getpid()}-b"
     commands = [
         f"ip netns add {a}",
