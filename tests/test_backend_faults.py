@@ -417,7 +417,6 @@ def test_a_killed_rank_is_named_by_all_others(tmp_path: Path, number: int) -> No
 
 def interrupted() -> None:
     """Rank 0 waits for a rank that never comes, in a way that rank 1 (asleep) does not end."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
     rank, _ = init(timeout_s=60)
     dist.barrier()
     if rank == 1:
