@@ -179,3 +179,11 @@ def test_no_time_to_leave_is_no_failure_when_nothing_is_pending(tmp_path: Path) 
     target = "test_backend_lifetimes:leaves_in_no_time"
     for code, output in ProcessRanks(target, 2, tmp_path).start().wait(20):
         assert code == 0, output
+
+
+def test_groups_come_and_go_on_threads() -> None:
+    """Objects made by many threads at once are all known to Python when they are destroyed."""
+    for i in range(600):
+        ranks = ThreadRanks(2 + i % 7)
+        ranks(lambda backend, _: backend.barrier().wait())
+        ranks.close()

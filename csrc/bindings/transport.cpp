@@ -28,12 +28,14 @@ void bind_transport(py::module_& m) {
                        const c10::intrusive_ptr<Backend::Options>& options,
                        const std::vector<std::string>& host_of_rank,
                        const c10::intrusive_ptr<c10d::Backend>& wire) {
+             // Not a call_guard: pybind11 registers the new object inside the guarded call, and its
+             // table of objects is only safe under the GIL.
+             const py::gil_scoped_release no_gil;
              return c10::make_intrusive<Backend>(store, rank, world_size, options, host_of_rank,
                                                  wire);
            }),
            py::arg("store"), py::arg("rank"), py::arg("world_size"), py::arg("options"),
-           py::arg("host_of_rank") = std::vector<std::string>{}, py::arg("wire") = py::none(),
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("host_of_rank") = std::vector<std::string>{}, py::arg("wire") = py::none())
       .def("all_gather_many", &Backend::all_gather_many, py::arg("shards"), py::arg("fulls"),
            py::arg("numels"), py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
       .def("reduce_scatter_many", &Backend::reduce_scatter_many, py::arg("fulls"),
