@@ -15,7 +15,7 @@ from scenarios.parallel.microbatch import Microbatch
 
 
 class _CoreAttention(Function):
-    """softmax(q k^T / sqrt(d)) v on [C, T, heads / C * 3 * d], one gemm per sample and head."""
+    """softmax(q k^T / sqrt(d)) v on [parts, T, heads / C * 3 * d], one gemm per sample and head."""
 
     @staticmethod
     def forward(
@@ -34,7 +34,7 @@ class _CoreAttention(Function):
         # so that fp16 holds them; the softmax multiplies it back in fp32.
         ctx.alpha = 1.0 / (math.sqrt(head_dim) * layer_number)
         ctx.layer_number, ctx.probability, ctx.key = layer_number, probability, key
-        ctx.row_ids = mb.attention_row_ids(heads * parts, parts)
+        ctx.row_ids = mb.attention_row_ids(heads)
 
         by_head = qkv.view(ctx.split_shape).permute(4, 0, 2, 3, 1, 5).contiguous()
         q, k, v = by_head.view(3, -1, mb.seq_length, head_dim).unbind()  # [C * b * heads, s, d]
@@ -74,7 +74,7 @@ def _dropout(probs: Tensor, ctx: Any) -> Tensor:
 
 
 class SelfAttention(torch.nn.Module):
-    """QKV projection, causal attention and output projection: [T, h] -> [T, h]."""
+    """QKV projection, causal attention and output projection."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class SelfAttention(torch.nn.Module):
         )
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, h] -> [T, h] in the dtype of ``x``."""
+        """[local tokens, h] -> [local tokens, h] in the dtype of ``x``."""
         key = mb.dropout_key(self.layer, "attention")
         qkv = self.linear_qkv(x, mb)
         context = _core_attention(qkv, self.head_dim, self.layer_number, self.dropout, key, mb)

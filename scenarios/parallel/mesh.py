@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -68,7 +67,8 @@ class RankGroup:
         """In place, by the tree over ranks (or the maximum); ``data`` is contiguous."""
         if self.handle is None:
             return None
-        return dist.all_reduce(data, op=op, group=self.handle, async_op=async_op)
+        work = dist.all_reduce(data, op=op, group=self.handle, async_op=async_op)
+        return cast(dist.Work | None, work)
 
     def all_gather(self, shard: Tensor) -> Tensor:
         """[n, ...] -> [ranks * n, ...], the shards in rank order; ``shard`` itself when alone."""
@@ -223,6 +223,12 @@ class Mesh:
                     handles[ranks] = dist.new_group(list(ranks))
         return cls(layout, dist.get_rank(), handles)
 
+    def loss_ranks(self) -> list[int]:
+        """One rank of the last stage for each replica, in their order: they know the losses."""
+        layout = self.layout
+        per_stage = layout.tp * layout.dp
+        return list(range((layout.pp - 1) * per_stage, layout.pp * per_stage, layout.tp))
+
     def token_slice(self, num_tokens: int) -> slice:
         """The tokens of this rank outside the tp parts: a run of them with sp, else all.
 
@@ -239,13 +245,15 @@ class Mesh:
         return self.tp.all_gather(x) if self.sp else x
 
     def sum_over_tp(self, partial: Tensor) -> Tensor:
-        """The upper levels of a tree over parts: [tokens, n] fp32 of every tp rank.
+        """The upper levels of a tree over parts, whose lower ones each tp rank has done.
+
+        Args:
+            partial: [tokens, n] fp32; another dtype only where at most one rank's is not zero.
 
         Returns:
             [local tokens, n]: this rank's token slice with sp, else all tokens; ``partial`` may
             have been overwritten.
         """
-        assert partial.dtype == torch.float32
         if self.sp:
             return self.tp.reduce_scatter(partial)
         self.tp.all_reduce(partial)
