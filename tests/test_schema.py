@@ -218,8 +218,11 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     # flags changed, top-level keys changed, what the one line must say
     ({"--tensor-model-parallel-size": 2}, {"RANKS": 3}, "3 ranks cannot be cut into tp 2"),
     ({"--tensor-model-parallel-size": 3}, {"RANKS": 4}, "4 ranks cannot be cut into tp 3"),
-    ({"--tensor-model-parallel-size": 2}, {}, "not supported by this version: tp 2"),
-    ({"--pipeline-model-parallel-size": 2}, {}, "not supported by this version: pp 2"),
+    (
+        {"--expert-model-parallel-size": 2},
+        {},
+        "not supported by this version: ep 2 (there are no experts to cut)",
+    ),
     ({"--spec": "local"}, {}, "--spec local"),
     ({"--num-experts": 8}, {}, "mixture of experts (--num-experts)"),
     ({"--ckpt-format": "torch"}, {}, "--ckpt-format torch"),
@@ -236,7 +239,6 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"--hidden-size": 520}, {}, "hidden_size: got 520, expected a multiple of 64"),
     ({"--ffn-hidden-size": 72}, {}, "ffn_hidden_size: got 72, expected a multiple of 64"),
     ({"--num-attention-heads": 24}, {}, "a multiple of num_attention_heads = 24"),
-    ({"--use-distributed-optimizer": False}, {}, "without --use-distributed-optimizer"),
     ({"--vocab-size": 1001}, {}, "vocab_size: got 1001, expected a multiple of 8"),
     ({"--seq-length": 2048}, {}, "max_position_embeddings: got 1024, expected at least"),
     ({"--global-batch-size": 30}, {}, "global_batch_size: got 30, expected a multiple"),
