@@ -70,9 +70,7 @@ def test_reduce_scatter(
     dtype, op = case
     n = ranks.world_size
     sizes = [numel + 3 * r if lists else numel for r in range(n)]
-    xs = [
-        [values(size, dtype, seed + 9 * s + r) for r, size in enumerate(sizes)] for s in range(n)
-    ]
+    xs = [[values(size, dtype, seed + 9 * s + r) for r, size in enumerate(sizes)] for s in range(n)]
     expected = reference.reduce_scatter(xs, op)
 
     def call(backend: Any, rank: int) -> Tensor:
