@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from scenarios.case_files import find_case
 from scenarios.commands import golden_of
 from scenarios.compare import Comparison, compare_strict
 from scenarios.failures import RunFailed
@@ -177,7 +178,7 @@ def _judge(
     try:
         scenario = _one_run(load_scenario(case, scale=scale, layout=layout), num_steps)
     except ValueError as error:
-        return Row(layout, "refused", detail=str(error))
+        return Row(layout, "refused", detail=str(error).removeprefix(f"{find_case(case)}: "))
     folder = out_dir / layout
     folder.mkdir()
     start = time.monotonic()

@@ -105,7 +105,7 @@ def test_rows_say_what_is_wrong_and_the_worst_decides(run: Any, tmp_path: Path) 
     assert "ulp (fp32)" in rows["tp2,sp"]["detail"]
     assert "rank 1" in rows["pp2"]["detail"]
     assert "step 2 has no grad-norm" in rows["dp8"]["detail"]
-    assert "tp and etp must divide the 8 canonical parts" in rows["tp3"]["detail"]
+    assert rows["tp3"]["detail"].startswith("layout tp3,pp1,dp1: tp and etp must divide the 8")
     assert len(err.splitlines()) == 5
 
 
