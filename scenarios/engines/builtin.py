@@ -1,4 +1,4 @@
-"""The builtin engine: GPT training in canonical arithmetic, data parallel with ZeRO-1.
+"""The builtin engine: training in canonical arithmetic, data parallel with ZeRO-1.
 
 One step, in Megatron-LM's order: microbatches -> reduce gradients -> unscale, agree on overflow ->
 global norm, clip -> count zeros -> AdamW on this rank's slices -> gather parameters.
@@ -16,7 +16,7 @@ from primitives.checkpoint import CheckpointManager
 from primitives.collectives import all_gather_flat
 from scenarios.data import make_dataset
 from scenarios.engines.training_state import TrainingState
-from scenarios.models.gpt import Gpt
+from scenarios.models.families import make_model
 from scenarios.parallel.buckets import default_bucket_numel, make_buckets
 from scenarios.parallel.distributed_optimizer import (
     AdamConfig,
@@ -25,10 +25,9 @@ from scenarios.parallel.distributed_optimizer import (
 )
 from scenarios.parallel.gradient_reduce import GradientReducer
 from scenarios.parallel.loss_scaler import LossScaler
+from scenarios.parallel.losses import Loss
 from scenarios.parallel.lr_schedule import LearningRateSchedule
-from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameter_gather import ParameterGather
-from scenarios.parallel.vocabulary import token_mean
 from scenarios.run_context import LogValue, RunContext
 from scenarios.schema import Scenario, TrainingConfig
 
@@ -94,7 +93,7 @@ class Trainer:
         training, optimizer = scenario.training, scenario.optimizer
         self.scenario = scenario
         dtype = DTYPES[scenario.model.precision]
-        self.model = Gpt(scenario.model, dtype)
+        self.model = make_model(scenario, dtype)
         self.dataset = make_dataset(scenario)
         self.num_microbatches = training.global_batch_size // training.micro_batch_size
 
@@ -134,11 +133,15 @@ class Trainer:
         self.reducer.finish()
         finite = self.optimizer.unscale(self.scaler.scale)
         flag = torch.tensor([1.0 if finite else 0.0])
-        sums = self._all_gather(torch.cat((losses, flag, self.optimizer.gradient_leaves())))
-        count = len(losses)
-        # Ranks hold their microbatches in order, so this is the tree over all of them.
-        loss = canonical.tree_sum(sums[:, :count].contiguous().view(-1, 1)).reshape(())
-        loss = loss / torch.tensor(float(self.num_microbatches))
+        values = (*losses.values(), flag, self.optimizer.gradient_leaves())
+        sums = self._all_gather(torch.cat(values))
+        count = sum(len(of_microbatches) for of_microbatches in losses.values())
+        means = {}
+        for i, name in enumerate(losses):
+            # Ranks hold their microbatches in order, so this is the tree over all of them.
+            of_name = sums[:, :count].view(self.dp, len(losses), -1)[:, i]
+            total = canonical.tree_sum(of_name.contiguous().view(-1, 1)).reshape(())
+            means[name] = (total / torch.tensor(float(self.num_microbatches))).item()
         overflow = self.scaler.dynamic and not bool((sums[:, count] == 1.0).all())
         leaves = self.optimizer.sort_leaves(sums[:, count + 1 :].contiguous())
 
@@ -156,7 +159,7 @@ class Trainer:
         if not overflow:
             self.gather.start()
         return {
-            "lm loss": loss.item(),
+            **means,
             "grad-norm": norm,
             "num-zeros": None if overflow else num_zeros,
             "params-norm": params_norm,
@@ -165,22 +168,26 @@ class Trainer:
             "params-digest": digest,
         }
 
-    def forward_backward(self) -> Tensor:
-        """This rank's microbatches; returns their mean losses, [microbatches of this rank] fp32."""
+    def forward_backward(self) -> dict[str, Tensor]:
+        """This rank's microbatches; returns their losses, [microbatches of this rank] fp32 each."""
         training = self.scenario.training
         per_rank = self.num_microbatches // self.dp
-        losses = []
+        means: dict[str, list[Tensor]] = {}
         for index in range(self.dp_rank * per_rank, (self.dp_rank + 1) * per_rank):
             first = self.state.consumed_samples + index * training.micro_batch_size
             batch = self.dataset.batch(first, training.micro_batch_size)
-            microbatch = Microbatch.create(
-                index, batch.tokens, batch.labels, batch.sample_index, training.seed, self.reducer
+            microbatch = self.model.microbatch(index, batch, training.seed, self.reducer)
+            losses: dict[str, Loss] = self.model(microbatch)
+            for name, loss in losses.items():
+                means.setdefault(name, []).append(loss.mean())
+            torch.autograd.backward(
+                [loss.values for loss in losses.values()],
+                [
+                    loss.gradient(self.scaler.scale, self.num_microbatches)
+                    for loss in losses.values()
+                ],
             )
-            loss = self.model(microbatch)
-            weight = self.scaler.scale / (loss.numel() * self.num_microbatches)
-            losses.append(token_mean(loss.detach()))
-            loss.backward(torch.full_like(loss, weight))
-        return torch.stack(losses)
+        return {name: torch.stack(values) for name, values in means.items()}
 
     def _survey(self, local_zeros: int) -> tuple[int, float, str]:
         """Number of zero gradients, norm and digest of all main parameters of all ranks."""
@@ -209,8 +216,6 @@ class Trainer:
 
 def _refuse_unsupported(scenario: Scenario, num_ranks: int) -> None:
     layout = scenario.layout
-    if scenario.family != "gpt":
-        raise ValueError(f"the builtin engine trains family gpt; got {scenario.family}")
     if (layout.tp, layout.pp, layout.ep, layout.etp, layout.sp) != (1, 1, 1, 1, False):
         raise ValueError(
             f"layout {layout}: the builtin engine is data parallel only; "

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from scenarios.data import Batch
 from scenarios.parallel.attention import SelfAttention
 from scenarios.parallel.layers import (
     ColumnLinear,
@@ -15,7 +16,8 @@ from scenarios.parallel.layers import (
     dropout_add,
     gelu,
 )
-from scenarios.parallel.microbatch import Microbatch
+from scenarios.parallel.losses import Loss
+from scenarios.parallel.microbatch import GradientSink, Microbatch
 from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.vocabulary import Embedding, tied_head_loss
 from scenarios.schema import ModelConfig
@@ -109,11 +111,18 @@ class Gpt(nn.Module):
         """All parameters, in order of use."""
         return [spec for layer in self.parameter_layers() for spec in layer.specs]
 
-    def forward(self, mb: Microbatch) -> Tensor:
-        """The loss of every token, [T] fp32."""
+    def microbatch(
+        self, index: int, batch: Batch, seed: int, gradients: GradientSink
+    ) -> Microbatch:
+        """A batch in the form that ``forward`` takes."""
+        return Microbatch.of(index, batch, seed, gradients)
+
+    def forward(self, mb: Microbatch) -> dict[str, Loss]:
+        """The losses by name; here one, over all tokens."""
         token_ids = mb.token_ids()
         x = self.embedding(mb)
         for layer in self.layers:
             x = layer(x, token_ids, mb)
         x = self.final_layernorm(x, mb)
-        return tied_head_loss(x, self.embedding.word_embeddings, WORD_TABLE, mb)
+        loss = tied_head_loss(x, self.embedding.word_embeddings, WORD_TABLE, mb)
+        return {"lm loss": Loss(loss)}

@@ -38,24 +38,30 @@ class Layer(nn.Module):
 class _ColumnLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, mb: Microbatch
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_gradient: str,
+        bias_gradient: str | None,
+        mb: Microbatch,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.name, ctx.mb = bias is not None, name, mb
+        ctx.weight_gradient, ctx.bias_gradient, ctx.mb = weight_gradient, bias_gradient, mb
         return canonical.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        name, mb = ctx.name, ctx.mb
+        mb = ctx.mb
         dy = dy.contiguous()  # [C, T, out / C]
-        if ctx.has_bias:
+        if ctx.bias_gradient is not None:
             tokens = dy.view(-1, dy.shape[-1])
-            mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(tokens, len(dy)))
-        weight_name = f"{name}.weight" if ctx.has_bias else f"{name}.weight.head"
-        mb.gradients.push(weight_name, mb.index, canonical.gemm(dy, x, transpose_a=True))
+            dbias = canonical.token_block_sum(tokens, len(dy))
+            mb.gradients.push(ctx.bias_gradient, mb.index, dbias)
+        mb.gradients.push(ctx.weight_gradient, mb.index, canonical.gemm(dy, x, transpose_a=True))
         dx = canonical.tree_sum(canonical.gemm(dy, weight), out_dtype=dy.dtype)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 column_linear: Callable[..., Tensor] = _ColumnLinear.apply
@@ -76,7 +82,8 @@ class ColumnLinear(Layer):
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
         """[T, in] -> [C, T, out / C], in the dtype of ``x``."""
-        return column_linear(x, self.weight, self.bias, self.name, mb)
+        weight_name, bias_name = f"{self.name}.weight", f"{self.name}.bias"
+        return column_linear(x, self.weight, self.bias, weight_name, bias_name, mb)
 
 
 class _RowLinear(Function):

@@ -1,10 +1,12 @@
 """One microbatch on its way through the model, and where its gradients go."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
+from primitives import canonical
+from scenarios.data import Batch
 from scenarios.parallel.random_keys import random_key
 
 
@@ -35,22 +37,14 @@ class Microbatch:
     gradients: GradientSink
 
     @classmethod
-    def create(
-        cls,
-        index: int,
-        tokens: Tensor,
-        labels: Tensor,
-        sample_index: Tensor,
-        seed: int,
-        gradients: GradientSink,
-    ) -> "Microbatch":
-        """From ``tokens`` and ``labels`` [samples, seq_length] as the data set gives them."""
+    def of(cls, index: int, batch: Batch, seed: int, gradients: GradientSink) -> Self:
+        """From a batch as the data set gives it."""
         return cls(
             index,
-            tokens.t().reshape(-1),
-            labels.t().reshape(-1),
-            sample_index,
-            tokens.shape[1],
+            batch.tokens.t().reshape(-1),
+            batch.labels.t().reshape(-1),
+            batch.sample_index,
+            batch.tokens.shape[1],
             seed,
             gradients,
         )
@@ -59,6 +53,22 @@ class Microbatch:
     def num_samples(self) -> int:
         """Samples of the microbatch."""
         return self.sample_index.numel()
+
+    def softmax(self, scores: Tensor, heads_per_part: int, scale: float) -> Tensor:
+        """Attention probabilities: here each query sees the tokens up to its own.
+
+        Args:
+            scores: [parts * samples * heads_per_part, s, s].
+            heads_per_part: see there.
+            scale: factor of the scores.
+        """
+        return canonical.causal_softmax(scores, scale)
+
+    def softmax_backward(
+        self, dprobs: Tensor, probs: Tensor, heads_per_part: int, scale: float
+    ) -> Tensor:
+        """The gradient of ``softmax``."""
+        return canonical.causal_softmax_backward(dprobs, probs, scale)
 
     def dropout_key(self, layer: int | str, site: str) -> int:
         """The key of one dropout site."""

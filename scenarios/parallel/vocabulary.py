@@ -11,7 +11,7 @@ from primitives import canonical
 from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import Layer, column_linear
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.parameters import ParameterSpec
+from scenarios.parallel.parameters import ParameterSpec, column_spec
 
 
 class _Embedding(Function):
@@ -21,16 +21,21 @@ class _Embedding(Function):
         gradient_root: Tensor,
         words: Tensor,
         positions: Tensor,
+        types: Tensor | None,
+        token_types: Tensor | None,
         probability: float,
         name: str,
         mb: Microbatch,
     ) -> Tensor:
         num_samples = mb.num_samples
         ctx.words_shape, ctx.positions_shape = words.shape, positions.shape
+        ctx.token_types, ctx.types_shape = token_types, None if types is None else types.shape
         ctx.probability, ctx.name, ctx.mb = probability, name, mb
         ctx.key, ctx.token_ids = mb.dropout_key("embedding", "hidden"), mb.token_ids()
         x = canonical.embedding(mb.tokens, words)
         x += positions[: mb.seq_length].repeat_interleave(num_samples, dim=0)
+        if types is not None:
+            x += types[token_types]
         return canonical.dropout(x, probability, ctx.key, ctx.token_ids)
 
     @staticmethod
@@ -41,9 +46,18 @@ class _Embedding(Function):
         dpositions = torch.zeros(ctx.positions_shape)
         dpositions[: mb.seq_length] = canonical.tree_sum(by_position)
         mb.gradients.push(f"{name}.position_embeddings.weight", mb.index, dpositions)
+        if ctx.types_shape is not None:
+            dtypes = _token_type_gradient(dx, ctx.token_types, ctx.types_shape)
+            mb.gradients.push(f"{name}.tokentype_embeddings.weight", mb.index, dtypes)
         dwords = canonical.embedding_backward(dx, mb.tokens, ctx.words_shape)
         mb.gradients.push(f"{name}.word_embeddings.weight.lookup", mb.index, dwords)
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None
+
+
+def _token_type_gradient(dx: Tensor, types: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[C, types, h] fp32: a partial sum for each run of tokens."""
+    runs = zip(dx.chunk(NUM_PARTS), types.chunk(NUM_PARTS), strict=True)
+    return torch.cat([canonical.embedding_backward(d, ids, (1, *shape)) for d, ids in runs])
 
 
 _embedding: Callable[..., Tensor] = _Embedding.apply
@@ -87,8 +101,23 @@ class PositionTable(Layer):
         return cast(Tensor, self.weight)
 
 
+class TokenTypeTable(Layer):
+    """One vector per type of token, [types, h]; the gradient is a sum over tokens."""
+
+    def __init__(self, name: str, num_types: int, hidden_size: int, std: float, dtype: torch.dtype):
+        weight, shape = f"{name}.weight", (num_types, hidden_size)
+        super().__init__([ParameterSpec(weight, shape, 1, (weight,), NUM_PARTS, std)], dtype)
+
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
+
+
 class Embedding(torch.nn.Module):
-    """dropout(word[token] + position[t]): -> [T, h]."""
+    """dropout(word[token] + position[t] (+ type[token's type])): -> [T, h].
+
+    Numerics: rounded after each addition.
+    """
 
     def __init__(
         self,
@@ -99,6 +128,7 @@ class Embedding(torch.nn.Module):
         std: float,
         dropout: float,
         dtype: torch.dtype,
+        num_token_types: int = 0,
     ):
         super().__init__()
         self.name = name
@@ -106,28 +136,36 @@ class Embedding(torch.nn.Module):
         words, positions = f"{name}.word_embeddings", f"{name}.position_embeddings"
         self.word_embeddings = WordTable(words, vocab_size, hidden_size, std, dtype)
         self.position_embeddings = PositionTable(positions, num_positions, hidden_size, std, dtype)
+        self.tokentype_embeddings: TokenTypeTable | None = None
+        if num_token_types:
+            types = f"{name}.tokentype_embeddings"
+            self.tokentype_embeddings = TokenTypeTable(
+                types, num_token_types, hidden_size, std, dtype
+            )
         # The weights ask autograd for nothing, so something else must start the graph.
         self.gradient_root = torch.zeros(1, requires_grad=True)
 
-    def forward(self, mb: Microbatch) -> Tensor:
-        """-> [T, h] in the compute dtype."""
+    def forward(self, mb: Microbatch, token_types: Tensor | None = None) -> Tensor:
+        """-> [T, h] in the compute dtype; ``token_types`` [T] int64 for models that have them."""
         words, positions = self.word_embeddings(), self.position_embeddings()
-        return _embedding(self.gradient_root, words, positions, self.dropout, self.name, mb)
+        types = None if self.tokentype_embeddings is None else self.tokentype_embeddings()
+        return _embedding(
+            self.gradient_root, words, positions, types, token_types, self.dropout, self.name, mb
+        )
 
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, mb: Microbatch) -> Tensor:
-        loss, maximum, sum_exp = canonical.cross_entropy(logits, mb.labels)
-        ctx.save_for_backward(logits, maximum, sum_exp)
-        ctx.labels = mb.labels
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        loss, maximum, sum_exp = canonical.cross_entropy(logits, targets)
+        ctx.save_for_backward(logits, targets, maximum, sum_exp)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, maximum, sum_exp = ctx.saved_tensors
+        logits, targets, maximum, sum_exp = ctx.saved_tensors
         dlogits = canonical.cross_entropy_backward(
-            logits, ctx.labels, maximum, sum_exp, dloss.contiguous()
+            logits, targets, maximum, sum_exp, dloss.contiguous()
         )
         return dlogits, None
 
@@ -135,7 +173,26 @@ class _CrossEntropy(Function):
 _cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
 
 
-def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Tensor:
+class OutputBias(Layer):
+    """A bias of the vocabulary, [C, V / C]; its gradient goes to the accumulator of its name."""
+
+    def __init__(self, name: str, vocab_size: int, dtype: torch.dtype):
+        super().__init__([column_spec(f"{name}.bias", (vocab_size,), weight_decay=False)], dtype)
+        self.gradient = f"{name}.bias"
+
+    def forward(self) -> Tensor:
+        """The bias itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.bias)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row, [T] fp32, of logits [parts, T, classes / parts]; targets [T] int64."""
+    return _cross_entropy(logits, targets)
+
+
+def tied_head_loss(
+    x: Tensor, table: WordTable, name: str, mb: Microbatch, bias: OutputBias | None = None
+) -> Tensor:
     """Cross entropy of every token: [T, h] -> [T] fp32, with the word table as the head.
 
     Args:
@@ -143,12 +200,8 @@ def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Te
         table: the word table.
         name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
         mb: the microbatch whose labels to use.
+        bias: added to the logits.
     """
-    logits = column_linear(x, table(), None, name, mb)
-    return _cross_entropy(logits, mb)
-
-
-def token_mean(loss: Tensor) -> Tensor:
-    """The mean [] fp32 of a per-token loss [T]: token blocks, then the tree over the blocks."""
-    total = canonical.tree_sum(canonical.token_block_sum(loss[:, None], NUM_PARTS))
-    return (total / torch.tensor(float(loss.numel()))).reshape(())
+    values, bias_gradient = (None, None) if bias is None else (bias(), bias.gradient)
+    logits = column_linear(x, table(), values, f"{name}.weight.head", bias_gradient, mb)
+    return _cross_entropy(logits, mb.labels)
