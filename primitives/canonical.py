@@ -11,6 +11,7 @@ level by level, an odd last element carried up. Every function raises ValueError
 shape, dtype or memory layout.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,8 @@ __all__ = [
     "count_zeros",
     "cross_entropy",
     "cross_entropy_backward",
+    "cross_entropy_loss",
+    "cross_entropy_sums",
     "dropout",
     "dropout_add",
     "embedding",
@@ -48,6 +51,7 @@ __all__ = [
     "tanh",
     "token_block_sum",
     "tree_sum",
+    "vocabulary_max",
 ]
 
 
@@ -298,7 +302,7 @@ def embedding_backward(dy: Tensor, ids: Tensor, vocab_shape: tuple[int, int, int
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each token over a vocabulary in C parts.
+    """The loss of each token over a vocabulary in C parts, all of them here.
 
     Args:
         logits: [C, tokens, V/C] of T.
@@ -310,18 +314,61 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tens
     Numerics: m = max z; e = exp(z - m); sum_exp = tree over the parts of the tree over a part's
     row; loss = log(sum_exp) - (z[target] - m).
     """
-    return _C.canonical_cross_entropy(logits, targets)
+    largest = vocabulary_max(logits)
+    sum_exp, target_logit = cross_entropy_sums(logits, targets, largest)
+    return cross_entropy_loss(largest, sum_exp, target_logit), largest, sum_exp
+
+
+def vocabulary_max(logits: Tensor) -> Tensor:
+    """The largest logit of each token, [tokens] float32, over ``logits`` [C, tokens, V/C] of T."""
+    return _C.canonical_vocabulary_max(logits)
+
+
+def cross_entropy_sums(
+    logits: Tensor,
+    targets: Tensor,
+    max: Tensor,
+    first: int = 0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What ``cross_entropy_loss`` needs, over a run of the vocabulary's parts.
+
+    Args:
+        logits: [parts, tokens, V/C] of T.
+        targets: [tokens] int64 in [0, vocab_size).
+        max: [tokens] float32, over the whole vocabulary.
+        first: vocabulary index of the first of these logits.
+        vocab_size: of all parts; default: there are no others.
+
+    Returns:
+        sum_exp and target_logit, [tokens] float32; the latter is 0 where the target is elsewhere.
+        The tree over shards finishes sum_exp, and any sum over them target_logit.
+    """
+    return _C.canonical_cross_entropy_sums(
+        logits, targets, max, first, _vocab_size(logits, vocab_size)
+    )
+
+
+def cross_entropy_loss(max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> Tensor:
+    """log(sum_exp) - (target_logit - max), each [tokens] float32."""
+    loss = log(sum_exp) - (target_logit - max)
+    return loss.masked_fill_(loss.isnan(), math.nan)
 
 
 def cross_entropy_backward(
-    logits: Tensor, targets: Tensor, max: Tensor, sum_exp: Tensor, grad_loss: Tensor
+    logits: Tensor,
+    targets: Tensor,
+    max: Tensor,
+    sum_exp: Tensor,
+    grad_loss: Tensor,
+    first: int = 0,
+    vocab_size: int | None = None,
 ) -> Tensor:
-    """The gradient of ``cross_entropy``.
+    """The gradient of ``cross_entropy`` for these logits.
 
     Args:
-        logits: [C, tokens, V/C] of T.
-        targets: [tokens] int64.
-        max, sum_exp: [tokens] float32, as ``cross_entropy`` returned them.
+        logits, targets, first, vocab_size: as in ``cross_entropy_sums``.
+        max, sum_exp: [tokens] float32, over the whole vocabulary.
         grad_loss: [tokens] float32.
 
     Returns:
@@ -329,7 +376,9 @@ def cross_entropy_backward(
 
     Numerics: (exp(z - m) * (1 / sum_exp) - [target]) * grad_loss.
     """
-    return _C.canonical_cross_entropy_backward(logits, targets, max, sum_exp, grad_loss)
+    return _C.canonical_cross_entropy_backward(
+        logits, targets, max, sum_exp, grad_loss, first, _vocab_size(logits, vocab_size)
+    )
 
 
 def random_normal(shape: Sequence[int], key: int, first_index: int = 0) -> Tensor:
@@ -429,3 +478,9 @@ def adam_step(
 def _check_word(function: str, name: str, value: int) -> None:
     if not 0 <= value < 1 << 64:
         raise ValueError(f"{function}: {name} must be in [0, 2^64), got {value}")
+
+
+def _vocab_size(logits: Tensor, vocab_size: int | None) -> int:
+    if vocab_size is None and logits.dim() == 3:
+        return logits.shape[0] * logits.shape[2]
+    return vocab_size or 0

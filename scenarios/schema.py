@@ -155,7 +155,7 @@ def _assemble(
             test_type=test_type,
             model=_model(flags, family),
             training=_training(flags, layout),
-            optimizer=OptimizerConfig.build(**flags.fields.get("optimizer", {})),
+            optimizer=_optimizer(flags, layout),
             layout=layout,
             checkpoint=CheckpointConfig.build(**flags.fields.get("checkpoint", {})),
             data=_data(flags, given),
@@ -194,16 +194,12 @@ def _refuse_unsupported(
         missing.append(f"MODE {case.mode} (pretraining is)")
     if test_type not in ("regular", "ckpt-resume"):
         missing.append(f"TEST_TYPE {test_type} (regular and ckpt-resume are)")
-    if not flags.fields.get("optimizer", {}).get("use_distributed_optimizer"):
-        missing.append("an optimizer without --use-distributed-optimizer")
     checkpoint_format = flags.fields.get("checkpoint", {}).get("format", "torch_dist")
     if checkpoint_format not in ("torch_dist", "torch"):
         missing.append(f"--ckpt-format {checkpoint_format} (torch_dist and torch are)")
-    cut = [
-        f"{name} {got}" for name in ("tp", "pp", "ep", "etp") if (got := getattr(layout, name)) > 1
-    ]
-    if cut:
-        missing.append(f"{', '.join(cut)} (only data parallel layouts are)")
+    experts = [f"{name} {got}" for name in ("ep", "etp") if (got := getattr(layout, name)) > 1]
+    if experts:
+        missing.append(f"{', '.join(experts)} (there are no experts to cut)")
     if missing:
         raise ValueError(f"not supported by this version: {'; '.join(missing)}")
 
@@ -232,6 +228,16 @@ def _training(flags: ParsedFlags, layout: Layout) -> TrainingConfig:
     if "train_iters" in values:
         values.setdefault("lr_decay_iters", values["train_iters"])
     return TrainingConfig.build(**values)
+
+
+def _optimizer(flags: ParsedFlags, layout: Layout) -> OptimizerConfig:
+    values = dict(flags.fields.get("optimizer", {}))
+    if layout.zero1 is not None:
+        values["use_distributed_optimizer"] = layout.zero1
+        if not layout.zero1:
+            # Without shards there is nothing to gather.
+            values["overlap_param_gather"] = False
+    return OptimizerConfig.build(**values)
 
 
 def _data(flags: ParsedFlags, given: dict[str, Any]) -> DataConfig:

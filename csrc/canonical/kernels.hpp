@@ -77,12 +77,15 @@ struct Kernels {
   // table [vocabulary, hidden], float32, zeroed by the caller
   void (*embedding_backward)(Input dy, const int64_t* ids, int64_t tokens, int64_t hidden,
                              float* table);
-  // logits [parts, tokens, width]; targets in [0, parts * width)
-  void (*cross_entropy)(Input logits, const int64_t* targets, int64_t parts, int64_t tokens,
-                        int64_t width, float* loss, float* max, float* sum_exp);
-  void (*cross_entropy_backward)(Input logits, const int64_t* targets, const float* max,
-                                 const float* sum_exp, const float* grad_loss, int64_t parts,
-                                 int64_t tokens, int64_t width, Output dlogits);
+  // logits [parts, tokens, width]
+  void (*vocabulary_max)(Input logits, int64_t parts, int64_t tokens, int64_t width, float* max);
+  // first: vocabulary index of the first logit; a target outside these parts is another shard's
+  void (*cross_entropy_sums)(Input logits, const int64_t* targets, int64_t first, const float* max,
+                             int64_t parts, int64_t tokens, int64_t width, float* sum_exp,
+                             float* target_logit);
+  void (*cross_entropy_backward)(Input logits, const int64_t* targets, int64_t first,
+                                 const float* max, const float* sum_exp, const float* grad_loss,
+                                 int64_t parts, int64_t tokens, int64_t width, Output dlogits);
   void (*random_normal)(uint64_t key, uint64_t first_index, int64_t n, float* out);
   void (*random_words)(uint64_t key, uint64_t counter_high, int64_t n, uint32_t* out);
   // x, out [rows, width]; residual may be null

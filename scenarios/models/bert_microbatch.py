@@ -7,7 +7,7 @@ from torch import Tensor
 
 from primitives import canonical
 from scenarios.data import Batch, BertBatch
-from scenarios.parallel.microbatch import GradientSink, Microbatch
+from scenarios.parallel.microbatch import Microbatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class BertMicrobatch(Microbatch):
     """[samples] int64: the sentence-order label."""
 
     @classmethod
-    def of(cls, index: int, batch: Batch, seed: int, gradients: GradientSink) -> Self:
-        """From a ``BertBatch``.
+    def extend(cls, mb: Microbatch, batch: Batch) -> Self:
+        """A microbatch with the rest of its ``BertBatch``.
 
         Raises:
             TypeError: a batch of another family.
@@ -33,13 +33,7 @@ class BertMicrobatch(Microbatch):
         if not isinstance(batch, BertBatch):
             raise TypeError(f"got a {type(batch).__name__}, expected a BertBatch")
         return cls(
-            index=index,
-            tokens=batch.tokens.t().reshape(-1),
-            labels=batch.labels.t().reshape(-1),
-            sample_index=batch.sample_index,
-            seq_length=batch.tokens.shape[1],
-            seed=seed,
-            gradients=gradients,
+            **vars(mb),
             token_types=batch.token_types.t().reshape(-1),
             loss_mask=batch.loss_mask.t().reshape(-1),
             lengths=batch.lengths,
@@ -61,6 +55,6 @@ class BertMicrobatch(Microbatch):
         return canonical.padded_softmax_backward(dprobs, probs, visible, scale)
 
     def _visible(self, scores: Tensor, heads_per_part: int) -> Tensor:
-        """[parts * samples * heads_per_part] int64, in the order of the scores."""
+        """[local parts * samples * heads_per_part] int64, in the order of the scores."""
         one_part = self.lengths.repeat_interleave(heads_per_part)
         return one_part.repeat(len(scores) // len(one_part))

@@ -1,26 +1,36 @@
-"""Which model a scenario's family is."""
+"""Model families by name: the one place that knows them all."""
+
+from collections.abc import Callable
 
 import torch
 
 from scenarios.models.bert import Bert
 from scenarios.models.gpt import Gpt
-from scenarios.schema import Scenario
+from scenarios.models.model import Model
+from scenarios.parallel.mesh import Mesh, Stage
+from scenarios.scenario import ModelConfig, Scenario
 
-Model = Gpt | Bert
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+FAMILIES: dict[str, Callable[[ModelConfig, torch.dtype, Stage], Model]] = {
+    "gpt": Gpt,
+    "bert": Bert,
+}
 
 
-def make_model(scenario: Scenario, dtype: torch.dtype) -> Model:
-    """The model of a scenario, its parameters empty.
+def compute_dtype(scenario: Scenario) -> torch.dtype:
+    """The dtype of weights and activations."""
+    return DTYPES[scenario.model.precision]
 
-    Args:
-        scenario: its family and sizes are used.
-        dtype: of weights and activations.
+
+def make_model(scenario: Scenario, mesh: Mesh) -> Model:
+    """This rank's part of a scenario's model.
+
     Raises:
-        ValueError: a family that has no model here.
+        ValueError: an unknown family, or sizes that do not divide into canonical parts.
     """
-    match scenario.family:
-        case "gpt":
-            return Gpt(scenario.model, dtype)
-        case "bert":
-            return Bert(scenario.model, dtype)
-    raise ValueError(f"the builtin engine trains the families gpt and bert; got {scenario.family}")
+    if scenario.family not in FAMILIES:
+        raise ValueError(f"family: got {scenario.family}, expected one of {', '.join(FAMILIES)}")
+    model = FAMILIES[scenario.family](scenario.model, compute_dtype(scenario), mesh.stage)
+    model.allocate(mesh)
+    return model

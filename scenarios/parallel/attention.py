@@ -15,7 +15,7 @@ from scenarios.parallel.microbatch import Microbatch
 
 
 class _CoreAttention(Function):
-    """softmax(q k^T / sqrt(d)) v on [C, T, heads / C * 3 * d], one gemm per sample and head."""
+    """softmax(q k^T / sqrt(d)) v on [parts, T, heads / C * 3 * d], one gemm per sample and head."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class _CoreAttention(Function):
         ctx.alpha = 1.0 / (math.sqrt(head_dim) * layer_number)
         ctx.layer_number, ctx.probability, ctx.key = layer_number, probability, key
         ctx.mb = mb
-        ctx.row_ids = mb.attention_row_ids(heads * parts, parts)
+        ctx.row_ids = mb.attention_row_ids(heads)
 
         by_head = qkv.view(ctx.split_shape).permute(4, 0, 2, 3, 1, 5).contiguous()
         q, k, v = by_head.view(3, -1, mb.seq_length, head_dim).unbind()  # [C * b * heads, s, d]
@@ -75,7 +75,7 @@ def _dropout(probs: Tensor, ctx: Any) -> Tensor:
 
 
 class SelfAttention(torch.nn.Module):
-    """QKV projection, attention masked as the microbatch says, output projection: [T, h] both."""
+    """QKV projection, attention as the microbatch masks it, and output projection."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class SelfAttention(torch.nn.Module):
         )
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, h] -> [T, h] in the dtype of ``x``."""
+        """[local tokens, h] -> [local tokens, h] in the dtype of ``x``."""
         key = mb.dropout_key(self.layer, "attention")
         qkv = self.linear_qkv(x, mb)
         context = _core_attention(qkv, self.head_dim, self.layer_number, self.dropout, key, mb)

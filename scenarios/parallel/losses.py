@@ -18,7 +18,7 @@ class Loss:
     """
 
     values: Tensor
-    """[items] fp32, part of the autograd graph."""
+    """[items] fp32, outside of the autograd graph."""
     counted: Tensor | None = None
     """[items] bool, at least one True; None counts all."""
     num_blocks: int = NUM_PARTS
@@ -30,8 +30,8 @@ class Loss:
         return self.values.numel() if self.counted is None else int(self.counted.sum())
 
     def mean(self) -> Tensor:
-        """[] fp32, outside of the autograd graph."""
-        values = self.values.detach()
+        """[] fp32."""
+        values = self.values
         if self.counted is not None:
             values = torch.where(self.counted, values, 0.0)
         total = canonical.tree_sum(canonical.token_block_sum(values[:, None], self.num_blocks))

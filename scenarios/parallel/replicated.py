@@ -50,11 +50,14 @@ _replicated_linear: Callable[..., Tensor] = _ReplicatedLinear.apply
 
 
 class ReplicatedLinear(Layer):
-    """y = x weight^T + bias: [T, in] -> [T, out], one gemm over all of ``in``.
+    """y = x weight^T + bias: [rows, in] -> [rows, out], one gemm over all of ``in``.
 
-    Weight and bias gradients are sums over tokens and stay ``num_blocks`` partial sums until last:
-    NUM_PARTS for the tokens of a microbatch, 1 for few rows that one rank has all of. The bias is
-    stored with zeros up to a multiple of NUM_SLICES; they stay zero and count in num-zeros.
+    The bias is stored with zeros up to a multiple of NUM_SLICES; they stay zero and count in
+    num-zeros.
+
+    Args:
+        per_token: rows are local tokens, and the gradients stay a partial sum for each token block
+            until last; otherwise all tp ranks have the same few rows.
     """
 
     def __init__(
@@ -64,23 +67,40 @@ class ReplicatedLinear(Layer):
         out_features: int,
         std: float,
         dtype: torch.dtype,
-        num_blocks: int = NUM_PARTS,
+        *,
+        per_token: bool = True,
     ):
         weight, bias = f"{name}.weight", f"{name}.bias"
         bias_numel = -(-out_features // NUM_SLICES) * NUM_SLICES
+        num_partials = NUM_PARTS if per_token else 1
         specs = [
             ParameterSpec(
-                weight, (out_features, in_features), 1, (weight,), num_blocks, init_std=std
+                weight,
+                (out_features, in_features),
+                1,
+                (weight,),
+                num_partials,
+                init_std=std,
+                sums_tokens=per_token,
             ),
-            ParameterSpec(bias, (bias_numel,), 1, (bias,), num_blocks, weight_decay=False),
+            ParameterSpec(
+                bias,
+                (bias_numel,),
+                1,
+                (bias,),
+                num_partials,
+                weight_decay=False,
+                sums_tokens=per_token,
+            ),
         ]
         super().__init__(specs, dtype)
         self.name = name
-        self.num_blocks = num_blocks
+        self.per_token = per_token
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, in] -> [T, out], in the dtype of ``x``."""
-        return _replicated_linear(x, self.weight, self.bias, self.name, self.num_blocks, mb)
+        """[rows, in] -> [rows, out], in the dtype of ``x``."""
+        num_blocks = mb.num_token_blocks if self.per_token else 1
+        return _replicated_linear(x, self.weight, self.bias, self.name, num_blocks, mb)
 
 
 class _Tanh(Function):
@@ -125,22 +145,58 @@ def gelu_erf(x: Tensor) -> Tensor:
     return _gelu_erf(x)
 
 
-class _FirstRows(Function):
+class _FirstTokens(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_rows: int) -> Tensor:
-        ctx.shape = x.shape
-        return x[:num_rows].clone()
+    def forward(ctx: Any, x: Tensor, mb: Microbatch) -> Tensor:
+        ctx.shape, ctx.has_them = x.shape, mb.local_slice.start == 0
+        first = x[: mb.num_samples]
+        return mb.mesh.gather_tokens(first)[: mb.num_samples].clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dy.new_zeros(ctx.shape)
-        dx[: len(dy)] = dy
+        if ctx.has_them:
+            dx[: len(dy)] = dy
         return dx, None
 
 
-_first_rows: Callable[..., Tensor] = _FirstRows.apply
+_first_tokens: Callable[..., Tensor] = _FirstTokens.apply
 
 
-def first_rows(x: Tensor, num_rows: int) -> Tensor:
-    """[T, h] -> [num_rows, h]: with the samples' number, the tokens at position 0."""
-    return _first_rows(x, num_rows)
+def first_tokens(x: Tensor, mb: Microbatch) -> Tensor:
+    """The tokens at position 0, on all tp ranks: [L, h] -> [samples, h].
+
+    Contract: what all tp ranks do with them is the same, so backward communicates nothing.
+    """
+    return _first_tokens(x, mb)
+
+
+class _ClassEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        loss, maximum, sum_exp = canonical.cross_entropy(logits[None], targets)
+        ctx.save_for_backward(logits, targets, maximum, sum_exp)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, maximum, sum_exp = ctx.saved_tensors
+        dlogits = canonical.cross_entropy_backward(
+            logits[None], targets, maximum, sum_exp, dloss.contiguous()
+        )
+        return dlogits[0], None
+
+
+_class_entropy: Callable[..., Tensor] = _ClassEntropy.apply
+
+
+def class_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of logits that every rank has whole.
+
+    Args:
+        logits: [rows, classes].
+        targets: [rows] int64.
+    Returns:
+        [rows] fp32.
+    """
+    return _class_entropy(logits, targets)
