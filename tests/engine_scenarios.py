@@ -14,7 +14,7 @@ from scenarios.scenario import (
 )
 
 MODEL: dict[str, Any] = {
-    "num_layers": 2,
+    "num_layers": 4,
     "hidden_size": 64,
     "ffn_hidden_size": 128,
     "num_attention_heads": 8,
@@ -38,7 +38,7 @@ TRAINING: dict[str, Any] = {
 
 
 def tiny_scenario(
-    dp: int,
+    layout: int | str,
     *,
     family: str = "gpt",
     overlap: bool = True,
@@ -46,7 +46,12 @@ def tiny_scenario(
     dropout: float = 0.1,
     **training: Any,
 ) -> Scenario:
-    """Two layers of width 64 on ``dp`` ranks; ``training`` overrides TrainingConfig fields."""
+    """Four layers of width 64; ``training`` overrides TrainingConfig fields.
+
+    ``layout``: as text, or the degree of a data-parallel one.
+    """
+    cut = Layout.build(dp=layout) if isinstance(layout, int) else Layout.parse(layout)
+    zero1 = cut.zero1 is not False
     return Scenario.build(
         family=family,
         name="tiny",
@@ -57,11 +62,11 @@ def tiny_scenario(
         ),
         training=TrainingConfig.build(**TRAINING | training),
         optimizer=OptimizerConfig.build(
-            use_distributed_optimizer=True,
+            use_distributed_optimizer=zero1,
             overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            overlap_param_gather=overlap and zero1,
         ),
-        layout=Layout.build(dp=dp),
+        layout=cut,
         checkpoint=CheckpointConfig.build(),
         data=DataConfig.build(),
         metrics=metrics_of(family),

@@ -148,6 +148,7 @@ void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
     send[r] = in[r].nbytes;
     longest = std::max(longest, in[r].nbytes);
   }
+  const size_t stride = block_stride(call, longest, block);
   std::vector<const void*> sources(n);
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, block));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
@@ -162,14 +163,14 @@ void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
       if (r == me) continue;
       const char* mine = static_cast<const char*>(in[r].data) + at;
       const size_t size = chunk_nbytes(in[r].nbytes, i, block);
-      copy(group.slot(me, group.epoch() + 1) + r * block, mine, size, false);
+      copy(group.slot(me, group.epoch() + 1) + r * stride, mine, size, false);
       publish(group, group.epoch() + 1, r, mine, size, at);
     }
     i == 0 ? group.meet() : group.barrier();
     const size_t nbytes = chunk_nbytes(out_nbytes, i, block);
     for (int r = 0; r < n; r++) {
       sources[r] = r == me ? static_cast<const char*>(in[me].data) + at
-                           : group.slot(r, group.epoch()) + me * block;
+                           : group.slot(r, group.epoch()) + me * stride;
       verify(group, group.epoch(), r, me, sources[r], nbytes);
     }
     if (nbytes > 0) {

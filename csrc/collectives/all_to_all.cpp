@@ -29,6 +29,7 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
     total += out[r].nbytes;
   }
   const bool stream = total >= kStreamNbytes;
+  const size_t stride = block_stride(call, longest, block);
   // The longest part of any rank decides for all: what is that long is not staged.
   const bool reads_peer = n == 2 && group.reads_peers();
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
@@ -40,7 +41,7 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
       if (r == me || (reads_peer && longest >= kDirectMinNbytes)) continue;
       const char* mine = static_cast<const char*>(in[r].data) + at;
       const size_t nbytes = chunk_nbytes(in[r].nbytes, i, block);
-      copy(group.slot(me, group.epoch() + 1) + r * block, mine, nbytes, false);
+      copy(group.slot(me, group.epoch() + 1) + r * stride, mine, nbytes, false);
       publish(group, group.epoch() + 1, r, mine, nbytes, at);
     }
     if (i == 0) {
@@ -59,7 +60,7 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
     for (int j = 0; j < n; j++) {
       const int r = (me + j) % n;
       const char* from = r == me ? static_cast<const char*>(in[me].data) + at
-                                 : group.slot(r, group.epoch()) + me * block;
+                                 : group.slot(r, group.epoch()) + me * stride;
       const size_t nbytes = chunk_nbytes(out[r].nbytes, i, block);
       copy(static_cast<char*>(out[r].data) + at, from, nbytes, stream);
       verify(group, group.epoch(), r, me, static_cast<char*>(out[r].data) + at, nbytes);

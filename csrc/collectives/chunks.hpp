@@ -28,6 +28,11 @@ inline size_t block_nbytes(int n) {
   return std::max<size_t>(64, (2 * kChunkNbytes / static_cast<size_t>(n)) & ~size_t{63});
 }
 
+// From one block in a slot to the next: small equal ones lie side by side, on fewer pages.
+inline size_t block_stride(const Call& call, size_t longest, size_t block) {
+  return call.has_counts ? block : std::min(block, (longest + 63) & ~size_t{63});
+}
+
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // The part of [0, nbytes) that chunk `index` covers.

@@ -8,6 +8,7 @@
 
 #include "transport/call.hpp"
 #include "transport/caller.hpp"
+#include "transport/shared_text.hpp"
 
 namespace primitives {
 
@@ -35,8 +36,8 @@ struct alignas(64) RankLine {
   std::atomic<uint32_t> checks;        // this rank asked for payload digests
   std::atomic<uint32_t> reads_peers;   // this rank can read the memory of all others
   uint64_t self_address;               // where its ProcessId lies, for them to try
-  alignas(64) char site[kSiteNbytes];  // of the last call; "" when unknown
-  char waiting[352];                   // what it has waited for elsewhere, see Waiting
+  alignas(64) SharedText<kSiteNbytes> site;  // of the last call; "" when unknown
+  SharedText<352> waiting;                   // what it has waited for elsewhere, see Waiting
 };
 
 struct Poison {

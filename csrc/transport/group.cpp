@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstring>
 #include <optional>
@@ -12,6 +13,12 @@
 #include "transport/registry.hpp"
 
 namespace primitives {
+namespace {
+
+constexpr uint32_t kSpreadEvery = 32;  // barriers between looks at where the ranks run
+constexpr Milliseconds kMaxSpreadPause{1000};
+
+}  // namespace
 
 void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
                   Milliseconds timeout) {
@@ -23,12 +30,9 @@ void Group::start(const Call& call, const uint64_t* send_nbytes, const uint64_t*
   const uint64_t seq = mine.seq.load(std::memory_order_relaxed) + 1;
   mine.op.store(static_cast<uint32_t>(call.op), std::memory_order_relaxed);
   mine.inside.store(1, std::memory_order_relaxed);
-  record_.site = this_site();
-  if (record_.site != nullptr) {
-    std::memcpy(mine.site, record_.site->text, sizeof mine.site);
-  } else {
-    mine.site[0] = '\0';
-  }
+  const Site* site = this_site();
+  if (site != record_.site) site != nullptr ? mine.site.write(site->text) : mine.site.clear();
+  record_.site = site;
   mine.seq.store(seq, std::memory_order_release);
   CallRecord& record = this->record(rank(), epoch_ + 1);
   record.seq = seq;
@@ -122,7 +126,7 @@ void Group::compare_calls() {
     if (of.call.has_counts && of.call.op != Op::kAllGather) {
       calls[r] += " expecting " + describe(of.call, of.counts() + n, n);
     }
-    if (line(r).site[0] != '\0') calls[r] += " at " + std::string(line(r).site);
+    calls[r] += at_site(line(r).site.read());
   }
   for (int r = 0; r < n; r++) {
     if (std::find(calls.begin(), calls.begin() + r, calls[r]) != calls.begin() + r) continue;
@@ -139,7 +143,10 @@ void Group::barrier() {
   const uint32_t epoch = ++epoch_;
   if (world_size() == 1) return;
   Control& c = control();
-  if (oversubscribed_) line(rank()).cpu.store(sched_getcpu(), std::memory_order_relaxed);
+  if (oversubscribed_) {
+    line(rank()).cpu.store(sched_getcpu(), std::memory_order_relaxed);
+    if (epoch % kSpreadEvery == 0) spread_over_cores();
+  }
   line(rank()).epoch.store(epoch, std::memory_order_release);
   const uint32_t num_arrived = c.num_arrived.fetch_add(1, std::memory_order_acq_rel) + 1;
   if (num_arrived == epoch * static_cast<uint32_t>(world_size())) {
@@ -148,6 +155,37 @@ void Group::barrier() {
     return;
   }
   wait_generation(epoch);
+}
+
+// Ranks that share cores: three on one core and one on the other take twice the time of two and two,
+// and the scheduler, which sees cores that are all busy, leaves them so for long. The last rank of a
+// crowded core goes to the emptiest one. It is not pinned there, and each time it is moved back soon
+// (a core may be busy with something else) it waits longer before it tries again.
+void Group::spread_over_cores() {
+  const auto now = Clock::now();
+  if (now < next_spread_) return;
+  std::array<int, CPU_SETSIZE> num_ranks{};
+  const int here = line(rank()).cpu.load(std::memory_order_relaxed);
+  for (int r = 0; r < world_size(); r++) {
+    const int cpu = line(r).cpu.load(std::memory_order_relaxed);
+    if (cpu < 0 || cpu >= CPU_SETSIZE || (cpu == here && r > rank())) return;
+    num_ranks[cpu]++;
+  }
+  cpu_set_t allowed, target;
+  if (num_ranks[here] < 2 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  int emptiest = here;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (CPU_ISSET(cpu, &allowed) && num_ranks[cpu] < num_ranks[emptiest]) emptiest = cpu;
+  }
+  if (num_ranks[here] - num_ranks[emptiest] < 2) return;
+  CPU_ZERO(&target);
+  CPU_SET(emptiest, &target);
+  if (sched_setaffinity(0, sizeof target, &target) != 0) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
+  line(rank()).cpu.store(emptiest, std::memory_order_relaxed);
+  const bool soon = now < next_spread_ + 4 * spread_pause_;
+  spread_pause_ = soon ? std::min(2 * spread_pause_, kMaxSpreadPause) : kMinSpreadPause;
+  next_spread_ = now + spread_pause_;
 }
 
 // Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on

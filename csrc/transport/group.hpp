@@ -178,6 +178,8 @@ class Group {
   void enter();
   void probe_peers();
   void wait_generation(uint32_t epoch);
+  void spread_over_cores();
+  static constexpr Milliseconds kMinSpreadPause{1};
   void end_on_signal();
   // The first barrier of any call, and what is known afterwards.
   void meet_first();
@@ -203,6 +205,8 @@ class Group {
   std::atomic<uint64_t> num_zero_copy_{0};
   bool declined_ = false;  // the call has met, and is being made again by staging
   bool oversubscribed_ = false;
+  Clock::time_point next_spread_{};
+  Milliseconds spread_pause_ = kMinSpreadPause;
   bool attached_ = false;
   bool checked_ = false;
   bool has_met_ = false;

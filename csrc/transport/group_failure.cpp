@@ -10,22 +10,12 @@
 
 namespace primitives {
 
-namespace {
-
-// Its rank may be writing it.
-template <size_t kNbytes>
-std::string text_of(const char (&text)[kNbytes]) {
-  return {text, strnlen(text, kNbytes - 1)};
-}
-
-}  // namespace
-
 std::string Group::here() const {
   std::string text = "rank " + std::to_string(rank()) + " of group '" + name() + "'";
   if (attached_) {
     const RankLine& mine = line(rank());
     text += " in " + std::string(op_name(static_cast<Op>(mine.op.load()))) + ", collective " +
-            std::to_string(mine.seq.load()) + at_site(mine.site);
+            std::to_string(mine.seq.load()) + at_site(mine.site.read());
   }
   return text;
 }
@@ -40,9 +30,9 @@ Standing Group::standing(int rank) const {
     at.seq = of.seq.load(std::memory_order_acquire);
     at.op = static_cast<Op>(of.op.load());
     at.inside = of.inside.load() != 0;
-    at.site = text_of(of.site);
+    at.site = of.site.read();
   } while (of.seq.load(std::memory_order_acquire) != at.seq);
-  at.waiting = text_of(of.waiting);
+  at.waiting = of.waiting.read();
   return at;
 }
 

@@ -54,10 +54,10 @@ void Waiting::tell(Group& group, const char* what, bool in_own_group) const {
   if (group.forked() || (&group == &group_ ? !in_own_group : group.shares_memory_with(group_))) {
     return;
   }
-  char* text = group.line(group.rank()).waiting;
+  auto& text = group.line(group.rank()).waiting;
   // What is there belongs to another wait of this process: the first one explains most.
-  if (*what != '\0' && *text != '\0') return;
-  std::snprintf(text, sizeof RankLine::waiting, "%s", what);
+  if (*what != '\0' && !text.empty()) return;
+  text.write(what);
 }
 
 }  // namespace primitives

@@ -53,7 +53,7 @@ class DistributedOptimizer:
         self.shards: list[Shard] = sorted(shards, key=lambda shard: shard.spec.name)
         self.runs = [_leaf_run(shard, mesh) for shard in self.shards]
         """The leaves of each shard."""
-        self.leaves = LeafTable(self.runs, mesh.world)
+        self.leaves = LeafTable.exchange(self.runs, mesh.world)
         self.num_updates = 0
         self._beta_powers = [1.0, 1.0]
 
