@@ -1,4 +1,4 @@
-"""Every collective against primitives.reference, bit for bit: dtypes, ops, sizes, strides."""
+"""Every collective, on one host and on several, against primitives.reference, bit for bit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ from primitives import reference
 
 # Around the kernels' blocks (512 elements), chunks (128 KiB) and the switch of algorithms (64 KiB).
 NUMELS = st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 140_001]))
-HOW = st.sampled_from(["plain", "every second", "transposed"])
+HOW = st.sampled_from(["plain", "every second", "misaligned"])
 
 
 # A letter for the host of each rank: one host; several, of equal and unequal size, also mixed up.
