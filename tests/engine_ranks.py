@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from primitives import backend
 from primitives.checkpoint import CheckpointManager
+from primitives.rank_group import RankGroup
 from scenarios.engines.builtin import Trainer
 from scenarios.engines.training_state import KINDS
 from scenarios.layout import Layout
 from scenarios.parallel import gradient_reduce
 from scenarios.parallel.buckets import Bucket
 from scenarios.parallel.leaves import ReplicasDiffer
-from scenarios.parallel.mesh import Mesh, RankGroup
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameters import ParameterSpec
 from tests.engine_scenarios import tiny_scenario

@@ -345,16 +345,49 @@ def test_not_utf8_and_overrides_out_of_place(tmp_path: Path) -> None:
     ep=st.sampled_from([1, 2, 4]),
     etp=st.sampled_from([1, 2]),
     sp=st.booleans(),
+    zero1=st.none() | st.booleans(),
 )
-def test_layout_text_round_trip(tp: int, pp: int, dp: int, ep: int, etp: int, sp: bool) -> None:
+def test_layout_text_round_trip(
+    tp: int, pp: int, dp: int, ep: int, etp: int, sp: bool, zero1: bool | None
+) -> None:
     if tp * dp % (ep * etp) or (sp and tp == 1):
         with pytest.raises(ValueError, match="layout"):
             Layout.build(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sp=sp)
     else:
         layout = Layout.build(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sp=sp)
-        assert Layout.parse(str(layout)) == layout
+        with_zero1 = layout.model_copy(update={"zero1": zero1})
+        assert Layout.parse(str(with_zero1)) == with_zero1
         assert layout.world_size == tp * pp * dp
         assert Layout.fill(layout.world_size, tp=tp, pp=pp, ep=ep, etp=etp, sp=sp) == layout
+
+
+def test_layout_decides_on_zero1() -> None:
+    optimizers = {
+        text: load_scenario("S1", scale="ci", layout=text).optimizer
+        for text in ("dp2", "dp2,zero1", "dp2,zero0")
+    }
+    assert optimizers["dp2"] == optimizers["dp2,zero1"]
+    assert optimizers["dp2"].overlap_param_gather
+    without = optimizers["dp2,zero0"]
+    assert not without.use_distributed_optimizer
+    assert not without.overlap_param_gather
+    assert without.overlap_grad_reduce
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ("tp3", "tp and etp must divide the 8 canonical parts"),
+        ("dp16", "dp must divide the 8 slices"),
+        ("pp3", "got pp 3, expected a divisor of num_layers = 4"),
+        ("pp8", "got pp 8"),
+        ("sp", "needs tp > 1"),
+        ("tp2,ep2", "ep 2 (there are no experts to cut)"),
+        ("dp2,etp2", "etp 2 (there are no experts to cut)"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused(layout: str, reason: str) -> None:
+    assert reason in error_of("S1", scale="ci", layout=layout)
 
 
 @given(st.text(alphabet="tpde0123456789,s -", max_size=12))
@@ -367,7 +400,21 @@ def test_layout_text_fuzz(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "dp", "dp0", "dp-1", "dp2 pp2", "dp2,dp2", "DP2", "dp02", "x4"]
+    "text",
+    [
+        "",
+        "dp",
+        "dp0",
+        "dp-1",
+        "dp2 pp2",
+        "dp2,dp2",
+        "DP2",
+        "dp02",
+        "x4",
+        "zero",
+        "zero2",
+        "zero0,zero1",
+    ],
 )
 def test_wrong_layouts(text: str) -> None:
     assert "layout" in error_of("S1", scale="ci", layout=text)

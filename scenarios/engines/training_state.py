@@ -14,10 +14,10 @@ from torch import Tensor
 
 from primitives.checkpoint import CheckpointManager
 from primitives.errors import CheckpointCorrupt
+from primitives.rank_group import RankGroup
 from scenarios.parallel.distributed_optimizer import DistributedOptimizer
 from scenarios.parallel.loss_scaler import LossScaler
 from scenarios.parallel.lr_schedule import LearningRateSchedule
-from scenarios.parallel.mesh import RankGroup
 from scenarios.schema import Scenario
 
 KINDS = ("main", "exp_avg", "exp_avg_sq")

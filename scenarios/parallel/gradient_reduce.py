@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import canonical
+from primitives.rank_group import RankGroup
 from scenarios.parallel.buckets import Bucket, Shard
-from scenarios.parallel.mesh import Mesh, RankGroup
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.tree import TreeAccumulator
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives.layout import NUM_SLICES
-from scenarios.parallel.mesh import RankGroup
+from primitives.rank_group import RankGroup
 
 
 class ReplicasDiffer(RuntimeError):

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from primitives.rank_group import RankGroup
 from scenarios.parallel.buckets import Bucket
 from scenarios.parallel.layers import Layer
-from scenarios.parallel.mesh import RankGroup
 
 
 class ParameterGather:
@@ -67,6 +67,7 @@ class ParameterGather:
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._num_started]
+        self._work = None
         if bucket.dp > 1:
             self._work = self._dp.all_gather_into(
                 bucket.parameter_full.view(-1), bucket.parameter_shard, async_op=self._overlap
