@@ -32,13 +32,18 @@ __all__ = [
     "dropout_add",
     "embedding",
     "embedding_backward",
+    "erf",
     "exp",
     "gelu",
     "gelu_backward",
+    "gelu_erf",
+    "gelu_erf_backward",
     "gemm",
     "layer_norm",
     "layer_norm_backward",
     "log",
+    "padded_softmax",
+    "padded_softmax_backward",
     "random_normal",
     "row_sum",
     "sqrt",
@@ -150,6 +155,11 @@ def tanh(x: Tensor) -> Tensor:
     return _C.canonical_tanh(x)
 
 
+def erf(x: Tensor) -> Tensor:
+    """The error function of each element of ``x`` (float32), as a new tensor."""
+    return _C.canonical_erf(x)
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +210,16 @@ def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     return _C.canonical_gelu_backward(dy, x)
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """x * (1 + erf(x / sqrt(2))) / 2, GELU without approximation, of ``x`` of T."""
+    return _C.canonical_gelu_erf(x)
+
+
+def gelu_erf_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``gelu_erf`` at ``x`` times ``dy`` (both of one T), like x."""
+    return _C.canonical_gelu_erf_backward(dy, x)
+
+
 def causal_softmax(scores: Tensor, scale: float) -> Tensor:
     """softmax(scale * scores) of each row i over the columns j <= i, exactly 0 for j > i.
 
@@ -229,6 +249,37 @@ def causal_softmax_backward(dprobs: Tensor, probs: Tensor, scale: float) -> Tens
     Numerics: (p * (dp - tree(p * dp))) * scale.
     """
     return _C.canonical_causal_softmax_backward(dprobs, probs, scale)
+
+
+def padded_softmax(scores: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """softmax(scale * scores) over the first columns of each row, exactly 0 in the others.
+
+    Args:
+        scores: [N, S, S] of T.
+        visible: [N] int64 in [1, S]: how many columns all rows of a matrix see.
+        scale: factor, applied in float32.
+
+    Returns:
+        Probabilities like scores.
+
+    Numerics: as ``causal_softmax``, with j < visible in place of j <= i.
+    """
+    return _C.canonical_padded_softmax(scores, visible, scale)
+
+
+def padded_softmax_backward(dprobs: Tensor, probs: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """The gradient of ``padded_softmax``.
+
+    Args:
+        dprobs, probs: [N, S, S] of one T.
+        visible, scale: as in the forward pass.
+
+    Returns:
+        dscores like probs, exactly +0 for j >= visible.
+
+    Numerics: (p * (dp - tree(p * dp))) * scale.
+    """
+    return _C.canonical_padded_softmax_backward(dprobs, probs, visible, scale)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

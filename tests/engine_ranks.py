@@ -134,12 +134,17 @@ BUGS: dict[str, tuple[str, Callable[[Trainer], Any]]] = {
 
 
 class Player:
-    """One rank's way through the cases."""
+    """One rank's way through the cases; ``how`` goes to ``tiny_scenario``."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, **how: Any):
         self._folder = folder
         self._rank = rank
+        self._how = how
         self._num_worlds = 0
+
+    def trainer(self, layout: str, bucket_numel: int | None = None, **how: Any) -> Trainer:
+        """At the start of a run."""
+        return Trainer(tiny_scenario(layout, **self._how | how), bucket_numel)
 
     @contextmanager
     def world(self, layout: str) -> Iterator[bool]:
@@ -164,13 +169,13 @@ class Player:
         """From the start to the end."""
         with self.world(layout) as inside:
             if inside:
-                self.write(name, play(Trainer(tiny_scenario(layout, **how), bucket_numel), 6))
+                self.write(name, play(self.trainer(layout, bucket_numel, **how), NUM_STEPS))
 
     def save(self, layout: str) -> None:
         """The first half, then a checkpoint."""
         with self.world(layout) as inside:
             if inside:
-                trainer = Trainer(tiny_scenario(layout))
+                trainer = self.trainer(layout)
                 manager = CheckpointManager(self._folder / f"saved {layout}")
                 play(trainer, SAVED_AT)
                 trainer.state.save(manager, asynchronous=True)
@@ -180,7 +185,7 @@ class Player:
         """The second half."""
         with self.world(layout) as inside:
             if inside:
-                trainer = Trainer(tiny_scenario(layout))
+                trainer = self.trainer(layout)
                 trainer.state.load(CheckpointManager(self._folder / f"saved {saved}"))
                 metrics = play(trainer, NUM_STEPS - SAVED_AT)
                 self.write(f"{saved} resumed at {layout}", metrics)
@@ -190,7 +195,7 @@ class Player:
         layout, inject = BUGS[bug]
         with self.world(layout) as inside:
             if inside:
-                trainer = Trainer(tiny_scenario(layout))
+                trainer = self.trainer(layout)
                 with inject(trainer):
                     try:
                         self.write(bug, play(trainer, NUM_STEPS))

@@ -3,7 +3,6 @@
 from typing import Any
 
 from scenarios.scenario import (
-    METRICS,
     CheckpointConfig,
     DataConfig,
     Layout,
@@ -11,6 +10,7 @@ from scenarios.scenario import (
     OptimizerConfig,
     Scenario,
     TrainingConfig,
+    metrics_of,
 )
 
 MODEL: dict[str, Any] = {
@@ -40,6 +40,7 @@ TRAINING: dict[str, Any] = {
 def tiny_scenario(
     layout: int | str,
     *,
+    family: str = "gpt",
     overlap: bool = True,
     precision: str = "fp16",
     dropout: float = 0.1,
@@ -52,7 +53,7 @@ def tiny_scenario(
     cut = Layout.build(dp=layout) if isinstance(layout, int) else Layout.parse(layout)
     zero1 = cut.zero1 is not False
     return Scenario.build(
-        family="gpt",
+        family=family,
         name="tiny",
         scale="ci",
         test_type="regular",
@@ -68,5 +69,5 @@ def tiny_scenario(
         layout=cut,
         checkpoint=CheckpointConfig.build(),
         data=DataConfig.build(),
-        metrics=METRICS,
+        metrics=metrics_of(family),
     )

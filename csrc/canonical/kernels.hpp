@@ -33,7 +33,7 @@ struct Gemm {
   float alpha;
 };
 
-enum class Elementwise { kExp, kLog, kSqrt, kTanh };
+enum class Elementwise { kExp, kLog, kSqrt, kTanh, kErf };
 
 struct AdamStep {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size,
@@ -63,10 +63,17 @@ struct Kernels {
                               float* dweight, float* dbias);
   void (*gelu)(Input x, int64_t n, Output y);
   void (*gelu_backward)(Input dy, Input x, int64_t n, Output dx);
+  void (*gelu_erf)(Input x, int64_t n, Output y);
+  void (*gelu_erf_backward)(Input dy, Input x, int64_t n, Output dx);
   // [num, length, length]
   void (*causal_softmax)(Input scores, int64_t num, int64_t length, float scale, Output probs);
   void (*causal_softmax_backward)(Input dprobs, Input probs, int64_t num, int64_t length,
                                   float scale, Output dscores);
+  // the same; matrix i sees its first visible[i] columns, at least one
+  void (*padded_softmax)(Input scores, const int64_t* visible, int64_t num, int64_t length,
+                         float scale, Output probs);
+  void (*padded_softmax_backward)(Input dprobs, Input probs, const int64_t* visible, int64_t num,
+                                  int64_t length, float scale, Output dscores);
   // table [vocabulary, hidden], float32, zeroed by the caller
   void (*embedding_backward)(Input dy, const int64_t* ids, int64_t tokens, int64_t hidden,
                              float* table);

@@ -1,4 +1,4 @@
-// Causal softmax and cross entropy, forward and backward.
+// Causal softmax, padded softmax and cross entropy, forward and backward.
 #pragma once
 
 #include "canonical/dispatch.hpp"
@@ -9,7 +9,10 @@
 namespace primitives::canonical {
 namespace {
 
-inline void causal_softmax(Input scores, int64_t num, int64_t length, float scale, Output probs) {
+// Row r sees its first visible_in(r) columns, at least one; the others are exactly +0.
+template <class Visible>
+inline void masked_softmax(Input scores, int64_t rows, int64_t length, float scale, Output probs,
+                           Visible visible_in) {
   const int64_t row_room = length + kRowTreePadding;
   Scratch scratch(2 * row_room);
   float* row = scratch.data();
@@ -17,8 +20,8 @@ inline void causal_softmax(Input scores, int64_t num, int64_t length, float scal
   const Vec minus_infinity = set<Vec>(-__builtin_inff());
   with_dtype(scores.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t r = 0; r < num * length; r++) {
-      const int64_t visible = r % length + 1;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t visible = visible_in(r);
       Vec largest = minus_infinity;
       for_lanes(visible, [&](int64_t i, auto lanes) {
         const Vec z = load<T>(as<T>(scores) + r * length + i, lanes) * scale;
@@ -44,13 +47,14 @@ inline void causal_softmax(Input scores, int64_t num, int64_t length, float scal
   });
 }
 
-inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int64_t length,
-                                    float scale, Output dscores) {
+template <class Visible>
+inline void masked_softmax_backward(Input dprobs, Input probs, int64_t rows, int64_t length,
+                                    float scale, Output dscores, Visible visible_in) {
   Scratch sums(length + kRowTreePadding);
   with_dtype(probs.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t r = 0; r < num * length; r++) {
-      const int64_t visible = r % length + 1;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t visible = visible_in(r);
       const auto* dp = as<T>(dprobs) + r * length;
       const auto* p = as<T>(probs) + r * length;
       for_lanes(length, [&](int64_t i, auto lanes) {
@@ -65,6 +69,29 @@ inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int6
       });
     }
   });
+}
+
+inline void causal_softmax(Input scores, int64_t num, int64_t length, float scale, Output probs) {
+  masked_softmax(scores, num * length, length, scale, probs,
+                 [&](int64_t r) { return r % length + 1; });
+}
+
+inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int64_t length,
+                                    float scale, Output dscores) {
+  masked_softmax_backward(dprobs, probs, num * length, length, scale, dscores,
+                          [&](int64_t r) { return r % length + 1; });
+}
+
+inline void padded_softmax(Input scores, const int64_t* visible, int64_t num, int64_t length,
+                           float scale, Output probs) {
+  masked_softmax(scores, num * length, length, scale, probs,
+                 [&](int64_t r) { return visible[r / length]; });
+}
+
+inline void padded_softmax_backward(Input dprobs, Input probs, const int64_t* visible, int64_t num,
+                                    int64_t length, float scale, Output dscores) {
+  masked_softmax_backward(dprobs, probs, num * length, length, scale, dscores,
+                          [&](int64_t r) { return visible[r / length]; });
 }
 
 inline void vocabulary_max(Input logits, int64_t parts, int64_t tokens, int64_t width,

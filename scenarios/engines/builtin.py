@@ -29,7 +29,6 @@ from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameter_gather import ParameterGather
 from scenarios.parallel.pipeline import Pipeline
-from scenarios.parallel.vocabulary import token_mean
 from scenarios.run_context import LogValue, RunContext
 from scenarios.schema import Scenario, TrainingConfig
 
@@ -139,8 +138,9 @@ class Trainer:
         gathered = self.mesh.world.all_gather(mine[None])
         count = len(losses)
         # The replicas hold their microbatches in order, so this is the tree over all of them.
-        losses = gathered[self.mesh.loss_ranks(), :count].reshape(-1, 1)
-        loss = canonical.tree_sum(losses).reshape(()) / torch.tensor(float(self.num_microbatches))
+        losses = gathered[self.mesh.loss_ranks(), :count]
+        means = canonical.tree_sum(losses.reshape(self.num_microbatches, -1))
+        means /= torch.tensor(float(self.num_microbatches))
         overflow = self.scaler.dynamic and not bool((gathered[:, count] == 1.0).all())
 
         norm: float | None = None
@@ -157,7 +157,7 @@ class Trainer:
         if not overflow:
             self.gather.start()
         return {
-            "lm loss": loss.item(),
+            **dict(zip(self.model.loss_names, means.tolist(), strict=True)),
             "grad-norm": norm,
             "num-zeros": None if overflow else num_zeros,
             "params-norm": params_norm,
@@ -170,7 +170,8 @@ class Trainer:
         """This replica's microbatches through this stage.
 
         Returns:
-            Their mean losses, [microbatches of the replica] fp32; zeros but on the last stage.
+            Their losses, [microbatches of the replica * losses] fp32, those of a microbatch side by
+            side; zeros but on the last stage.
         """
         training, dp = self.scenario.training, self.mesh.dp
         per_replica = self.num_microbatches // dp.num_ranks
@@ -178,26 +179,28 @@ class Trainer:
         for index in range(dp.rank * per_replica, (dp.rank + 1) * per_replica):
             first = self.state.consumed_samples + index * training.micro_batch_size
             batch = self.dataset.batch(first, training.micro_batch_size)
-            microbatches.append(
-                Microbatch.create(
-                    index,
-                    batch.tokens,
-                    batch.labels,
-                    batch.sample_index,
-                    training.seed,
-                    self.reducer,
-                    self.mesh,
-                )
+            microbatch = Microbatch.create(
+                index,
+                batch.tokens,
+                batch.labels,
+                batch.sample_index,
+                training.seed,
+                self.reducer,
+                self.mesh,
             )
-        losses: list[Tensor] = []
+            microbatches.append(self.model.with_inputs(microbatch, batch))
+        means: list[Tensor] = []
 
-        def start_backward(loss: Tensor) -> Tensor:
-            losses.append(token_mean(loss))
-            weight = self.scaler.scale / (loss.numel() * self.num_microbatches)
-            return torch.full_like(loss, weight)
+        def start_backward(values: Tensor) -> Tensor:
+            losses = self.model.losses(values, microbatches[len(means)]).values()
+            means.append(torch.stack([loss.mean() for loss in losses]))
+            scale = self.scaler.scale
+            return torch.cat([loss.gradient(scale, self.num_microbatches) for loss in losses])
 
         self.pipeline.run(microbatches, start_backward)
-        return torch.stack(losses) if self.mesh.stage.is_last else torch.zeros(per_replica)
+        if self.mesh.stage.is_last:
+            return torch.cat(means)
+        return torch.zeros(per_replica * len(self.model.loss_names))
 
     def _survey(self, local_zeros: int) -> tuple[int, float, str]:
         """Number of zero gradients, norm and digest of all main parameters of all ranks."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from scenarios.models.bert import Bert
 from scenarios.models.gpt import Gpt
 from scenarios.models.model import Model
 from scenarios.parallel.mesh import Mesh, Stage
@@ -11,7 +12,10 @@ from scenarios.scenario import ModelConfig, Scenario
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-FAMILIES: dict[str, Callable[[ModelConfig, torch.dtype, Stage], Model]] = {"gpt": Gpt}
+FAMILIES: dict[str, Callable[[ModelConfig, torch.dtype, Stage], Model]] = {
+    "gpt": Gpt,
+    "bert": Bert,
+}
 
 
 def compute_dtype(scenario: Scenario) -> torch.dtype:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from primitives import canonical
 from primitives.layout import NUM_PARTS
 from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.random_keys import random_key
@@ -75,6 +76,22 @@ class Microbatch:
     def num_token_blocks(self) -> int:
         """Canonical token blocks of the local tokens."""
         return NUM_PARTS // self.mesh.tp.num_ranks if self.mesh.sp else NUM_PARTS
+
+    def softmax(self, scores: Tensor, heads_per_part: int, scale: float) -> Tensor:
+        """Attention probabilities: here each query sees the tokens up to its own.
+
+        Args:
+            scores: [local parts * samples * heads_per_part, s, s].
+            heads_per_part: see there.
+            scale: factor of the scores.
+        """
+        return canonical.causal_softmax(scores, scale)
+
+    def softmax_backward(
+        self, dprobs: Tensor, probs: Tensor, heads_per_part: int, scale: float
+    ) -> Tensor:
+        """The gradient of ``softmax``."""
+        return canonical.causal_softmax_backward(dprobs, probs, scale)
 
     def dropout_key(self, layer: int | str, site: str) -> int:
         """The key of one dropout site."""

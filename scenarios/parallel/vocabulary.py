@@ -13,7 +13,7 @@ from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import Layer, column_linear
 from scenarios.parallel.mesh import Stage
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.parameters import ParameterSpec
+from scenarios.parallel.parameters import ParameterSpec, column_spec
 
 
 class _Embedding(Function):
@@ -23,15 +23,21 @@ class _Embedding(Function):
         gradient_root: Tensor,
         words: Tensor,
         positions: Tensor,
+        types: Tensor | None,
+        token_types: Tensor | None,
         probability: float,
         name: str,
         mb: Microbatch,
     ) -> Tensor:
         ctx.words_shape, ctx.positions_shape = words.shape, positions.shape
+        ctx.types_shape = None if types is None else types.shape
         ctx.probability, ctx.name, ctx.mb = probability, name, mb
         ctx.key, ctx.token_ids = mb.dropout_key("embedding", "hidden"), mb.token_ids()
         x = _look_up(words, mb)
         x += positions[_local_positions(mb)].repeat_interleave(mb.num_samples, dim=0)
+        if types is not None and token_types is not None:
+            ctx.token_types = token_types[mb.local_slice]
+            x += types[ctx.token_types]
         return canonical.dropout(x, probability, ctx.key, ctx.token_ids)
 
     @staticmethod
@@ -43,9 +49,12 @@ class _Embedding(Function):
         # + 0.0: the zeros of other ranks' positions turn -0 into +0 with sequence parallelism.
         dpositions[_local_positions(mb)] = canonical.tree_sum(by_position) + 0.0
         mb.gradients.push(f"{name}.position_embeddings.weight", mb.index, dpositions)
+        if ctx.types_shape is not None:
+            dtypes = _type_gradient(dx, ctx.token_types, ctx.types_shape, mb.num_token_blocks)
+            mb.gradients.push(f"{name}.tokentype_embeddings.weight", mb.index, dtypes)
         dwords = _look_up_backward(mb.mesh.gather_tokens(dx), ctx.words_shape, mb)
         mb.gradients.push(f"{name}.word_embeddings.weight.lookup", mb.index, dwords)
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None
 
 
 _embedding: Callable[..., Tensor] = _Embedding.apply
@@ -82,11 +91,19 @@ def _look_up_backward(dx: Tensor, shape: torch.Size, mb: Microbatch) -> Tensor:
     return canonical.embedding_backward(dx[here], rows[here], vocab_shape)
 
 
+def _type_gradient(dx: Tensor, types: Tensor, shape: torch.Size, num_blocks: int) -> Tensor:
+    """dx [L, h], types [L] -> [blocks, types, h] fp32: a partial sum for each run of tokens."""
+    runs = zip(dx.chunk(num_blocks), types.chunk(num_blocks), strict=True)
+    vocab_shape = (1, shape[0], shape[1])
+    return torch.cat([canonical.embedding_backward(dy, ids, vocab_shape) for dy, ids in runs])
+
+
 class WordTable(Layer):
     """The tied table [parts, V / C, h]; gradients of lookup and head stay apart until the end.
 
     Args:
         stage: with several pipeline stages the first has the lookup and the last the head.
+        head: accumulator of the head's gradient; default ``{name}.weight.head``.
     """
 
     def __init__(
@@ -97,6 +114,7 @@ class WordTable(Layer):
         std: float,
         dtype: torch.dtype,
         stage: Stage,
+        head: str | None = None,
     ):
         if vocab_size % NUM_PARTS:
             raise ValueError(f"vocab_size is {vocab_size}; expected a multiple of {NUM_PARTS}")
@@ -105,7 +123,7 @@ class WordTable(Layer):
             weight,
             (NUM_PARTS, vocab_size // NUM_PARTS, hidden_size),
             NUM_PARTS,
-            (f"{weight}.lookup",) * stage.is_first + (f"{weight}.head",) * stage.is_last,
+            (f"{weight}.lookup",) * stage.is_first + (head or f"{weight}.head",) * stage.is_last,
             init_std=std,
             tied=True,
         )
@@ -132,8 +150,24 @@ class PositionTable(Layer):
         return cast(Tensor, self.weight)
 
 
+class TokenTypeTable(Layer):
+    """One vector per type of token, [types, h]; its gradient is a sum over tokens."""
+
+    def __init__(self, name: str, num_types: int, hidden_size: int, std: float, dtype: torch.dtype):
+        weight, shape = f"{name}.weight", (num_types, hidden_size)
+        spec = ParameterSpec(weight, shape, 1, (weight,), NUM_PARTS, init_std=std, sums_tokens=True)
+        super().__init__([spec], dtype)
+
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
+
+
 class Embedding(torch.nn.Module):
-    """dropout(word[token] + position[t]): -> [local tokens, h]."""
+    """dropout(word[token] + position[t] (+ type[token's type])): -> [local tokens, h].
+
+    Numerics: rounded after each addition.
+    """
 
     def __init__(
         self,
@@ -145,20 +179,36 @@ class Embedding(torch.nn.Module):
         dropout: float,
         dtype: torch.dtype,
         stage: Stage,
+        num_token_types: int = 0,
+        head: str | None = None,
     ):
         super().__init__()
         self.name = name
         self.dropout = dropout
         words, positions = f"{name}.word_embeddings", f"{name}.position_embeddings"
-        self.word_embeddings = WordTable(words, vocab_size, hidden_size, std, dtype, stage)
+        self.word_embeddings = WordTable(words, vocab_size, hidden_size, std, dtype, stage, head)
         self.position_embeddings = PositionTable(positions, num_positions, hidden_size, std, dtype)
+        self.tokentype_embeddings: TokenTypeTable | None = None
+        if num_token_types:
+            types = f"{name}.tokentype_embeddings"
+            self.tokentype_embeddings = TokenTypeTable(
+                types, num_token_types, hidden_size, std, dtype
+            )
         # The weights ask autograd for nothing, so something else must start the graph.
         self.gradient_root = torch.zeros(1, requires_grad=True)
 
-    def forward(self, mb: Microbatch) -> Tensor:
-        """-> [local tokens, h] in the compute dtype."""
+    def forward(self, mb: Microbatch, token_types: Tensor | None = None) -> Tensor:
+        """-> [local tokens, h] in the compute dtype.
+
+        Args:
+            mb: the microbatch.
+            token_types: [tokens] int64, for models that have them.
+        """
         words, positions = self.word_embeddings(), self.position_embeddings()
-        return _embedding(self.gradient_root, words, positions, self.dropout, self.name, mb)
+        types = None if self.tokentype_embeddings is None else self.tokentype_embeddings()
+        return _embedding(
+            self.gradient_root, words, positions, types, token_types, self.dropout, self.name, mb
+        )
 
 
 class _CrossEntropy(Function):
@@ -191,6 +241,27 @@ class _CrossEntropy(Function):
 _cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
 
 
+class OutputBias(Layer):
+    """A bias of the vocabulary, [parts, V / C]."""
+
+    def __init__(self, name: str, vocab_size: int, dtype: torch.dtype):
+        super().__init__([column_spec(f"{name}.bias", (vocab_size,), weight_decay=False)], dtype)
+        self.name = name
+
+    def forward(self) -> Tensor:
+        """The bias itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.bias)
+
+
+def biased_head_loss(x: Tensor, table: WordTable, bias: OutputBias, mb: Microbatch) -> Tensor:
+    """As ``tied_head_loss``, with a bias added to the logits; arguments as there.
+
+    The gradients go to the accumulators ``{bias.name}.weight``, which must be the head of the
+    table, and ``{bias.name}.bias``.
+    """
+    return _cross_entropy(column_linear(x, table(), bias(), bias.name, mb), mb)
+
+
 def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Tensor:
     """Cross entropy of every token: -> [T] fp32 on all tp ranks, with the word table as the head.
 
@@ -202,9 +273,3 @@ def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Te
     """
     logits = column_linear(x, table(), None, name, mb)
     return _cross_entropy(logits, mb)
-
-
-def token_mean(loss: Tensor) -> Tensor:
-    """The mean [] fp32 of a per-token loss [T]: token blocks, then the tree over the blocks."""
-    total = canonical.tree_sum(canonical.token_block_sum(loss[:, None], NUM_PARTS))
-    return (total / torch.tensor(float(loss.numel()))).reshape(())
