@@ -1,13 +1,19 @@
 """S2 as a case: Megatron-LM's flags, what the small scale keeps, which layouts are refused."""
 
+from typing import Any
+
 import pytest
+import torch.distributed as dist
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scenarios.case_files import CONFIG, find_case
+from scenarios.engines.builtin import Trainer
 from scenarios.flags import FIELDS
+from scenarios.golden import read_golden
 from scenarios.layout import Layout
+from scenarios.parallel.dispatch import Dispatch, Run
 from scenarios.schema import load_scenario
 
 POWERS = st.sampled_from([1, 2, 4, 8])
@@ -80,3 +86,33 @@ def test_every_other_layout_is_accepted(tp: int, dp: int, ep: int, etp: int, sp:
     if sp == (tp == 1) or tp * dp % (ep * etp) or ep * etp % tp:
         return
     moe.check_layout(Layout.build(tp=tp, dp=dp, ep=ep, etp=etp, sp=sp))
+
+
+def test_ci_has_experts_without_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some microbatch sends no token to some expert; the empty products and gradients work."""
+    empty_runs: list[Run] = []
+    init = Dispatch.__init__
+
+    def watched(self: Dispatch, *args: Any) -> None:
+        init(self, *args)
+        empty_runs.extend(run for run in self.runs if run.rows.start == run.rows.stop)
+
+    monkeypatch.setattr(Dispatch, "__init__", watched)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer = Trainer(load_scenario("S2", scale="ci", layout="dp1"))
+        trainer.gather.start()
+        for _ in range(6):
+            trainer.train_step()
+    finally:
+        dist.destroy_process_group()
+    assert empty_runs
+
+
+def test_ci_learns() -> None:
+    """The loss of the golden falls by more than 15 %."""
+    losses = read_golden(load_scenario("S2", scale="ci").golden_path, "ci").metrics["lm loss"]
+    first, *_, last = (losses.values[step] for step in sorted(losses.values))
+    assert isinstance(first, float)
+    assert isinstance(last, float)
+    assert last < 0.85 * first
