@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from primitives import backend
+from primitives.rank_group import RankGroup
 from scenarios.parallel import router
 from scenarios.parallel.dispatch import Dispatch, Run
 from scenarios.parallel.leaves import ReplicasDiffer
-from scenarios.parallel.mesh import Mesh, RankGroup
+from scenarios.parallel.mesh import Mesh
 from tests.engine_ranks import NUM_STEPS, Player, play
 
 NUM_RANKS = 8

@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from scenarios.layout import Layout
 from primitives.rank_group import RankGroup
+from scenarios.layout import Layout
 from scenarios.parallel.mesh import AXES, Mesh, groups_along
 from tests.ranks import run_threads
 
