@@ -5,6 +5,7 @@ It lies here, below the code that calls it, so that errors name that code as the
 
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -56,6 +57,22 @@ class RankGroup:
         return cast(
             dist.Work | None, all_gather_flat(full, shard, group=self.handle, async_op=async_op)
         )
+
+    def all_gather_rows(self, rows: Tensor, num_rows: list[int]) -> Tensor:
+        """[num_rows[rank], n] of every rank -> [sum of num_rows, n], in rank order."""
+        if self.handle is None:
+            return rows
+        pieces = [rows.new_empty(num, rows.shape[1]) for num in num_rows]
+        dist.all_gather(pieces, rows.contiguous(), group=self.handle)
+        return torch.cat(pieces)
+
+    def all_to_all_rows(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """[sum of sent, n] -> [sum of received, n]: a run of rows to each rank, one from each."""
+        if self.handle is None:
+            return rows
+        out = rows.new_empty(sum(received), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.handle)
+        return out
 
     def reduce_scatter(self, full: Tensor) -> Tensor:
         """[ranks * n, ...] -> [n, ...]: this rank's part of the tree over ranks."""

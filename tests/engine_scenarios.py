@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from scenarios.moe_config import MoeConfig
 from scenarios.scenario import (
     CheckpointConfig,
     DataConfig,
@@ -36,6 +37,13 @@ TRAINING: dict[str, Any] = {
     "loss_scale_window": 2,
 }
 
+MOE: dict[str, Any] = {
+    "num_experts": 8,
+    "ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "aux_loss_coeff": 0.01,
+}
+
 
 def tiny_scenario(
     layout: int | str,
@@ -44,21 +52,29 @@ def tiny_scenario(
     overlap: bool = True,
     precision: str = "fp16",
     dropout: float = 0.1,
+    moe: dict[str, Any] | None = None,
     **training: Any,
 ) -> Scenario:
     """Four layers of width 64; ``training`` overrides TrainingConfig fields.
 
     ``layout``: as text, or the degree of a data-parallel one.
+    ``moe``: overrides MoeConfig fields in family moe.
     """
     cut = Layout.build(dp=layout) if isinstance(layout, int) else Layout.parse(layout)
     zero1 = cut.zero1 is not False
+    experts = MoeConfig.build(**MOE | (moe or {})) if family == "moe" else None
     return Scenario.build(
         family=family,
         name="tiny",
         scale="ci",
         test_type="regular",
         model=ModelConfig.build(
-            **MODEL, precision=precision, hidden_dropout=dropout, attention_dropout=dropout
+            **MODEL,
+            precision=precision,
+            hidden_dropout=dropout,
+            attention_dropout=dropout,
+            disable_bias_linear=experts is not None,
+            moe=experts,
         ),
         training=TrainingConfig.build(**TRAINING | training),
         optimizer=OptimizerConfig.build(
@@ -69,5 +85,5 @@ def tiny_scenario(
         layout=cut,
         checkpoint=CheckpointConfig.build(),
         data=DataConfig.build(),
-        metrics=metrics_of(family),
+        metrics=metrics_of(family, experts is not None),
     )

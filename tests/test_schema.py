@@ -226,7 +226,7 @@ def test_flags_of_megatrons_other_seed_cases_are_known(seed: str) -> None:
 
 
 def test_folders_of_other_families_are_refused_by_name(tmp_path: Path) -> None:
-    for family in ("moe", "t5"):
+    for family in ("mixtral", "t5"):
         folder = tmp_path / family / "case"
         folder.mkdir(parents=True)
         assert f"family {family} (" in error_of(write_case(folder, {}))
@@ -241,9 +241,12 @@ def test_a_bert_has_its_metrics_vocabulary_and_spec(tmp_path: Path) -> None:
     message = error_of(write_case(folder, {"--vocab-size": 1000}))
     assert "vocab_size: got 1000, expected a multiple of 64" in message
     assert "--spec x.py" in error_of(write_case(folder, {"--spec": "x.py"}))
+    experts = error_of(write_case(folder, EXPERTS))
+    assert "experts in a BERT (--num-experts); a BERT without biases" in experts
     assert "--bert-no-binary-head" in error_of(write_case(folder, {"--bert-no-binary-head": True}))
 
 
+EXPERTS = {"--num-experts": 8, "--disable-bias-linear": True}
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     # flags changed, top-level keys changed, what the one line must say
     ({"--tensor-model-parallel-size": 2}, {"RANKS": 3}, "3 ranks cannot be cut into tp 2"),
@@ -254,7 +257,13 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "not supported by this version: ep 2 (there are no experts to cut)",
     ),
     ({"--spec": "local"}, {}, "--spec local"),
-    ({"--num-experts": 8}, {}, "mixture of experts (--num-experts)"),
+    ({"--num-experts": 8}, {}, "disable_bias_linear: got False, expected True"),
+    ({"--moe-router-topk": 2}, {}, "moe: got router_topk, expected --num-experts"),
+    (EXPERTS | {"--moe-router-topk": 9}, {}, "router_topk: got 9, expected at most"),
+    (EXPERTS | {"--moe-router-topk": 1}, {}, "router_topk: got 1"),
+    (EXPERTS | {"--moe-ffn-hidden-size": 100}, {}, "moe ffn_hidden_size: got 100"),
+    (EXPERTS | {"--moe-router-dtype": "fp64"}, {}, "--moe-router-dtype fp64"),
+    (EXPERTS | {"--moe-z-loss-coeff": 0.1}, {}, "a router z-loss (--moe-z-loss-coeff 0.1)"),
     ({"--ckpt-format": "zarr"}, {}, "--ckpt-format zarr"),
     ({}, {"TEST_TYPE": "frozen-start"}, "TEST_TYPE frozen-start"),
     ({}, {"MODE": "inference"}, "MODE inference"),

@@ -148,7 +148,7 @@ class DistributedOptimizer:
 
 def _leaf_run(shard: Shard, mesh: Mesh) -> LeafRun:
     spec, (num_blocks, num_slices) = shard.spec, shard.main.shape[:2]
-    first_slice = mesh.dp.rank * num_slices % NUM_SLICES
+    first_slice = mesh.replicas(spec.expert).rank * num_slices % NUM_SLICES
     return LeafRun(
         spec.name,
         spec.total_blocks,

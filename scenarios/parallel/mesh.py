@@ -163,6 +163,10 @@ class Mesh:
         per_stage = layout.tp * layout.dp
         return list(range((layout.pp - 1) * per_stage, layout.pp * per_stage, layout.tp))
 
+    def replicas(self, expert: bool) -> RankGroup:
+        """The ranks that hold the same part of an expert's, or of any other, parameter."""
+        return self.expert_dp if expert else self.dp
+
     def token_slice(self, num_tokens: int) -> slice:
         """The tokens of this rank outside the tp parts: a run of them with sp, else all.
 

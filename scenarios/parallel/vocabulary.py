@@ -271,5 +271,5 @@ def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Te
         name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
         mb: the microbatch whose labels to use.
     """
-    logits = column_linear(x, table(), None, name, mb)
+    logits = column_linear(x, table(), None, f"{name}.weight.head", mb)
     return _cross_entropy(logits, mb)
