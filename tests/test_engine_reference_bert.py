@@ -197,7 +197,7 @@ def test_gradient_is_the_slope_of_the_loss(dropout: float) -> None:
 
     def loss() -> float:
         trainer.gather.start()
-        losses = trainer.forward_backward()
+        losses, _ = trainer.forward_backward()
         trainer.reducer.finish()
         return float(losses.double().view(-1, 2).mean(dim=0).sum())
 
