@@ -126,7 +126,7 @@ def judge(code: int, output: str, errors: str) -> Result:
     try:
         document = json.loads(output)
         (row,) = document["layouts"]
-        detail = str(row["detail"])
+        detail = str(row["detail"]).split("; logs: ")[0]
     except (ValueError, KeyError):
         return Result("broken", f"exit code {code}: {(errors or output).strip()[-400:]}")
     if code == 0:

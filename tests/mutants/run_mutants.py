@@ -15,7 +15,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from catalogue import MUTANTS
-from mutant import Mutant, Play, Result, copy_tree, play
+from mutant import Mutant, Outcome, Play, Result, copy_tree, play
+
+WORDS: dict[Outcome, str] = {
+    "pass": "SURVIVED",
+    "differs": "judged failed",
+    "noticed": "judged failed",
+    "broken": "BROKEN",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,25 +41,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        # All edits are tried first: a catalogue that does not fit the code is told at once.
-        trees = {mutant.name: edited(mutant, Path(folder) / mutant.name) for mutant in mutants}
-        failures = control(mutants, Path(folder))
-        for mutant in mutants:
-            out = trees[mutant.name] / "out"
-            result, wall_s = timed(trees[mutant.name], mutant.play, out)
-            word = "judged failed" if result.judged_failed else "SURVIVED"
-            if result.outcome == "broken":
-                word = "BROKEN"
-            print(f"{word:13}  {mutant.name}: {mutant.breaks}")
-            print(f"{'':15}{mutant.play}, {wall_s:.1f} s: {result.first}", flush=True)
-            if not result.judged_failed:
-                failures.append(f"{mutant.name}: {word.lower()}")
-    total_s = time.monotonic() - start
+        try:
+            failures = play_all(mutants, Path(folder))
+        except ValueError as error:
+            failures = [str(error)]
     for failure in failures:
         print(f"! {failure}")
     word = "FAIL" if failures else "PASS"
-    print(f"{word}  {len(mutants)} mutants, {len(failures)} not judged failed, {total_s:.0f} s")
+    print(f"{word}  {len(mutants)} mutants, {time.monotonic() - start:.0f} s")
     return 1 if failures else 0
+
+
+def play_all(mutants: Sequence[Mutant], folder: Path) -> list[str]:
+    """Plays control and mutants; gives what went wrong.
+
+    Raises:
+        ValueError: an edit does not fit the code.
+    """
+    # All edits are made first: a catalogue that does not fit the code is told at once.
+    trees = [edited(mutant, folder / mutant.name) for mutant in mutants]
+    failures = play_control(mutants, folder / "control")
+    for mutant, tree in zip(mutants, trees, strict=True):
+        result, wall_s = timed(tree, mutant.play, tree / "out")
+        word = WORDS[result.outcome]
+        print(f"{word:13}  {mutant.name}: {mutant.breaks}")
+        print(f"{'':15}{mutant.play}, {wall_s:.1f} s: {result.first}", flush=True)
+        if not result.judged_failed:
+            failures.append(f"{word} {mutant.name}: {result.first}")
+    return failures
 
 
 def select(names: Iterable[str]) -> tuple[Mutant, ...]:
@@ -83,9 +99,9 @@ def edited(mutant: Mutant, folder: Path) -> Path:
     return tree
 
 
-def control(mutants: Sequence[Mutant], folder: Path) -> list[str]:
+def play_control(mutants: Sequence[Mutant], folder: Path) -> list[str]:
     """Plays the unedited code as the mutants are played; gives what failed."""
-    tree = copy_tree(folder / "control")
+    tree = copy_tree(folder)
     longest: dict[tuple[str, str, bool], Play] = {}
     for mutant in mutants:
         key = (mutant.play.case, mutant.play.layout, mutant.play.resumes)
@@ -96,7 +112,7 @@ def control(mutants: Sequence[Mutant], folder: Path) -> list[str]:
         result, wall_s = timed(tree, what, tree / f"out{number}")
         print(f"{'control':13}  {what}, {wall_s:.1f} s: {result.first}", flush=True)
         if result.outcome != "pass":
-            failures.append(f"control, {what}: {result.outcome}")
+            failures.append(f"the unedited code, {what}: {result.first}")
     return failures
 
 
