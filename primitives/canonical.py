@@ -11,6 +11,7 @@ level by level, an odd last element carried up. Every function raises ValueError
 shape, dtype or memory layout.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,17 +26,24 @@ __all__ = [
     "count_zeros",
     "cross_entropy",
     "cross_entropy_backward",
+    "cross_entropy_loss",
+    "cross_entropy_sums",
     "dropout",
     "dropout_add",
     "embedding",
     "embedding_backward",
+    "erf",
     "exp",
     "gelu",
     "gelu_backward",
+    "gelu_erf",
+    "gelu_erf_backward",
     "gemm",
     "layer_norm",
     "layer_norm_backward",
     "log",
+    "padded_softmax",
+    "padded_softmax_backward",
     "random_normal",
     "row_sum",
     "sqrt",
@@ -43,6 +51,7 @@ __all__ = [
     "tanh",
     "token_block_sum",
     "tree_sum",
+    "vocabulary_max",
 ]
 
 
@@ -146,6 +155,11 @@ def tanh(x: Tensor) -> Tensor:
     return _C.canonical_tanh(x)
 
 
+def erf(x: Tensor) -> Tensor:
+    """The error function of each element of ``x`` (float32), as a new tensor."""
+    return _C.canonical_erf(x)
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,6 +210,16 @@ def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     return _C.canonical_gelu_backward(dy, x)
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """x * (1 + erf(x / sqrt(2))) / 2, GELU without approximation, of ``x`` of T."""
+    return _C.canonical_gelu_erf(x)
+
+
+def gelu_erf_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``gelu_erf`` at ``x`` times ``dy`` (both of one T), like x."""
+    return _C.canonical_gelu_erf_backward(dy, x)
+
+
 def causal_softmax(scores: Tensor, scale: float) -> Tensor:
     """softmax(scale * scores) of each row i over the columns j <= i, exactly 0 for j > i.
 
@@ -227,6 +251,37 @@ def causal_softmax_backward(dprobs: Tensor, probs: Tensor, scale: float) -> Tens
     return _C.canonical_causal_softmax_backward(dprobs, probs, scale)
 
 
+def padded_softmax(scores: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """softmax(scale * scores) over the first columns of each row, exactly 0 in the others.
+
+    Args:
+        scores: [N, S, S] of T.
+        visible: [N] int64 in [1, S]: how many columns all rows of a matrix see.
+        scale: factor, applied in float32.
+
+    Returns:
+        Probabilities like scores.
+
+    Numerics: as ``causal_softmax``, with j < visible in place of j <= i.
+    """
+    return _C.canonical_padded_softmax(scores, visible, scale)
+
+
+def padded_softmax_backward(dprobs: Tensor, probs: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """The gradient of ``padded_softmax``.
+
+    Args:
+        dprobs, probs: [N, S, S] of one T.
+        visible, scale: as in the forward pass.
+
+    Returns:
+        dscores like probs, exactly +0 for j >= visible.
+
+    Numerics: (p * (dp - tree(p * dp))) * scale.
+    """
+    return _C.canonical_padded_softmax_backward(dprobs, probs, visible, scale)
+
+
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """The rows ``ids`` ([tokens] int64) of ``weight`` ([C, V/C, h] of T), as [tokens, h]."""
     return _C.canonical_embedding(ids, weight)
@@ -247,7 +302,7 @@ def embedding_backward(dy: Tensor, ids: Tensor, vocab_shape: tuple[int, int, int
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each token over a vocabulary in C parts.
+    """The loss of each token over a vocabulary in C parts, all of them here.
 
     Args:
         logits: [C, tokens, V/C] of T.
@@ -259,18 +314,61 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tens
     Numerics: m = max z; e = exp(z - m); sum_exp = tree over the parts of the tree over a part's
     row; loss = log(sum_exp) - (z[target] - m).
     """
-    return _C.canonical_cross_entropy(logits, targets)
+    largest = vocabulary_max(logits)
+    sum_exp, target_logit = cross_entropy_sums(logits, targets, largest)
+    return cross_entropy_loss(largest, sum_exp, target_logit), largest, sum_exp
+
+
+def vocabulary_max(logits: Tensor) -> Tensor:
+    """The largest logit of each token, [tokens] float32, over ``logits`` [C, tokens, V/C] of T."""
+    return _C.canonical_vocabulary_max(logits)
+
+
+def cross_entropy_sums(
+    logits: Tensor,
+    targets: Tensor,
+    max: Tensor,
+    first: int = 0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What ``cross_entropy_loss`` needs, over a run of the vocabulary's parts.
+
+    Args:
+        logits: [parts, tokens, V/C] of T.
+        targets: [tokens] int64 in [0, vocab_size).
+        max: [tokens] float32, over the whole vocabulary.
+        first: vocabulary index of the first of these logits.
+        vocab_size: of all parts; default: there are no others.
+
+    Returns:
+        sum_exp and target_logit, [tokens] float32; the latter is 0 where the target is elsewhere.
+        The tree over shards finishes sum_exp, and any sum over them target_logit.
+    """
+    return _C.canonical_cross_entropy_sums(
+        logits, targets, max, first, _vocab_size(logits, vocab_size)
+    )
+
+
+def cross_entropy_loss(max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> Tensor:
+    """log(sum_exp) - (target_logit - max), each [tokens] float32."""
+    loss = log(sum_exp) - (target_logit - max)
+    return loss.masked_fill_(loss.isnan(), math.nan)
 
 
 def cross_entropy_backward(
-    logits: Tensor, targets: Tensor, max: Tensor, sum_exp: Tensor, grad_loss: Tensor
+    logits: Tensor,
+    targets: Tensor,
+    max: Tensor,
+    sum_exp: Tensor,
+    grad_loss: Tensor,
+    first: int = 0,
+    vocab_size: int | None = None,
 ) -> Tensor:
-    """The gradient of ``cross_entropy``.
+    """The gradient of ``cross_entropy`` for these logits.
 
     Args:
-        logits: [C, tokens, V/C] of T.
-        targets: [tokens] int64.
-        max, sum_exp: [tokens] float32, as ``cross_entropy`` returned them.
+        logits, targets, first, vocab_size: as in ``cross_entropy_sums``.
+        max, sum_exp: [tokens] float32, over the whole vocabulary.
         grad_loss: [tokens] float32.
 
     Returns:
@@ -278,7 +376,9 @@ def cross_entropy_backward(
 
     Numerics: (exp(z - m) * (1 / sum_exp) - [target]) * grad_loss.
     """
-    return _C.canonical_cross_entropy_backward(logits, targets, max, sum_exp, grad_loss)
+    return _C.canonical_cross_entropy_backward(
+        logits, targets, max, sum_exp, grad_loss, first, _vocab_size(logits, vocab_size)
+    )
 
 
 def random_normal(shape: Sequence[int], key: int, first_index: int = 0) -> Tensor:
@@ -378,3 +478,9 @@ def adam_step(
 def _check_word(function: str, name: str, value: int) -> None:
     if not 0 <= value < 1 << 64:
         raise ValueError(f"{function}: {name} must be in [0, 2^64), got {value}")
+
+
+def _vocab_size(logits: Tensor, vocab_size: int | None) -> int:
+    if vocab_size is None and logits.dim() == 3:
+        return logits.shape[0] * logits.shape[2]
+    return vocab_size or 0

@@ -108,6 +108,7 @@ FIELDS: dict[str, tuple[str, type]] = {
     "--ckpt-format": ("checkpoint.format", str),
     "--verify-integrity": ("checkpoint.verify_integrity", bool),
     "--data-path": ("given.data_path", str),
+    "--spec": ("given.spec", str),
     "--split": ("data.split", tuple),
 }
 
@@ -130,7 +131,8 @@ ONLY: dict[str, tuple[type, tuple[Value, ...], str]] = {
     "--end-weight-decay": (float, (), "a weight decay schedule"),
     "--weight-decay-incr-style": (str, ("constant",), "a weight decay schedule"),
     "--num-layers-per-virtual-pipeline-stage": (int, (), "an interleaved pipeline"),
-    "--spec": (str, (), "a layer spec of the caller's own (--spec)"),
+    "--mask-prob": (float, (0.15,), "another share of masked tokens"),
+    "--short-seq-prob": (float, (0.1,), "another share of short samples"),
 }
 
 IGNORED: dict[str, tuple[str, ...]] = {
@@ -210,6 +212,7 @@ UNSUPPORTED: dict[str, tuple[str, ...]] = {
         *("--no-use-tokenizer-model-from-checkpoint-args",),
     ),
     "linear layers without bias": ("--disable-bias-linear", "--add-qkv-bias"),
+    "BERT without its sentence-order head": ("--bert-no-binary-head",),
     "untied embeddings": ("--untie-embeddings-and-output-weights",),
     "another activation than GELU": ("--swiglu", "--squared-relu", "--geglu"),
     "rotary positions": ("--use-rotary-position-embeddings", "--rotary-base", "--rotary-percent"),

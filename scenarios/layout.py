@@ -1,4 +1,4 @@
-"""How the ranks of a scenario are cut: tensor, pipeline, data and expert parallel degrees."""
+"""How a scenario is cut over ranks: tensor, pipeline, data and expert parallel degrees."""
 
 import re
 from typing import Self
@@ -23,6 +23,8 @@ class Layout(Frozen):
     """Tensor parallel ranks of one expert."""
     sp: bool = False
     """Sequence parallel: the token-wise part of a layer is cut over the tp ranks."""
+    zero1: bool | None = None
+    """Whether the dp ranks share out optimizer state; None: as --use-distributed-optimizer says."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,7 +46,7 @@ class Layout(Frozen):
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """Read ``tp2,pp2,dp1,sp``; a degree that is not named is 1.
+        """Read ``tp2,pp2,dp2,sp,zero0``; a degree that is not named is 1.
 
         Args:
             text: comma separated degrees, in any order.
@@ -55,16 +57,18 @@ class Layout(Frozen):
         """
         degrees: dict[str, int | bool] = {}
         for part in text.split(","):
-            match = re.fullmatch(r"(tp|pp|dp|ep|etp)([1-9][0-9]{0,5})|(sp)", part.strip())
+            match = re.fullmatch(
+                r"(tp|pp|dp|ep|etp)([1-9][0-9]{0,5})|(sp)|(zero)([01])", part.strip()
+            )
             if match is None:
                 raise ValueError(
                     f"layout {text!r}: got {part.strip()!r}, "
-                    "expected parts like tp2, pp1, dp4, ep1, etp1, sp"
+                    "expected parts like tp2, pp1, dp4, ep1, etp1, sp, zero0, zero1"
                 )
-            name = match[1] or "sp"
+            name = match[1] or match[3] or "zero1"
             if name in degrees:
                 raise ValueError(f"layout {text!r}: {name} is given twice")
-            degrees[name] = int(match[2]) if match[1] else True
+            degrees[name] = int(match[2]) if match[1] else match[5] != "0"
         return cls.build(**degrees)
 
     @classmethod
@@ -87,9 +91,10 @@ class Layout(Frozen):
         return cls.build(tp=tp, pp=pp, dp=num_ranks // (tp * pp), ep=ep, etp=etp, sp=sp)
 
     def __str__(self) -> str:
-        """The text that ``parse`` reads; expert degrees of 1 are left out."""
+        """The text that ``parse`` reads; what is not given is left out, as expert degrees of 1."""
         parts = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
         parts += [
             f"{name}{getattr(self, name)}" for name in ("ep", "etp") if getattr(self, name) > 1
         ]
-        return ",".join(parts + ["sp"] * self.sp)
+        zero = [] if self.zero1 is None else [f"zero{int(self.zero1)}"]
+        return ",".join(parts + ["sp"] * self.sp + zero)

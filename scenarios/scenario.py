@@ -23,11 +23,18 @@ METRICS = (
     "loss-scale",
     "params-digest",
 )
-"""What is judged when the file names no METRICS."""
+"""What every scenario logs."""
+FAMILY_METRICS: dict[str, tuple[str, ...]] = {"bert": ("sop loss",)}
+"""What the scenarios of a family log besides."""
+
+
+def metrics_of(family: str) -> tuple[str, ...]:
+    """What is judged when the file of a case of this family names no METRICS."""
+    return METRICS + FAMILY_METRICS.get(family, ())
 
 
 class ModelConfig(Frozen):
-    """A GPT: learned positions, pre-LayerNorm, tanh GELU, biases, tied embeddings."""
+    """A GPT or BERT: learned positions, pre-LayerNorm, tanh GELU, biases, tied embeddings."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -178,8 +185,8 @@ class CheckpointConfig(Frozen):
     """Steps between checkpoints; None saves none."""
     async_save: bool = False
     """Files are written while training goes on."""
-    format: Literal["torch_dist"] = "torch_dist"
-    """Megatron-LM's name for a checkpoint that loads at any layout."""
+    format: Literal["torch_dist", "torch"] = "torch_dist"
+    """Megatron-LM's names for checkpoints that load at any layout, and at one; here all do."""
     verify_integrity: bool = False
     """Megatron-LM writes SHA-256 sums only when asked; here they are always written and checked."""
 
@@ -257,6 +264,11 @@ class Scenario(Frozen):
                 f"global_batch_size: got {training.global_batch_size}, which is "
                 f"{self.num_microbatches} microbatches on each of {layout.dp} replicas, "
                 "expected a power of two"
+            )
+        if self.family == "bert" and self.model.vocab_size % WIDTH_STEP:
+            raise ValueError(
+                f"vocab_size: got {self.model.vocab_size}, expected a multiple of {WIDTH_STEP} in "
+                "a bert, whose output layer has a bias"
             )
         if not self.metrics:
             raise ValueError("METRICS: got none, expected at least one; nothing would be judged")

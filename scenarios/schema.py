@@ -15,7 +15,7 @@ from scenarios.case_files import (
 from scenarios.flags import ParsedFlags, close_match, parse_flags
 from scenarios.layout import Layout
 from scenarios.scenario import (
-    METRICS,
+    WIDTH_STEP,
     CheckpointConfig,
     DataConfig,
     IgnoredFlag,
@@ -24,6 +24,7 @@ from scenarios.scenario import (
     Scenario,
     ScenarioInfo,
     TrainingConfig,
+    metrics_of,
 )
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
 
 FULL_RANKS = 8
 """Megatron-LM's cases are written for one node of eight GPUs."""
-GPT2_VOCAB_SIZE = 50304
-"""Its cases name GPT-2's tokenizer: 50257 tokens, padded to a multiple of 128."""
+FAMILIES = ("gpt", "bert")
+"""Families of cases that have a model here."""
+VOCAB_SIZES = {"gpt": 50304, "bert": 30592}
+"""Its cases name GPT-2's and BERT's tokenizers: 50257 and 30522, padded to a multiple of 128."""
 NO_DATA_VALUE = (
     "the value is a placeholder of Megatron-LM's launcher; --data PREFIX gives real data"
 )
@@ -150,13 +153,13 @@ def _assemble(
             name=case.path.resolve().parent.name,
             scale=scale,
             test_type=test_type,
-            model=_model(flags),
+            model=_model(flags, family),
             training=_training(flags, layout),
-            optimizer=OptimizerConfig.build(**flags.fields.get("optimizer", {})),
+            optimizer=_optimizer(flags, layout),
             layout=layout,
             checkpoint=CheckpointConfig.build(**flags.fields.get("checkpoint", {})),
             data=_data(flags, given),
-            metrics=_metrics(case, flags),
+            metrics=_metrics(case, flags, metrics_of(family)),
             ignored=tuple(IgnoredFlag(flag=flag, reason=why) for flag, why in flags.ignored),
         )
     except ValueError as error:
@@ -182,22 +185,21 @@ def _refuse_unsupported(
 ) -> None:
     """One error that names every feature the case needs and this version lacks."""
     missing = [f"{feature} ({_first(names)})" for feature, names in flags.unsupported.items()]
-    if family != "gpt":
-        missing.append(f"family {family} (gpt is)")
+    if family not in FAMILIES:
+        missing.append(f"family {family} ({' and '.join(FAMILIES)} are)")
+    spec = flags.fields.get("given", {}).get("spec")
+    if spec is not None and (family, spec) != ("bert", "local"):
+        missing.append(f"a layer spec of the caller's own (--spec {spec})")
     if case.mode not in (None, "pretraining"):
         missing.append(f"MODE {case.mode} (pretraining is)")
     if test_type not in ("regular", "ckpt-resume"):
         missing.append(f"TEST_TYPE {test_type} (regular and ckpt-resume are)")
-    if not flags.fields.get("optimizer", {}).get("use_distributed_optimizer"):
-        missing.append("an optimizer without --use-distributed-optimizer")
     checkpoint_format = flags.fields.get("checkpoint", {}).get("format", "torch_dist")
-    if checkpoint_format != "torch_dist":
-        missing.append(f"--ckpt-format {checkpoint_format} (torch_dist is)")
-    cut = [
-        f"{name} {got}" for name in ("tp", "pp", "ep", "etp") if (got := getattr(layout, name)) > 1
-    ]
-    if cut:
-        missing.append(f"{', '.join(cut)} (only data parallel layouts are)")
+    if checkpoint_format not in ("torch_dist", "torch"):
+        missing.append(f"--ckpt-format {checkpoint_format} (torch_dist and torch are)")
+    experts = [f"{name} {got}" for name in ("ep", "etp") if (got := getattr(layout, name)) > 1]
+    if experts:
+        missing.append(f"{', '.join(experts)} (there are no experts to cut)")
     if missing:
         raise ValueError(f"not supported by this version: {'; '.join(missing)}")
 
@@ -207,13 +209,13 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3] + more)
 
 
-def _model(flags: ParsedFlags) -> ModelConfig:
+def _model(flags: ParsedFlags, family: str) -> ModelConfig:
     values = dict(flags.fields.get("model", {}))
     given = flags.fields.get("given", {})
     if given.get("fp16") and given.get("bf16"):
         raise ValueError("--fp16 and --bf16 exclude each other: expected one of them")
     values["precision"] = "fp16" if given.get("fp16") else "bf16" if given.get("bf16") else "fp32"
-    values.setdefault("vocab_size", GPT2_VOCAB_SIZE)
+    values.setdefault("vocab_size", VOCAB_SIZES[family])
     if "hidden_size" in values:
         values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
     return ModelConfig.build(**values)
@@ -228,6 +230,16 @@ def _training(flags: ParsedFlags, layout: Layout) -> TrainingConfig:
     return TrainingConfig.build(**values)
 
 
+def _optimizer(flags: ParsedFlags, layout: Layout) -> OptimizerConfig:
+    values = dict(flags.fields.get("optimizer", {}))
+    if layout.zero1 is not None:
+        values["use_distributed_optimizer"] = layout.zero1
+        if not layout.zero1:
+            # Without shards there is nothing to gather.
+            values["overlap_param_gather"] = False
+    return OptimizerConfig.build(**values)
+
+
 def _data(flags: ParsedFlags, given: dict[str, Any]) -> DataConfig:
     values = dict(flags.fields.get("data", {}))
     data_path = given.get("data_path")
@@ -240,25 +252,29 @@ def _data(flags: ParsedFlags, given: dict[str, Any]) -> DataConfig:
     return DataConfig.build(**values)
 
 
-def _metrics(case: CaseFile, flags: ParsedFlags) -> tuple[str, ...]:
+def _metrics(case: CaseFile, flags: ParsedFlags, known: tuple[str, ...]) -> tuple[str, ...]:
     if case.metrics is None:
-        return METRICS
+        return known
     for name in case.metrics:
         if name in UNJUDGED_METRICS:
             flags.ignored.append((f"METRICS {name}", UNJUDGED_METRICS[name]))
-        elif name not in METRICS:
-            raise ValueError(f"METRICS: unknown {name!r}{close_match(name, frozenset(METRICS))}")
-    return tuple(name for name in case.metrics if name in METRICS)
+        elif name not in known:
+            raise ValueError(f"METRICS: unknown {name!r}{close_match(name, frozenset(known))}")
+    return tuple(name for name in case.metrics if name in known)
 
 
 def _with_data(scenario: Scenario, prefix: Path) -> Scenario:
     """The scenario on real data: the vocabulary follows the files."""
     # Reading data needs numpy and torch, which listing and checking cases must not wait for.
+    from scenarios.data.bert import NUM_SPECIAL_TOKENS
     from scenarios.data.indexed import IndexedDataset
 
     dataset = IndexedDataset(prefix)
     dataset.verify()
-    vocab_size = -(-dataset.vocab_size // NUM_PARTS) * NUM_PARTS
+    if scenario.family == "bert":
+        vocab_size = -(-(dataset.vocab_size + NUM_SPECIAL_TOKENS) // WIDTH_STEP) * WIDTH_STEP
+    else:
+        vocab_size = -(-dataset.vocab_size // NUM_PARTS) * NUM_PARTS
     model = scenario.model.model_dump() | {"vocab_size": vocab_size}
     data = scenario.data.model_dump() | {"prefix": prefix.resolve()}
     return scenario.model_copy(

@@ -136,6 +136,18 @@ def tanh(x: Floats) -> Floats:
     return np.where(a < F(0.625), small, np.where(x < 0, -large, large))
 
 
+def erf(x: Floats) -> Floats:
+    a, z = np.abs(x), x * x
+    p = horner(z, [-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1])
+    p = fma(fma(p, z, F(-3.76125336e-1)), z, F(1.28379166e-1))
+    u = horner(a, [-3.88396438e-3, 2.42546219e-2])
+    q = fma(horner(a, [-1.72853470e-5, 3.83197126e-4]), z, u)
+    for coefficient in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
+        q = fma(q, a, F(coefficient))
+    large = F(1) - exp(fma(q, a, -a))
+    return np.where(a > F(0.927734375), np.where(x < 0, -large, large), fma(p, x, x))
+
+
 def layer_norm(x: Floats, w: Floats, b: Floats, eps: float) -> tuple[Floats, Floats, Floats]:
     h = F(x.shape[1])
     mean = tree(x) / h
@@ -172,20 +184,36 @@ def gelu_backward(dy: Floats, x: Floats) -> Floats:
     return dy * fma((v * s) * (e * s), slope, s)
 
 
-def visible(length: int) -> NDArray[np.bool_]:
+def normal_cdf(x: Floats) -> Floats:
+    return fma(erf(x * F(0.707106769)), F(0.5), F(0.5))
+
+
+def gelu_erf(x: Floats) -> Floats:
+    return x * normal_cdf(x)
+
+
+def gelu_erf_backward(dy: Floats, x: Floats) -> Floats:
+    v = np.where(x < F(-10), F(-10), np.where(x > F(10), F(10), x)).astype(F)
+    density = exp((v * v) * F(-0.5)) * F(0.398942292)
+    return dy * fma(v, density, normal_cdf(v))
+
+
+def causal(length: int) -> NDArray[np.bool_]:
     return np.tril(np.ones((length, length), bool))
 
 
-def causal_softmax(s: Floats, scale: float) -> Floats:
-    mask = visible(s.shape[-1])
+def unpadded(visible: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+    return np.arange(length) < visible[:, None, None]
+
+
+def masked_softmax(s: Floats, mask: NDArray[np.bool_], scale: float) -> Floats:
     z = s * F(scale)
     m = np.where(mask, z, F(-np.inf)).max(-1, keepdims=True) + F(0)
     e = np.where(mask, exp_nonpositive(z - m), F(0)).astype(F)
     return np.where(mask, e * (F(1) / tree(e))[..., None], F(0)).astype(F)
 
 
-def causal_softmax_backward(dp: Floats, p: Floats, scale: float) -> Floats:
-    mask = visible(p.shape[-1])
+def masked_softmax_backward(dp: Floats, p: Floats, mask: NDArray[np.bool_], scale: float) -> Floats:
     total = tree(np.where(mask, p * dp, F(0)).astype(F))[..., None]
     return np.where(mask, (p * (dp - total)) * F(scale), F(0)).astype(F)
 

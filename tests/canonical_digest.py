@@ -44,7 +44,7 @@ def results() -> Iterator[tuple[str, Tensor]]:
                 yield "gemm transposed", t
     bits = torch.arange(-(2**31), 2**31, 40009, dtype=torch.int64).to(torch.int32)
     everywhere = bits.view(torch.float32)
-    for name in ("exp", "log", "sqrt", "tanh"):
+    for name in ("exp", "log", "sqrt", "tanh", "erf"):
         yield name, getattr(canonical, name)(everywhere)
     for dtype in (torch.float16, torch.bfloat16):
         yield f"store {dtype}", canonical.tree_sum(everywhere[None], out_dtype=dtype)
@@ -71,6 +71,13 @@ def layers(x, n: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield from (("layer_norm_backward", t) for t in backward)
     yield "gelu", canonical.gelu(x(n, n) * 4)
     yield "gelu_backward", canonical.gelu_backward(x(n, n, seed=1), x(n, n) * 4)
+    yield "gelu_erf", canonical.gelu_erf(x(n, n) * 4)
+    yield "gelu_erf_backward", canonical.gelu_erf_backward(x(n, n, seed=1), x(n, n) * 4)
+    visible = torch.tensor([1, n // 2])
+    padded = canonical.padded_softmax(x(2, n, n), visible, 0.3)
+    yield "padded_softmax", padded
+    gradient = canonical.padded_softmax_backward(x(2, n, n, seed=1), padded, visible, 0.3)
+    yield "padded_softmax_backward", gradient
     probs = canonical.causal_softmax(x(2, n, n), 0.3)
     yield "causal_softmax", probs
     gradient = canonical.causal_softmax_backward(x(2, n, n, seed=1), probs, 0.3)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from scenarios.scenario import (
-    METRICS,
     CheckpointConfig,
     DataConfig,
     Layout,
@@ -11,6 +10,7 @@ from scenarios.scenario import (
     OptimizerConfig,
     Scenario,
     TrainingConfig,
+    metrics_of,
 )
 
 MODEL: dict[str, Any] = {
@@ -38,11 +38,17 @@ TRAINING: dict[str, Any] = {
 
 
 def tiny_scenario(
-    dp: int, *, overlap: bool = True, precision: str = "fp16", dropout: float = 0.1, **training: Any
+    dp: int,
+    *,
+    family: str = "gpt",
+    overlap: bool = True,
+    precision: str = "fp16",
+    dropout: float = 0.1,
+    **training: Any,
 ) -> Scenario:
     """Two layers of width 64 on ``dp`` ranks; ``training`` overrides TrainingConfig fields."""
     return Scenario.build(
-        family="gpt",
+        family=family,
         name="tiny",
         scale="ci",
         test_type="regular",
@@ -58,5 +64,5 @@ def tiny_scenario(
         layout=Layout.build(dp=dp),
         checkpoint=CheckpointConfig.build(),
         data=DataConfig.build(),
-        metrics=METRICS,
+        metrics=metrics_of(family),
     )

@@ -65,19 +65,32 @@ def layer_norm_errors() -> dict[str, float]:
 
 def softmax_errors() -> dict[str, float]:
     scores, dprobs = normal(16, 48, 48) * 4, normal(16, 48, 48, seed=1)
-    leaf = scores.double().requires_grad_()
-    hidden = torch.ones(48, 48, dtype=torch.bool).triu(1)
-    exact = (leaf * 0.25).masked_fill(hidden, -torch.inf).softmax(-1)
-    exact.backward(dprobs.double())
-    probs = canonical.causal_softmax(scores, 0.25)
-    got = canonical.causal_softmax_backward(dprobs, probs, 0.25)
-    seen = ~hidden.expand_as(probs)
-    assert leaf.grad is not None
-    p = exact.detach()[seen]
-    return {
-        "causal_softmax": error(probs[seen], p, p),
-        "causal_softmax backward": error(got[seen], leaf.grad[seen], p * dprobs.abs().max()),
+    visible = torch.arange(16) * 3 + 1
+    causal = canonical.causal_softmax(scores, 0.25)
+    padded = canonical.padded_softmax(scores, visible, 0.25)
+    cases = {
+        "causal_softmax": (
+            torch.ones(48, 48, dtype=torch.bool).triu(1).expand_as(scores),
+            causal,
+            canonical.causal_softmax_backward(dprobs, causal, 0.25),
+        ),
+        "padded_softmax": (
+            (torch.arange(48) >= visible[:, None, None]).expand_as(scores),
+            padded,
+            canonical.padded_softmax_backward(dprobs, padded, visible, 0.25),
+        ),
     }
+    errors = {}
+    for name, (hidden, probs, gradient) in cases.items():
+        leaf = scores.double().requires_grad_()
+        exact = (leaf * 0.25).masked_fill(hidden, -torch.inf).softmax(-1)
+        exact.backward(dprobs.double())
+        assert leaf.grad is not None
+        p = exact.detach()[~hidden]
+        size = p * dprobs.abs().max()
+        errors[name] = error(probs[~hidden], p, p)
+        errors[f"{name} backward"] = error(gradient[~hidden], leaf.grad[~hidden], size)
+    return errors
 
 
 def cross_entropy_errors() -> dict[str, float]:
@@ -101,25 +114,29 @@ def elementwise_errors() -> dict[str, float]:
     positive = torch.logspace(-44, 38, 400_001, dtype=torch.float64).float()
     positive = torch.cat([positive, torch.linspace(0.5, 2, 100_001)])
     t = torch.linspace(-12, 12, 400_001)
+    e = torch.linspace(-6, 6, 400_001)
     return {
         "exp": ulps(canonical.exp(x), x.double().exp()),
         "exp subnormal": ulps(canonical.exp(tiny), tiny.double().exp()),
         "log": ulps(canonical.log(positive), positive.double().log()),
         "tanh": ulps(canonical.tanh(t), t.double().tanh()),
+        "erf": ulps(canonical.erf(e), e.double().erf()),
         "sqrt": ulps(canonical.sqrt(positive), positive.double().sqrt()),
     }
 
 
 def gelu_errors() -> dict[str, float]:
     x, dy = torch.linspace(-12, 12, 200_001), normal(200_001)
-    leaf = x.double().requires_grad_()
-    exact = functional.gelu(leaf, approximate="tanh")
-    exact.backward(dy.double())
-    assert leaf.grad is not None
-    return {
-        "gelu": error(canonical.gelu(x), exact.detach(), x.double().abs() + UNIT),
-        "gelu backward": error(canonical.gelu_backward(dy, x), leaf.grad, dy.double().abs()),
-    }
+    errors = {}
+    for name, approximate in (("gelu", "tanh"), ("gelu_erf", "none")):
+        leaf = x.double().requires_grad_()
+        exact = functional.gelu(leaf, approximate=approximate)
+        exact.backward(dy.double())
+        assert leaf.grad is not None
+        forward, backward = getattr(canonical, name), getattr(canonical, f"{name}_backward")
+        errors[name] = error(forward(x), exact.detach(), x.double().abs() + UNIT)
+        errors[f"{name} backward"] = error(backward(dy, x), leaf.grad, dy.double().abs())
+    return errors
 
 
 def sum_errors() -> dict[str, float]:

@@ -173,9 +173,9 @@ def test_subtrees_of_ranks_make_the_whole_tree() -> None:
         assert_same_bits(canonical.tree_sum(parts), canonical.tree_sum(x), f"{num_ranks} ranks")
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "tanh", "sqrt"])
+@pytest.mark.parametrize("name", ["exp", "log", "tanh", "erf", "sqrt"])
 def test_elementwise(name: str) -> None:
-    definition = {"exp": slow.exp, "log": slow.log, "tanh": slow.tanh, "sqrt": np.sqrt}[name]
+    definition = np.sqrt if name == "sqrt" else getattr(slow, name)
     steps = torch.arange(-(2**31), 2**31, 70001, dtype=torch.int64).to(torch.int32)
     x = torch.cat([steps.view(torch.float32), torch.linspace(-110, 95, 4001)])
     x = torch.cat([x, torch.tensor(SPECIAL), torch.randn(1000)])
@@ -230,6 +230,13 @@ def test_gelu(n, dtype, seed, family):
     assert_same_bits(canonical.gelu(x), rounded(slow.gelu(widened(x)), dtype), "gelu")
     expected = slow.gelu_backward(widened(dy), widened(x))
     assert_same_bits(canonical.gelu_backward(dy, x), rounded(expected, dtype), "gelu_backward")
+    got = canonical.gelu_erf(x)
+    assert_same_bits(got, rounded(slow.gelu_erf(widened(x)), dtype), "gelu_erf")
+    if n > 60 and family == "normal" and dtype == torch.float32:
+        assert_detected(lambda: slow.gelu(widened(x)), got)  # the other GELU
+    got = canonical.gelu_erf_backward(dy, x)
+    expected = slow.gelu_erf_backward(widened(dy), widened(x))
+    assert_same_bits(got, rounded(expected, dtype), "gelu_erf_backward")
 
 
 @few
@@ -237,11 +244,39 @@ def test_gelu(n, dtype, seed, family):
 def test_causal_softmax(num, length, dtype, seed, family):
     scores = draw((num, length, length), dtype, seed, family)
     probs = canonical.causal_softmax(scores, 0.25)
-    assert_same_bits(probs, rounded(slow.causal_softmax(widened(scores), 0.25), dtype), "softmax")
+    expected = slow.masked_softmax(widened(scores), slow.causal(length), 0.25)
+    assert_same_bits(probs, rounded(expected, dtype), "softmax")
     dprobs = draw((num, length, length), dtype, seed + 1, family)
     got = canonical.causal_softmax_backward(dprobs, probs, 0.25)
-    expected = slow.causal_softmax_backward(widened(dprobs), widened(probs), 0.25)
+    expected = slow.masked_softmax_backward(
+        widened(dprobs), widened(probs), slow.causal(length), 0.25
+    )
     assert_same_bits(got, rounded(expected, dtype), "softmax backward")
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 40), dtypes, seeds, families)
+def test_padded_softmax(num, length, dtype, seed, family):
+    scores = draw((num, length, length), dtype, seed, family)
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.randint(1, length + 1, (num,), generator=generator)
+    mask = slow.unpadded(visible.numpy(), length)
+    probs = canonical.padded_softmax(scores, visible, 0.25)
+    expected = slow.masked_softmax(widened(scores), mask, 0.25)
+    assert_same_bits(probs, rounded(expected, dtype), "padded softmax")
+    dprobs = draw((num, length, length), dtype, seed + 1, family)
+    got = canonical.padded_softmax_backward(dprobs, probs, visible, 0.25)
+    expected = slow.masked_softmax_backward(widened(dprobs), widened(probs), mask, 0.25)
+    assert_same_bits(got, rounded(expected, dtype), "padded softmax backward")
+    if length > 4 and family == "normal":
+        whole = np.ones_like(mask)
+        everything_seen = torch.full((num,), length)
+        assert_same_bits(
+            canonical.padded_softmax(scores, everything_seen, 0.25),
+            rounded(slow.masked_softmax(widened(scores), whole, 0.25), dtype),
+        )
+        if int(visible.min()) < length:
+            assert_detected(lambda: slow.masked_softmax(widened(scores), whole, 0.25), probs)
 
 
 @few

@@ -53,6 +53,16 @@ CASES: list[tuple[Callable[[], object], str]] = [
         lambda: canonical.causal_softmax_backward(SCORES[:1], SCORES, 1.0),
         r"dprobs must be of shape \[2, 5, 5\], got \[1, 5, 5\]",
     ),
+    (
+        lambda: canonical.padded_softmax(SCORES, IDS[:2], 1.0),
+        r"padded_softmax: visible must be in \[1, 5\], got 0 at position 0",
+    ),
+    (
+        lambda: canonical.padded_softmax_backward(SCORES, SCORES, IDS[:2] + 6, 1.0),
+        r"padded_softmax_backward: visible must be in \[1, 5\], got 6 at position 0",
+    ),
+    (lambda: canonical.padded_softmax(SCORES, IDS, 1.0), r"visible must be of shape \[2\], got"),
+    (lambda: canonical.gelu_erf(X.T), "gelu_erf: x must be contiguous"),
     (lambda: canonical.embedding(IDS + 8, LOGITS), r"embedding: ids must be in \[0, 8\), got 8"),
     (lambda: canonical.embedding(IDS - 1, LOGITS), r"in \[0, 8\), got -1 at position 0"),
     (

@@ -207,11 +207,23 @@ def test_flags_of_megatrons_other_seed_cases_are_known(seed: str) -> None:
     assert {f"--{flag}" for flag in OTHER_SEEDS[seed].split()} <= KNOWN
 
 
-def test_bert_and_moe_folders_are_refused_by_family(tmp_path: Path) -> None:
-    for family in ("bert", "moe"):
+def test_folders_of_other_families_are_refused_by_name(tmp_path: Path) -> None:
+    for family in ("moe", "t5"):
         folder = tmp_path / family / "case"
         folder.mkdir(parents=True)
-        assert f"family {family} (gpt is)" in error_of(write_case(folder, {}))
+        assert f"family {family} (" in error_of(write_case(folder, {}))
+
+
+def test_a_bert_has_its_metrics_vocabulary_and_spec(tmp_path: Path) -> None:
+    folder = tmp_path / "bert" / "case"
+    folder.mkdir(parents=True)
+    scenario = load_scenario(str(write_case(folder, {"--spec": "local"})), scale="full")
+    assert "sop loss" in scenario.metrics
+    assert scenario.model.vocab_size == 30592
+    message = error_of(write_case(folder, {"--vocab-size": 1000}))
+    assert "vocab_size: got 1000, expected a multiple of 64" in message
+    assert "--spec x.py" in error_of(write_case(folder, {"--spec": "x.py"}))
+    assert "--bert-no-binary-head" in error_of(write_case(folder, {"--bert-no-binary-head": True}))
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -222,7 +234,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"--pipeline-model-parallel-size": 2}, {}, "not supported by this version: pp 2"),
     ({"--spec": "local"}, {}, "--spec local"),
     ({"--num-experts": 8}, {}, "mixture of experts (--num-experts)"),
-    ({"--ckpt-format": "torch"}, {}, "--ckpt-format torch"),
+    ({"--ckpt-format": "zarr"}, {}, "--ckpt-format zarr"),
     ({}, {"TEST_TYPE": "frozen-start"}, "TEST_TYPE frozen-start"),
     ({}, {"MODE": "inference"}, "MODE inference"),
     ({"--num-layers": None}, {}, "num_layers: missing"),

@@ -1,4 +1,5 @@
-// Matrix products, sums, elementwise functions and layers. Formulas: docs/canonical-arithmetic.md.
+// Matrix products, sums, elementwise functions, LayerNorm and GELU. Formulas:
+// docs/canonical-arithmetic.md.
 #include "bindings/tensor_checks.hpp"
 
 namespace primitives {
@@ -185,58 +186,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
   return {dx, dweight, dbias};
 }
 
-at::Tensor gelu(const at::Tensor& x) {
-  const auto input = Argument{"gelu", "x", x}.contiguous().input();
+using Activation = void (*)(Input x, int64_t n, canonical::Output y);
+using ActivationBackward = void (*)(Input dy, Input x, int64_t n, canonical::Output dx);
+
+at::Tensor activation(const char* name, Activation kernel, const at::Tensor& x) {
+  const auto input = Argument{name, "x", x}.contiguous().input();
   at::Tensor y = at::empty_like(x);
-  const auto output = Argument{"gelu", "y", y}.output();
+  const auto output = Argument{name, "y", y}.output();
   const KernelCall call;
-  kernels().gelu(input, x.numel(), output);
+  kernel(input, x.numel(), output);
   return y;
 }
 
-at::Tensor gelu_backward(const at::Tensor& dy, const at::Tensor& x) {
-  const char* name = "gelu_backward";
+at::Tensor activation_backward(const char* name, ActivationBackward kernel, const at::Tensor& dy,
+                               const at::Tensor& x) {
   const auto input = Argument{name, "x", x}.contiguous().input();
   const auto dy_input =
       Argument{name, "dy", dy}.of(x.scalar_type()).shaped(x.sizes()).contiguous().input();
   at::Tensor dx = at::empty_like(x);
   const auto output = Argument{name, "dx", dx}.output();
   const KernelCall call;
-  kernels().gelu_backward(dy_input, input, x.numel(), output);
+  kernel(dy_input, input, x.numel(), output);
   return dx;
 }
 
-const Argument& square(const Argument& x) {
-  x.with_dims(3).contiguous();
-  if (x.tensor.size(1) != x.tensor.size(2)) x.fail("[N, S, S]", x.text(x.tensor.sizes()));
-  return x;
+at::Tensor gelu(const at::Tensor& x) { return activation("gelu", kernels().gelu, x); }
+
+at::Tensor gelu_backward(const at::Tensor& dy, const at::Tensor& x) {
+  return activation_backward("gelu_backward", kernels().gelu_backward, dy, x);
 }
 
-at::Tensor causal_softmax(const at::Tensor& scores, double scale) {
-  const auto input = square({"causal_softmax", "scores", scores}).input();
-  at::Tensor probs = at::empty_like(scores);
-  const auto output = Argument{"causal_softmax", "probs", probs}.output();
-  const KernelCall call;
-  kernels().causal_softmax(input, scores.size(0), scores.size(1), static_cast<float>(scale),
-                           output);
-  return probs;
-}
+at::Tensor gelu_erf(const at::Tensor& x) { return activation("gelu_erf", kernels().gelu_erf, x); }
 
-at::Tensor causal_softmax_backward(const at::Tensor& dprobs, const at::Tensor& probs,
-                                   double scale) {
-  const char* name = "causal_softmax_backward";
-  const auto input = square({name, "probs", probs}).input();
-  const auto dprobs_input = Argument{name, "dprobs", dprobs}
-                                .of(probs.scalar_type())
-                                .shaped(probs.sizes())
-                                .contiguous()
-                                .input();
-  at::Tensor dscores = at::empty_like(probs);
-  const auto output = Argument{name, "dscores", dscores}.output();
-  const KernelCall call;
-  kernels().causal_softmax_backward(dprobs_input, input, probs.size(0), probs.size(1),
-                                    static_cast<float>(scale), output);
-  return dscores;
+at::Tensor gelu_erf_backward(const at::Tensor& dy, const at::Tensor& x) {
+  return activation_backward("gelu_erf_backward", kernels().gelu_erf_backward, dy, x);
 }
 
 }  // namespace
@@ -251,12 +234,14 @@ void bind_canonical(py::module_& m) {
   m.def("canonical_log", elementwise<Elementwise::kLog>);
   m.def("canonical_sqrt", elementwise<Elementwise::kSqrt>);
   m.def("canonical_tanh", elementwise<Elementwise::kTanh>);
+  m.def("canonical_erf", elementwise<Elementwise::kErf>);
   m.def("canonical_layer_norm", layer_norm);
   m.def("canonical_layer_norm_backward", layer_norm_backward);
   m.def("canonical_gelu", gelu);
   m.def("canonical_gelu_backward", gelu_backward);
-  m.def("canonical_causal_softmax", causal_softmax);
-  m.def("canonical_causal_softmax_backward", causal_softmax_backward);
+  m.def("canonical_gelu_erf", gelu_erf);
+  m.def("canonical_gelu_erf_backward", gelu_erf_backward);
+  bind_canonical_softmax(m);
   bind_canonical_training(m);
 }
 

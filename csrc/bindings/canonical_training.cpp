@@ -28,38 +28,50 @@ at::Tensor embedding_backward(const at::Tensor& dy, const at::Tensor& ids,
   return table;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy(const at::Tensor& logits,
-                                                             const at::Tensor& targets) {
+at::Tensor vocabulary_max(const at::Tensor& logits) {
+  const auto input = Argument{"vocabulary_max", "logits", logits}.with_dims(3).contiguous().input();
+  const int64_t parts = logits.size(0), tokens = logits.size(1), width = logits.size(2);
+  at::Tensor max = at::empty({tokens}, at::TensorOptions().dtype(at::kFloat));
+  float* maxima = max.mutable_data_ptr<float>();
+  const KernelCall call;
+  kernels().vocabulary_max(input, parts, tokens, width, maxima);
+  return max;
+}
+
+// ``targets`` are global; ``first`` is the vocabulary index of the first of these logits.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_sums(const at::Tensor& logits,
+                                                      const at::Tensor& targets,
+                                                      const at::Tensor& max, int64_t first,
+                                                      int64_t vocab_size) {
   const char* name = "cross_entropy";
   const auto input = Argument{name, "logits", logits}.with_dims(3).contiguous().input();
   const int64_t parts = logits.size(0), tokens = logits.size(1), width = logits.size(2);
-  const int64_t* target =
-      Argument{name, "targets", targets}.shaped({tokens}).indices(parts * width);
-  at::Tensor loss = at::empty({tokens}, at::TensorOptions().dtype(at::kFloat));
-  at::Tensor max = at::empty_like(loss), sum_exp = at::empty_like(loss);
-  float* losses = loss.mutable_data_ptr<float>();
-  float* maxima = max.mutable_data_ptr<float>();
+  const int64_t* target = Argument{name, "targets", targets}.shaped({tokens}).indices(vocab_size);
+  const float* maxima = Argument{name, "max", max}.shaped({tokens}).floats();
+  at::Tensor sum_exp = at::empty({tokens}, at::TensorOptions().dtype(at::kFloat));
+  at::Tensor target_logit = at::empty_like(sum_exp);
   float* sums = sum_exp.mutable_data_ptr<float>();
+  float* target_logits = target_logit.mutable_data_ptr<float>();
   const KernelCall call;
-  kernels().cross_entropy(input, target, parts, tokens, width, losses, maxima, sums);
-  return {loss, max, sum_exp};
+  kernels().cross_entropy_sums(input, target, first, maxima, parts, tokens, width, sums,
+                               target_logits);
+  return {sum_exp, target_logit};
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& logits, const at::Tensor& targets,
                                   const at::Tensor& max, const at::Tensor& sum_exp,
-                                  const at::Tensor& grad_loss) {
+                                  const at::Tensor& grad_loss, int64_t first, int64_t vocab_size) {
   const char* name = "cross_entropy_backward";
   const auto input = Argument{name, "logits", logits}.with_dims(3).contiguous().input();
   const int64_t parts = logits.size(0), tokens = logits.size(1), width = logits.size(2);
-  const int64_t* target =
-      Argument{name, "targets", targets}.shaped({tokens}).indices(parts * width);
+  const int64_t* target = Argument{name, "targets", targets}.shaped({tokens}).indices(vocab_size);
   const float* maxima = Argument{name, "max", max}.shaped({tokens}).floats();
   const float* sums = Argument{name, "sum_exp", sum_exp}.shaped({tokens}).floats();
   const float* grads = Argument{name, "grad_loss", grad_loss}.shaped({tokens}).floats();
   at::Tensor dlogits = at::empty_like(logits);
   const auto output = Argument{name, "dlogits", dlogits}.output();
   const KernelCall call;
-  kernels().cross_entropy_backward(input, target, maxima, sums, grads, parts, tokens, width,
+  kernels().cross_entropy_backward(input, target, first, maxima, sums, grads, parts, tokens, width,
                                    output);
   return dlogits;
 }
@@ -143,7 +155,8 @@ int64_t count_zeros(const at::Tensor& x) {
 void bind_canonical_training(py::module_& m) {
   m.def("canonical_embedding", embedding);
   m.def("canonical_embedding_backward", embedding_backward);
-  m.def("canonical_cross_entropy", cross_entropy);
+  m.def("canonical_vocabulary_max", vocabulary_max);
+  m.def("canonical_cross_entropy_sums", cross_entropy_sums);
   m.def("canonical_cross_entropy_backward", cross_entropy_backward);
   m.def("canonical_random_normal", random_normal);
   m.def("canonical_random_words", random_words);

@@ -121,7 +121,9 @@ class KernelCall {
   unsigned saved_ = _mm_getcsr();
 };
 
-// Bindings of the optimizer, random and loss kernels; the others are in canonical.cpp.
+// Bindings of softmax, and of the optimizer, random and loss kernels; the others are in
+// canonical.cpp.
+void bind_canonical_softmax(py::module_& m);
 void bind_canonical_training(py::module_& m);
 
 }  // namespace primitives

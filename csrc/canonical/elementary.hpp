@@ -1,4 +1,4 @@
-// exp, log, tanh, sigmoid as fixed sequences of + - * / and fma, for F = float or a vector of
+// exp, log, tanh, erf, sigmoid as fixed sequences of + - * / and fma, for F = float or a vector of
 // floats.
 //
 // Overloads of fma, select, as_int, as_float and to_float for F must be declared before this
@@ -104,6 +104,27 @@ CANONICAL_FN F tanh(F x) {
   const F small = select(x == 0.0f, x, fma(p * z, x, x));  // keeps the sign of zero
   const F large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
   return select(a < 0.625f, small, select(x < 0.0f, -large, large));
+}
+
+template <class F>
+CANONICAL_FN F erf(F x) {
+  const F a = select(x < 0.0f, -x, x);
+  const F z = x * x;
+  F p = set<F>(-5.96761703e-4f);
+  p = fma(p, z, set<F>(4.99119423e-3f));
+  p = fma(p, z, set<F>(-2.67681349e-2f));
+  p = fma(p, z, set<F>(1.12819925e-1f));
+  p = fma(p, z, set<F>(-3.76125336e-1f));
+  p = fma(p, z, set<F>(1.28379166e-1f));
+  const F small = fma(p, x, x);
+  F q = fma(set<F>(-1.72853470e-5f), a, set<F>(3.83197126e-4f));
+  q = fma(q, z, fma(set<F>(-3.88396438e-3f), a, set<F>(2.42546219e-2f)));
+  q = fma(q, a, set<F>(-1.06777877e-1f));
+  q = fma(q, a, set<F>(-6.34846687e-1f));
+  q = fma(q, a, set<F>(-1.28717512e-1f));
+  q = fma(q, a, -a);
+  const F large = 1.0f - exp(q);
+  return select(a > 0.927734375f, select(x < 0.0f, -large, large), small);
 }
 
 }  // namespace

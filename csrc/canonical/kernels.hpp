@@ -33,7 +33,7 @@ struct Gemm {
   float alpha;
 };
 
-enum class Elementwise { kExp, kLog, kSqrt, kTanh };
+enum class Elementwise { kExp, kLog, kSqrt, kTanh, kErf };
 
 struct AdamStep {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size,
@@ -63,19 +63,29 @@ struct Kernels {
                               float* dweight, float* dbias);
   void (*gelu)(Input x, int64_t n, Output y);
   void (*gelu_backward)(Input dy, Input x, int64_t n, Output dx);
+  void (*gelu_erf)(Input x, int64_t n, Output y);
+  void (*gelu_erf_backward)(Input dy, Input x, int64_t n, Output dx);
   // [num, length, length]
   void (*causal_softmax)(Input scores, int64_t num, int64_t length, float scale, Output probs);
   void (*causal_softmax_backward)(Input dprobs, Input probs, int64_t num, int64_t length,
                                   float scale, Output dscores);
+  // the same; matrix i sees its first visible[i] columns, at least one
+  void (*padded_softmax)(Input scores, const int64_t* visible, int64_t num, int64_t length,
+                         float scale, Output probs);
+  void (*padded_softmax_backward)(Input dprobs, Input probs, const int64_t* visible, int64_t num,
+                                  int64_t length, float scale, Output dscores);
   // table [vocabulary, hidden], float32, zeroed by the caller
   void (*embedding_backward)(Input dy, const int64_t* ids, int64_t tokens, int64_t hidden,
                              float* table);
-  // logits [parts, tokens, width]; targets in [0, parts * width)
-  void (*cross_entropy)(Input logits, const int64_t* targets, int64_t parts, int64_t tokens,
-                        int64_t width, float* loss, float* max, float* sum_exp);
-  void (*cross_entropy_backward)(Input logits, const int64_t* targets, const float* max,
-                                 const float* sum_exp, const float* grad_loss, int64_t parts,
-                                 int64_t tokens, int64_t width, Output dlogits);
+  // logits [parts, tokens, width]
+  void (*vocabulary_max)(Input logits, int64_t parts, int64_t tokens, int64_t width, float* max);
+  // first: vocabulary index of the first logit; a target outside these parts is another shard's
+  void (*cross_entropy_sums)(Input logits, const int64_t* targets, int64_t first, const float* max,
+                             int64_t parts, int64_t tokens, int64_t width, float* sum_exp,
+                             float* target_logit);
+  void (*cross_entropy_backward)(Input logits, const int64_t* targets, int64_t first,
+                                 const float* max, const float* sum_exp, const float* grad_loss,
+                                 int64_t parts, int64_t tokens, int64_t width, Output dlogits);
   void (*random_normal)(uint64_t key, uint64_t first_index, int64_t n, float* out);
   void (*random_words)(uint64_t key, uint64_t counter_high, int64_t n, uint32_t* out);
   // x, out [rows, width]; residual may be null

@@ -143,5 +143,36 @@ inline void gelu_backward(Input dy, Input x, int64_t n, Output dx) {
   });
 }
 
+// GELU itself is x * Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2.
+constexpr float kSqrtHalf = 0.707106769f;
+constexpr float kNormalDensity = 0.398942292f;  // 1 / sqrt(2 pi)
+
+CANONICAL_FN Vec normal_cdf(Vec x) {
+  return fma(erf(x * kSqrtHalf), set<Vec>(0.5f), set<Vec>(0.5f));
+}
+
+inline void gelu_erf(Input x, int64_t n, Output y) {
+  with_dtype(x.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    for_lanes(n, [&](int64_t i, auto lanes) {
+      const Vec v = load<X>(as<X>(x) + i, lanes);
+      store<X>(as<X>(y) + i, v * normal_cdf(v), lanes);
+    });
+  });
+}
+
+inline void gelu_erf_backward(Input dy, Input x, int64_t n, Output dx) {
+  with_dtype(x.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    for_lanes(n, [&](int64_t i, auto lanes) {
+      Vec v = load<X>(as<X>(x) + i, lanes);
+      v = select(v < -10.0f, set<Vec>(-10.0f), select(v > 10.0f, set<Vec>(10.0f), v));
+      const Vec density = exp((v * v) * -0.5f) * kNormalDensity;
+      const Vec derivative = fma(v, density, normal_cdf(v));
+      store<X>(as<X>(dx) + i, load<X>(as<X>(dy) + i, lanes) * derivative, lanes);
+    });
+  });
+}
+
 }  // namespace
 }  // namespace primitives::canonical

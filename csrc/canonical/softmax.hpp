@@ -1,4 +1,4 @@
-// Causal softmax and cross entropy, forward and backward.
+// Causal softmax, padded softmax and cross entropy, forward and backward.
 #pragma once
 
 #include "canonical/dispatch.hpp"
@@ -9,7 +9,10 @@
 namespace primitives::canonical {
 namespace {
 
-inline void causal_softmax(Input scores, int64_t num, int64_t length, float scale, Output probs) {
+// Row r sees its first visible_in(r) columns, at least one; the others are exactly +0.
+template <class Visible>
+inline void masked_softmax(Input scores, int64_t rows, int64_t length, float scale, Output probs,
+                           Visible visible_in) {
   const int64_t row_room = length + kRowTreePadding;
   Scratch scratch(2 * row_room);
   float* row = scratch.data();
@@ -17,8 +20,8 @@ inline void causal_softmax(Input scores, int64_t num, int64_t length, float scal
   const Vec minus_infinity = set<Vec>(-__builtin_inff());
   with_dtype(scores.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t r = 0; r < num * length; r++) {
-      const int64_t visible = r % length + 1;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t visible = visible_in(r);
       Vec largest = minus_infinity;
       for_lanes(visible, [&](int64_t i, auto lanes) {
         const Vec z = load<T>(as<T>(scores) + r * length + i, lanes) * scale;
@@ -44,13 +47,14 @@ inline void causal_softmax(Input scores, int64_t num, int64_t length, float scal
   });
 }
 
-inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int64_t length,
-                                    float scale, Output dscores) {
+template <class Visible>
+inline void masked_softmax_backward(Input dprobs, Input probs, int64_t rows, int64_t length,
+                                    float scale, Output dscores, Visible visible_in) {
   Scratch sums(length + kRowTreePadding);
   with_dtype(probs.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t r = 0; r < num * length; r++) {
-      const int64_t visible = r % length + 1;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t visible = visible_in(r);
       const auto* dp = as<T>(dprobs) + r * length;
       const auto* p = as<T>(probs) + r * length;
       for_lanes(length, [&](int64_t i, auto lanes) {
@@ -67,10 +71,31 @@ inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int6
   });
 }
 
-inline void cross_entropy(Input logits, const int64_t* targets, int64_t parts, int64_t tokens,
-                          int64_t width, float* loss, float* max_out, float* sum_exp) {
-  Scratch row(width + kRowTreePadding);
-  Scratch part_sums(parts + kRowTreePadding);
+inline void causal_softmax(Input scores, int64_t num, int64_t length, float scale, Output probs) {
+  masked_softmax(scores, num * length, length, scale, probs,
+                 [&](int64_t r) { return r % length + 1; });
+}
+
+inline void causal_softmax_backward(Input dprobs, Input probs, int64_t num, int64_t length,
+                                    float scale, Output dscores) {
+  masked_softmax_backward(dprobs, probs, num * length, length, scale, dscores,
+                          [&](int64_t r) { return r % length + 1; });
+}
+
+inline void padded_softmax(Input scores, const int64_t* visible, int64_t num, int64_t length,
+                           float scale, Output probs) {
+  masked_softmax(scores, num * length, length, scale, probs,
+                 [&](int64_t r) { return visible[r / length]; });
+}
+
+inline void padded_softmax_backward(Input dprobs, Input probs, const int64_t* visible, int64_t num,
+                                    int64_t length, float scale, Output dscores) {
+  masked_softmax_backward(dprobs, probs, num * length, length, scale, dscores,
+                          [&](int64_t r) { return visible[r / length]; });
+}
+
+inline void vocabulary_max(Input logits, int64_t parts, int64_t tokens, int64_t width,
+                           float* max_out) {
   const Vec minus_infinity = set<Vec>(-__builtin_inff());
   with_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
@@ -82,7 +107,20 @@ inline void cross_entropy(Input logits, const int64_t* targets, int64_t parts, i
           largest = max(largest, select(first_lanes(lanes), load<T>(z + i, lanes), minus_infinity));
         });
       }
-      const float m = horizontal_max(largest) + 0.0f;
+      max_out[t] = canonical_nan(horizontal_max(largest) + 0.0f);
+    }
+  });
+}
+
+inline void cross_entropy_sums(Input logits, const int64_t* targets, int64_t first,
+                               const float* max_in, int64_t parts, int64_t tokens, int64_t width,
+                               float* sum_exp, float* target_logit) {
+  Scratch row(width + kRowTreePadding);
+  Scratch part_sums(parts + kRowTreePadding);
+  with_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t t = 0; t < tokens; t++) {
+      const float m = max_in[t];
       for (int64_t part = 0; part < parts; part++) {
         const auto* z = as<T>(logits) + (part * tokens + t) * width;
         for_lanes(width, [&](int64_t i, auto lanes) {
@@ -90,26 +128,28 @@ inline void cross_entropy(Input logits, const int64_t* targets, int64_t parts, i
         });
         part_sums.data()[part] = row_tree(row.data(), width);
       }
-      const float sum = row_tree(part_sums.data(), parts);
-      const int64_t target = targets[t];
-      const auto* z = as<T>(logits) + (target / width * tokens + t) * width + target % width;
-      const float target_logit = load<T>(z, 1)[0];
-      loss[t] = canonical_nan(log(set<Vec>(sum))[0] - (target_logit - m));
-      max_out[t] = canonical_nan(m);
-      sum_exp[t] = canonical_nan(sum);
+      sum_exp[t] = canonical_nan(row_tree(part_sums.data(), parts));
+      const int64_t target = targets[t] - first;  // outside [0, parts * width): in another shard
+      if (target >= 0 && target < parts * width) {
+        const auto* z = as<T>(logits) + (target / width * tokens + t) * width + target % width;
+        target_logit[t] = canonical_nan(load<T>(z, 1)[0]);
+      } else {
+        target_logit[t] = 0.0f;
+      }
     }
   });
 }
 
-inline void cross_entropy_backward(Input logits, const int64_t* targets, const float* max_in,
-                                   const float* sum_exp, const float* grad_loss, int64_t parts,
-                                   int64_t tokens, int64_t width, Output dlogits) {
+inline void cross_entropy_backward(Input logits, const int64_t* targets, int64_t first,
+                                   const float* max_in, const float* sum_exp,
+                                   const float* grad_loss, int64_t parts, int64_t tokens,
+                                   int64_t width, Output dlogits) {
   with_dtype(logits.dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t part = 0; part < parts; part++) {
       for (int64_t t = 0; t < tokens; t++) {
         const int64_t row = (part * tokens + t) * width;
-        const int64_t target = targets[t] - part * width;  // outside [0, width): in another part
+        const int64_t target = targets[t] - first - part * width;  // outside [0, width): elsewhere
         const float m = max_in[t], inverse = 1.0f / sum_exp[t], grad = grad_loss[t];
         for_lanes(width, [&](int64_t i, auto lanes) {
           Vec p = exp_nonpositive(load<T>(as<T>(logits) + row + i, lanes) - m) * inverse;

@@ -107,6 +107,8 @@ inline void elementwise(Elementwise function, const float* x, int64_t n, float* 
       return map(x, n, out, [&](Vec v) { return sqrt(v); });
     case Elementwise::kTanh:
       return map(x, n, out, [&](Vec v) { return tanh(v); });
+    case Elementwise::kErf:
+      return map(x, n, out, [&](Vec v) { return erf(v); });
   }
 }
 

@@ -1,5 +1,7 @@
 """Training samples as pure functions of (seed, sample number): made on the spot, or from files."""
 
-from scenarios.data.stream import Batch, Dataset, make_dataset
+from scenarios.data.batch import Batch, Dataset
+from scenarios.data.bert import BertBatch, BertDataset
+from scenarios.data.stream import make_dataset
 
-__all__ = ["Batch", "Dataset", "make_dataset"]
+__all__ = ["Batch", "BertBatch", "BertDataset", "Dataset", "make_dataset"]

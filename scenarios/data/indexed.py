@@ -60,6 +60,11 @@ class IndexedDataset:
         """Number of documents."""
         return len(self._documents) - 1
 
+    @property
+    def tokenizer(self) -> str | None:
+        """Name of the tokenizer that made the tokens; None when there is no PREFIX.json."""
+        return None if self._facts is None else self._facts.tokenizer
+
     @cached_property
     def document_lengths(self) -> NDArray[np.int64]:
         """[num_documents] tokens of each document."""

@@ -1,4 +1,4 @@
-"""The builtin engine: GPT training in canonical arithmetic, data parallel with ZeRO-1.
+"""The builtin engine: training in canonical arithmetic, cut over tp, sp, pp and dp.
 
 One step, in Megatron-LM's order: microbatches -> reduce gradients -> unscale, agree on overflow ->
 global norm, clip -> count zeros -> AdamW on this rank's slices -> gather parameters.
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from primitives import canonical
 from primitives.checkpoint import CheckpointManager
-from primitives.collectives import all_gather_flat
 from scenarios.data import make_dataset
 from scenarios.engines.training_state import TrainingState
-from scenarios.models.gpt import Gpt
+from scenarios.models.families import compute_dtype, make_model
 from scenarios.parallel.buckets import default_bucket_numel, make_buckets
 from scenarios.parallel.distributed_optimizer import (
     AdamConfig,
@@ -26,13 +25,12 @@ from scenarios.parallel.distributed_optimizer import (
 from scenarios.parallel.gradient_reduce import GradientReducer
 from scenarios.parallel.loss_scaler import LossScaler
 from scenarios.parallel.lr_schedule import LearningRateSchedule
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameter_gather import ParameterGather
-from scenarios.parallel.vocabulary import token_mean
+from scenarios.parallel.pipeline import Pipeline
 from scenarios.run_context import LogValue, RunContext
 from scenarios.schema import Scenario, TrainingConfig
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def train(scenario: Scenario, run: RunContext) -> None:
@@ -43,13 +41,14 @@ def train(scenario: Scenario, run: RunContext) -> None:
         run: folders, resume, and the logger that rank 0 calls once a step.
 
     Raises:
-        ValueError: a layout or flag this engine does not have, no checkpoint to resume from, or
-            a checkpoint of another scenario.
+        ValueError: a model this engine does not have, no checkpoint to resume from, or a checkpoint
+            of another scenario.
         CheckpointCorrupt: the loaded state is not what was saved.
+        ReplicasDiffer: ranks that hold the same parameter do not hold the same bits.
 
     Contract: called on every rank, with torch.distributed initialised over exactly
     ``scenario.layout.world_size`` ranks.
-    Numerics: every logged number but the time is the same bits at every data-parallel size, bucket
+    Numerics: every logged number but the time is the same bits in every layout and for every bucket
     size, overlap flag and resume point.
     """
     trainer = Trainer(scenario)
@@ -75,36 +74,34 @@ class Trainer:
 
     Args:
         scenario: what to train.
-        group: its data-parallel ranks; None for the default group.
         bucket_numel: elements after which a bucket is closed; default as Megatron-LM.
 
     Raises:
         ValueError: the scenario needs what this engine does not have.
     """
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        group: dist.ProcessGroup | None = None,
-        bucket_numel: int | None = None,
-    ):
-        self.group = group
-        self.dp, self.dp_rank = dist.get_world_size(group), dist.get_rank(group)
-        _refuse_unsupported(scenario, self.dp)
+    def __init__(self, scenario: Scenario, bucket_numel: int | None = None):
         training, optimizer = scenario.training, scenario.optimizer
         self.scenario = scenario
-        dtype = DTYPES[scenario.model.precision]
-        self.model = Gpt(scenario.model, dtype)
+        self.mesh = Mesh.connect(scenario.layout)
+        dp = self.mesh.dp.num_ranks
+        dtype = compute_dtype(scenario)
+        self.model = make_model(scenario, self.mesh)
+        self.pipeline = Pipeline(self.model, self.mesh, scenario.model.hidden_size, dtype)
         self.dataset = make_dataset(scenario)
         self.num_microbatches = training.global_batch_size // training.micro_batch_size
 
         specs = self.model.specs()
-        numel = bucket_numel or default_bucket_numel(specs, self.dp)
-        self.buckets = make_buckets(specs, self.dp, dtype, numel)
+        numel = bucket_numel or default_bucket_numel(specs, dp)
+        num_owners = dp if optimizer.use_distributed_optimizer else 1
+        self.buckets = make_buckets(specs, num_owners, dtype, numel)
         overlap = optimizer.overlap_grad_reduce
-        self.reducer = GradientReducer(self.buckets, self.num_microbatches, overlap, self.group)
+        self.reducer = GradientReducer(self.buckets, self.num_microbatches, overlap, self.mesh)
         self.gather = ParameterGather(
-            self.buckets, self.model.parameter_layers(), optimizer.overlap_param_gather, self.group
+            self.buckets,
+            self.model.parameter_layers(),
+            optimizer.overlap_param_gather,
+            self.mesh.dp,
         )
         adam = AdamConfig(
             training.adam_beta1,
@@ -113,7 +110,7 @@ class Trainer:
             training.weight_decay,
             training.clip_grad,
         )
-        self.optimizer = DistributedOptimizer(self.buckets, adam, self.group)
+        self.optimizer = DistributedOptimizer(self.buckets, adam, self.mesh)
         self.optimizer.initialize(training.seed)
         self.scaler = _loss_scaler(scenario)
         self.schedule = LearningRateSchedule(
@@ -123,7 +120,9 @@ class Trainer:
             training.lr_warmup_samples,
             training.lr_decay_samples,
         )
-        self.state = TrainingState(scenario, self.optimizer, self.scaler, self.schedule, self.group)
+        self.state = TrainingState(
+            scenario, self.optimizer, self.scaler, self.schedule, self.mesh.world
+        )
 
     def train_step(self) -> dict[str, LogValue]:
         """One step; returns its metrics, the same on every rank.
@@ -134,18 +133,20 @@ class Trainer:
         self.reducer.finish()
         finite = self.optimizer.unscale(self.scaler.scale)
         flag = torch.tensor([1.0 if finite else 0.0])
-        sums = self._all_gather(torch.cat((losses, flag, self.optimizer.gradient_leaves())))
+        leaves = self.optimizer.leaves
+        mine = torch.cat((losses, flag, leaves.pad(self.optimizer.gradient_leaves())))
+        gathered = self.mesh.world.all_gather(mine[None])
         count = len(losses)
-        # Ranks hold their microbatches in order, so this is the tree over all of them.
-        loss = canonical.tree_sum(sums[:, :count].contiguous().view(-1, 1)).reshape(())
-        loss = loss / torch.tensor(float(self.num_microbatches))
-        overflow = self.scaler.dynamic and not bool((sums[:, count] == 1.0).all())
-        leaves = self.optimizer.sort_leaves(sums[:, count + 1 :].contiguous())
+        # The replicas hold their microbatches in order, so this is the tree over all of them.
+        losses = gathered[self.mesh.loss_ranks(), :count]
+        means = canonical.tree_sum(losses.reshape(self.num_microbatches, -1))
+        means /= torch.tensor(float(self.num_microbatches))
+        overflow = self.scaler.dynamic and not bool((gathered[:, count] == 1.0).all())
 
         norm: float | None = None
         zeros = 0
         if not overflow:
-            norm = norm_of_leaves(leaves)
+            norm = norm_of_leaves(leaves.sort(gathered[:, count + 1 :]))
             self.optimizer.clip(norm)
             zeros = self.optimizer.count_zeros()
             self.optimizer.step(self.schedule.lr)
@@ -156,7 +157,7 @@ class Trainer:
         if not overflow:
             self.gather.start()
         return {
-            "lm loss": loss.item(),
+            **dict(zip(self.model.loss_names, means.tolist(), strict=True)),
             "grad-norm": norm,
             "num-zeros": None if overflow else num_zeros,
             "params-norm": params_norm,
@@ -166,62 +167,60 @@ class Trainer:
         }
 
     def forward_backward(self) -> Tensor:
-        """This rank's microbatches; returns their mean losses, [microbatches of this rank] fp32."""
-        training = self.scenario.training
-        per_rank = self.num_microbatches // self.dp
-        losses = []
-        for index in range(self.dp_rank * per_rank, (self.dp_rank + 1) * per_rank):
+        """This replica's microbatches through this stage.
+
+        Returns:
+            Their losses, [microbatches of the replica * losses] fp32, those of a microbatch side by
+            side; zeros but on the last stage.
+        """
+        training, dp = self.scenario.training, self.mesh.dp
+        per_replica = self.num_microbatches // dp.num_ranks
+        microbatches = []
+        for index in range(dp.rank * per_replica, (dp.rank + 1) * per_replica):
             first = self.state.consumed_samples + index * training.micro_batch_size
             batch = self.dataset.batch(first, training.micro_batch_size)
             microbatch = Microbatch.create(
-                index, batch.tokens, batch.labels, batch.sample_index, training.seed, self.reducer
+                index,
+                batch.tokens,
+                batch.labels,
+                batch.sample_index,
+                training.seed,
+                self.reducer,
+                self.mesh,
             )
-            loss = self.model(microbatch)
-            weight = self.scaler.scale / (loss.numel() * self.num_microbatches)
-            losses.append(token_mean(loss.detach()))
-            loss.backward(torch.full_like(loss, weight))
-        return torch.stack(losses)
+            microbatches.append(self.model.with_inputs(microbatch, batch))
+        means: list[Tensor] = []
+
+        def start_backward(values: Tensor) -> Tensor:
+            losses = self.model.losses(values, microbatches[len(means)]).values()
+            means.append(torch.stack([loss.mean() for loss in losses]))
+            scale = self.scaler.scale
+            return torch.cat([loss.gradient(scale, self.num_microbatches) for loss in losses])
+
+        self.pipeline.run(microbatches, start_backward)
+        if self.mesh.stage.is_last:
+            return torch.cat(means)
+        return torch.zeros(per_replica * len(self.model.loss_names))
 
     def _survey(self, local_zeros: int) -> tuple[int, float, str]:
         """Number of zero gradients, norm and digest of all main parameters of all ranks."""
+        leaves = self.optimizer.leaves
         mine = (
             torch.tensor([local_zeros]).view(torch.uint8),
-            self.optimizer.digest_leaves("main").view(-1),
-            self.optimizer.parameter_leaves().view(torch.uint8),
+            leaves.pad(self.optimizer.digest_leaves("main")).view(-1),
+            leaves.pad(self.optimizer.parameter_leaves()).view(torch.uint8),
         )
-        full = self._all_gather(torch.cat(mine))
-        zeros, digests, leaves = (
+        full = self.mesh.world.all_gather(torch.cat(mine)[None])
+        zeros, digests, squares = (
             part.contiguous() for part in torch.split(full, [len(part) for part in mine], dim=1)
         )
         num_zeros = int(zeros.view(torch.int64).sum())
-        norm = norm_of_leaves(self.optimizer.sort_leaves(leaves.view(torch.float32)))
-        ordered = self.optimizer.sort_leaves(digests.view(self.dp, -1, 32))
-        digest = hashlib.sha256("\n".join(self.optimizer.leaf_names()).encode())
-        digest.update(ordered.numpy().tobytes())
+        norm = norm_of_leaves(leaves.sort(squares.view(torch.float32)))
+        digests = digests.view(len(full), -1, 32)
+        leaves.check_replicas(digests, "main")
+        digest = hashlib.sha256("\n".join(leaves.names).encode())
+        digest.update(leaves.sort(digests).numpy().tobytes())
         return num_zeros, norm, digest.hexdigest()
-
-    def _all_gather(self, values: Tensor) -> Tensor:
-        """[n] -> [dp, n]"""
-        full = values.new_empty(self.dp, len(values))
-        all_gather_flat(full.view(-1), values, group=self.group)
-        return full
-
-
-def _refuse_unsupported(scenario: Scenario, num_ranks: int) -> None:
-    layout = scenario.layout
-    if scenario.family != "gpt":
-        raise ValueError(f"the builtin engine trains family gpt; got {scenario.family}")
-    if (layout.tp, layout.pp, layout.ep, layout.etp, layout.sp) != (1, 1, 1, 1, False):
-        raise ValueError(
-            f"layout {layout}: the builtin engine is data parallel only; "
-            "expected tp, pp, ep and etp of 1 and no sp"
-        )
-    if not scenario.optimizer.use_distributed_optimizer:
-        raise ValueError("the builtin engine needs --use-distributed-optimizer, which is off")
-    if layout.world_size != num_ranks:
-        raise ValueError(
-            f"layout {layout} needs {layout.world_size} ranks; the process group has {num_ranks}"
-        )
 
 
 def _loss_scaler(scenario: Scenario) -> LossScaler:

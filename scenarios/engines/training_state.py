@@ -1,23 +1,23 @@
 """What a checkpoint holds, and the proof that a load gave it back.
 
-Main parameters and moments are saved one entry per (parameter, canonical block, slice), so that
-any data-parallel size can load them. The digests of all entries are saved beside them; after a
-load the live tensors are hashed again, where the next step will read them.
+Main parameters and moments are saved one entry per leaf (parameter, canonical block, slice), so
+that any layout can load them: each rank asks for its own leaves, whichever ranks saved them. The
+digests of all entries are saved beside them; after a load the live tensors are hashed again, where
+the next step will read them.
 """
 
 import json
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from primitives.checkpoint import CheckpointManager
-from primitives.collectives import all_gather_flat
 from primitives.errors import CheckpointCorrupt
-from scenarios.parallel.distributed_optimizer import DistributedOptimizer, leaf_name
+from scenarios.parallel.distributed_optimizer import DistributedOptimizer
 from scenarios.parallel.loss_scaler import LossScaler
 from scenarios.parallel.lr_schedule import LearningRateSchedule
+from scenarios.parallel.mesh import RankGroup
 from scenarios.schema import Scenario
 
 KINDS = ("main", "exp_avg", "exp_avg_sq")
@@ -31,7 +31,7 @@ class TrainingState:
         optimizer: its shards are saved and, at load, filled in place.
         scaler: loss scale.
         schedule: learning rate.
-        group: the data-parallel group.
+        world: all ranks.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TrainingState:
         optimizer: DistributedOptimizer,
         scaler: LossScaler,
         schedule: LearningRateSchedule,
-        group: dist.ProcessGroup | None,
+        world: RankGroup,
     ):
         self.step = 0
         self.consumed_samples = 0
@@ -49,7 +49,7 @@ class TrainingState:
         self._optimizer = optimizer
         self._scaler = scaler
         self._schedule = schedule
-        self._group = group
+        self._world = world
 
     def count_step(self) -> None:
         """One more step is done; a skipped one has consumed its samples, too."""
@@ -81,6 +81,7 @@ class TrainingState:
         Raises:
             ValueError: there is no checkpoint, or it is of another scenario.
             CheckpointCorrupt: a tensor or number differs after the load; the message names it.
+        ReplicasDiffer: two ranks loaded different bits of one entry.
         """
         latest = manager.latest()
         if latest is None:
@@ -90,7 +91,7 @@ class TrainingState:
         self._check_identity(json.loads(header["scenario"]), latest)
 
         state = self._tensors()
-        num_leaves = len(self._optimizer.leaf_names())
+        num_leaves = len(self._optimizer.leaves.names)
         state["digests"] = {kind: torch.empty(num_leaves, 32, dtype=torch.uint8) for kind in KINDS}
         manager.load(state, latest)
         for kind, saved_digests in state["digests"].items():
@@ -112,27 +113,29 @@ class TrainingState:
 
     def _tensors(self) -> dict[str, Any]:
         """kind -> entry name -> live slice of this rank, [slice numel] fp32."""
+        optimizer = self._optimizer
         return {
             kind: {
-                leaf_name(shard.spec, block, index): getattr(shard, kind)[block, local]
-                for shard in self._optimizer.shards
-                for block in range(shard.spec.num_blocks)
-                for local, index in enumerate(self._optimizer.local_slices())
+                name: leaf
+                for shard, run in zip(optimizer.shards, optimizer.runs, strict=True)
+                for name, leaf in zip(
+                    run.names(), getattr(shard, kind).flatten(0, 1).unbind(), strict=True
+                )
             }
             for kind in KINDS
         }
 
     def _digests(self, kind: str) -> Tensor:
         """[all leaves, 32] uint8 in sorted order, equal on all ranks."""
-        mine = self._optimizer.digest_leaves(kind)
-        full = mine.new_empty(dist.get_world_size(self._group), *mine.shape)
-        all_gather_flat(full.view(-1), mine.view(-1), group=self._group)
-        return self._optimizer.sort_leaves(full)
+        leaves = self._optimizer.leaves
+        gathered = self._world.all_gather(leaves.pad(self._optimizer.digest_leaves(kind))[None])
+        leaves.check_replicas(gathered, kind)
+        return leaves.sort(gathered)
 
     def _check_digests(self, kind: str, saved: Tensor, step: int) -> None:
         wrong = (self._digests(kind) != saved).any(dim=1).nonzero().flatten().tolist()
         if wrong:
-            names = self._optimizer.leaf_names()
+            names = self._optimizer.leaves.names
             raise CheckpointCorrupt(
                 f"checkpoint of step {step}: {kind} of {names[wrong[0]]} differs after the load "
                 f"from what was saved ({len(wrong)} of {len(names)} entries of {kind} differ)"

@@ -6,25 +6,25 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from scenarios.models.model import Model
 from scenarios.parallel.attention import SelfAttention
 from scenarios.parallel.layers import (
     ColumnLinear,
-    Layer,
     LayerNorm,
     RowLinear,
     dropout_add,
     gelu,
 )
+from scenarios.parallel.mesh import Stage
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.parameters import ParameterSpec
-from scenarios.parallel.vocabulary import Embedding, tied_head_loss
+from scenarios.parallel.vocabulary import Embedding, WordTable, tied_head_loss
 from scenarios.schema import ModelConfig
 
 WORD_TABLE = "embedding.word_embeddings"
 
 
 class Mlp(nn.Module):
-    """Two projections around a GELU: [T, h] -> [T, h]."""
+    """Two projections around a GELU: [local tokens, h] -> the same."""
 
     def __init__(self, name: str, config: ModelConfig, output_std: float, dtype: torch.dtype):
         super().__init__()
@@ -33,7 +33,7 @@ class Mlp(nn.Module):
         self.linear_fc2 = RowLinear(f"{name}.linear_fc2", ffn, hidden, output_std, dtype)
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, h] -> [T, h]."""
+        """[local tokens, h] -> the same."""
         return cast(Tensor, self.linear_fc2(gelu(self.linear_fc1(x, mb)), mb))
 
 
@@ -63,7 +63,7 @@ class TransformerLayer(nn.Module):
         self.mlp = Mlp(f"{name}.mlp", config, output_std, dtype)
 
     def forward(self, x: Tensor, token_ids: Tensor, mb: Microbatch) -> Tensor:
-        """[T, h] -> [T, h]."""
+        """[local tokens, h] -> the same."""
         y = self.self_attention(self.input_layernorm(x, mb), mb)
         key = mb.dropout_key(self.layer, "attention output")
         x = dropout_add(y, x, self.hidden_dropout, key, token_ids)
@@ -72,48 +72,53 @@ class TransformerLayer(nn.Module):
         return dropout_add(y, x, self.hidden_dropout, key, token_ids)
 
 
-class Gpt(nn.Module):
-    """The whole model; parameters are empty until the optimizer fills them.
+class Gpt(Model):
+    """One pipeline stage of a GPT; with one stage, the whole model.
 
     Args:
         config: sizes and dropout.
         dtype: the compute dtype of weights and activations.
+        stage: which layers, and whether embedding and head.
 
     Raises:
         ValueError: sizes that do not divide into canonical parts.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, stage: Stage):
         super().__init__()
-        self.embedding = Embedding(
-            "embedding",
-            config.vocab_size,
-            config.max_position_embeddings,
-            config.hidden_size,
-            config.init_method_std,
-            config.hidden_dropout,
-            dtype,
-        )
+        self.stage = stage
+        vocab_size, hidden, std = config.vocab_size, config.hidden_size, config.init_method_std
+        if stage.is_first:
+            self.embedding = Embedding(
+                "embedding",
+                vocab_size,
+                config.max_position_embeddings,
+                hidden,
+                std,
+                config.hidden_dropout,
+                dtype,
+                stage,
+            )
         self.layers = nn.ModuleList(
-            TransformerLayer(layer, config, dtype) for layer in range(config.num_layers)
+            TransformerLayer(layer, config, dtype) for layer in stage.layers(config.num_layers)
         )
-        self.final_layernorm = LayerNorm(
-            "decoder.final_layernorm", config.hidden_size, config.layernorm_epsilon, dtype
-        )
+        if stage.is_last:
+            self.final_layernorm = LayerNorm(
+                "decoder.final_layernorm", hidden, config.layernorm_epsilon, dtype
+            )
+            self.head = (
+                self.embedding.word_embeddings
+                if stage.is_first
+                else WordTable(WORD_TABLE, vocab_size, hidden, std, dtype, stage)
+            )
 
-    def parameter_layers(self) -> list[Layer]:
-        """The layers that own parameters, in order of use."""
-        return [module for module in self.modules() if isinstance(module, Layer)]
-
-    def specs(self) -> list[ParameterSpec]:
-        """All parameters, in order of use."""
-        return [spec for layer in self.parameter_layers() for spec in layer.specs]
-
-    def forward(self, mb: Microbatch) -> Tensor:
-        """The loss of every token, [T] fp32."""
+    def forward(self, x: Tensor | None, mb: Microbatch) -> Tensor:
+        """The loss of every token on the last stage, activations on the others; see ``Model``."""
         token_ids = mb.token_ids()
-        x = self.embedding(mb)
+        if x is None:
+            x = self.embedding(mb)
         for layer in self.layers:
             x = layer(x, token_ids, mb)
-        x = self.final_layernorm(x, mb)
-        return tied_head_loss(x, self.embedding.word_embeddings, WORD_TABLE, mb)
+        if not self.stage.is_last:
+            return cast(Tensor, x)
+        return tied_head_loss(self.final_layernorm(x, mb), self.head, WORD_TABLE, mb)

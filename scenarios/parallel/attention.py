@@ -1,4 +1,4 @@
-"""Causal self-attention on canonical parts: each part holds whole heads."""
+"""Self-attention on canonical parts: each part holds whole heads."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from scenarios.parallel.microbatch import Microbatch
 
 
 class _CoreAttention(Function):
-    """softmax(q k^T / sqrt(d)) v on [C, T, heads / C * 3 * d], one gemm per sample and head."""
+    """softmax(q k^T / sqrt(d)) v on [parts, T, heads / C * 3 * d], one gemm per sample and head."""
 
     @staticmethod
     def forward(
@@ -34,12 +34,13 @@ class _CoreAttention(Function):
         # so that fp16 holds them; the softmax multiplies it back in fp32.
         ctx.alpha = 1.0 / (math.sqrt(head_dim) * layer_number)
         ctx.layer_number, ctx.probability, ctx.key = layer_number, probability, key
-        ctx.row_ids = mb.attention_row_ids(heads * parts, parts)
+        ctx.mb = mb
+        ctx.row_ids = mb.attention_row_ids(heads)
 
         by_head = qkv.view(ctx.split_shape).permute(4, 0, 2, 3, 1, 5).contiguous()
         q, k, v = by_head.view(3, -1, mb.seq_length, head_dim).unbind()  # [C * b * heads, s, d]
         scores = canonical.gemm(q, k, transpose_b=True, alpha=ctx.alpha, out_dtype=q.dtype)
-        probs = canonical.causal_softmax(scores, float(layer_number))
+        probs = mb.softmax(scores, heads, float(layer_number))
         dropped = _dropout(probs, ctx)
         ctx.save_for_backward(q, k, v, probs, dropped)
         context = canonical.gemm(dropped, v, out_dtype=q.dtype)
@@ -55,7 +56,7 @@ class _CoreAttention(Function):
         dtype = q.dtype
         dv = canonical.gemm(dropped, dcontext, transpose_a=True, out_dtype=dtype)
         dprobs = _dropout(canonical.gemm(dcontext, v, transpose_b=True, out_dtype=dtype), ctx)
-        dscores = canonical.causal_softmax_backward(dprobs, probs, float(ctx.layer_number))
+        dscores = ctx.mb.softmax_backward(dprobs, probs, heads, float(ctx.layer_number))
         dq = canonical.gemm(dscores, k, alpha=ctx.alpha, out_dtype=dtype)
         dk = canonical.gemm(dscores, q, transpose_a=True, alpha=ctx.alpha, out_dtype=dtype)
         by_head = torch.stack((dq, dk, dv))
@@ -74,7 +75,7 @@ def _dropout(probs: Tensor, ctx: Any) -> Tensor:
 
 
 class SelfAttention(torch.nn.Module):
-    """QKV projection, causal attention and output projection: [T, h] -> [T, h]."""
+    """QKV projection, attention as the microbatch masks it, and output projection."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class SelfAttention(torch.nn.Module):
         )
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, h] -> [T, h] in the dtype of ``x``."""
+        """[local tokens, h] -> [local tokens, h] in the dtype of ``x``."""
         key = mb.dropout_key(self.layer, "attention")
         qkv = self.linear_qkv(x, mb)
         context = _core_attention(qkv, self.head_dim, self.layer_number, self.dropout, key, mb)

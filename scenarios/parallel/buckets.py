@@ -31,8 +31,9 @@ class Bucket:
     """Some parameters whose gradients travel, and whose new values return, in one collective.
 
     Args:
-        specs: the parameters, in order of use in the forward pass.
-        dp: data-parallel size; it divides NUM_SLICES.
+        specs: this rank's part of the parameters, in order of use in the forward pass.
+        dp: over how many data-parallel ranks slices are shared out; it divides NUM_SLICES. 1
+            without ZeRO: every rank owns all slices.
         dtype: the compute dtype of the parameters.
     """
 
@@ -47,9 +48,12 @@ class Bucket:
             gradient_numel += spec.num_partials * spec.numel // dp
             shard_numel += spec.numel // dp
         self.gradient_full = torch.zeros(dp, gradient_numel)
-        self.gradient_shard = torch.zeros(gradient_numel)
         self.parameter_full = torch.zeros(dp, shard_numel, dtype=dtype)
-        self.parameter_shard = torch.zeros(shard_numel, dtype=dtype)
+        # What is not shared out is its own shard.
+        self.gradient_shard = self.gradient_full[0] if dp == 1 else torch.zeros(gradient_numel)
+        self.parameter_shard = (
+            self.parameter_full[0] if dp == 1 else torch.zeros(shard_numel, dtype=dtype)
+        )
         self._state = torch.zeros(4, shard_numel)
         self.shards: dict[str, Shard] = {}
         start = 0
@@ -105,7 +109,7 @@ def make_buckets(
 
     Args:
         specs: in order of use in the forward pass; backward finishes them in reverse.
-        dp: data-parallel size.
+        dp: over how many data-parallel ranks slices are shared out.
         dtype: compute dtype.
         bucket_numel: a bucket is closed as soon as it holds this many elements.
 

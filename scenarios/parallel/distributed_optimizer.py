@@ -1,8 +1,8 @@
-"""ZeRO-1 AdamW: each data-parallel rank keeps and steps its slices of the fp32 main parameters.
+"""AdamW on the fp32 main parameters of one rank.
 
-Leaves: whatever is summed or hashed over the whole model is first computed per leaf, that is per
-(parameter, canonical block, slice); the leaves are gathered and put in sorted order, so that no
-result knows how many ranks held them.
+With ZeRO-1 each data-parallel rank keeps and steps its slices of what its tp ranks and stage hold;
+without, all slices. What is summed or hashed over the whole model is computed per leaf
+(``scenarios/parallel/leaves.py``).
 """
 
 import hashlib
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from primitives import canonical
 from primitives.layout import NUM_SLICES
 from scenarios.parallel.buckets import Bucket, Shard
-from scenarios.parallel.parameters import ParameterSpec
+from scenarios.parallel.leaves import LeafRun, LeafTable
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.random_keys import random_key
 
 NORM_EPSILON = 1e-6
@@ -37,42 +37,37 @@ class AdamConfig:
 
 
 class DistributedOptimizer:
-    """Main parameters, moments and the update of one data-parallel rank.
+    """Main parameters, moments and the update of one rank.
 
     Args:
         buckets: as ``make_buckets`` gave them.
         config: hyperparameters.
-        group: the data-parallel group.
+        mesh: this rank's place; its world group gathers leaves.
+
+    Contract: collective over all ranks of the mesh.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], config: AdamConfig, group: dist.ProcessGroup | None
-    ):
-        self._group = group
-        self._dp, self._dp_rank = dist.get_world_size(group), dist.get_rank(group)
+    def __init__(self, buckets: Sequence[Bucket], config: AdamConfig, mesh: Mesh):
         self._config = config
         shards = [shard for bucket in buckets for shard in bucket.shards.values()]
         self.shards: list[Shard] = sorted(shards, key=lambda shard: shard.spec.name)
+        self.runs = [_leaf_run(shard, mesh) for shard in self.shards]
+        """The leaves of each shard."""
+        self.leaves = LeafTable(self.runs, mesh.world)
         self.num_updates = 0
         self._beta_powers = [1.0, 1.0]
 
-    def local_slices(self) -> range:
-        """The slices of each block that this rank owns."""
-        return range(
-            self._dp_rank * NUM_SLICES // self._dp, (self._dp_rank + 1) * NUM_SLICES // self._dp
-        )
-
     def initialize(self, seed: int) -> None:
         """Draws the main parameters: a function of the seed, the name and the element's index."""
-        for shard in self.shards:
+        for shard, run in zip(self.shards, self.runs, strict=True):
             spec = shard.spec
             full = torch.full(spec.shape, spec.init_mean)
             if spec.init_std:
                 key = random_key(seed, "init", spec.name)
-                full = canonical.random_normal(spec.shape, key) * spec.init_std
+                first = spec.first_block * (spec.numel // spec.num_blocks)
+                full = canonical.random_normal(spec.shape, key, first) * spec.init_std
             blocks = full.view(spec.num_blocks, NUM_SLICES, spec.slice_numel)
-            mine = self.local_slices()
-            shard.main.copy_(blocks[:, mine.start : mine.stop])
+            shard.main.copy_(blocks[:, run.slices.start : run.slices.stop])
 
     def set_num_updates(self, num_updates: int) -> None:
         """After a load: repeats the multiplications that gave the powers of the betas."""
@@ -114,32 +109,6 @@ class DistributedOptimizer:
                 raw += hashlib.sha256(data[start : start + width]).digest()
         return torch.frombuffer(raw, dtype=torch.uint8).view(-1, 32)
 
-    def sort_leaves(self, gathered: Tensor) -> Tensor:
-        """Puts leaves gathered from all ranks in the order (name, block, slice).
-
-        Args:
-            gathered: [dp, leaves of one rank, ...].
-        Returns:
-            [all leaves, ...]
-        """
-        pieces, start = [], 0
-        for shard in self.shards:
-            blocks, slices = shard.main.shape[:2]
-            piece = gathered[:, start : start + blocks * slices]
-            start += blocks * slices
-            piece = piece.reshape(self._dp, blocks, slices, *gathered.shape[2:])
-            pieces.append(piece.transpose(0, 1).reshape(-1, *gathered.shape[2:]))
-        return torch.cat(pieces)
-
-    def leaf_names(self) -> list[str]:
-        """The names of all leaves in sorted order."""
-        return [
-            leaf_name(shard.spec, block, index)
-            for shard in self.shards
-            for block in range(shard.spec.num_blocks)
-            for index in range(NUM_SLICES)
-        ]
-
     def clip(self, norm: float) -> None:
         """Scales the gradients down to the largest allowed global norm."""
         if self._config.max_norm <= 0:
@@ -150,8 +119,12 @@ class DistributedOptimizer:
                 shard.grad.mul_(coefficient)
 
     def count_zeros(self) -> int:
-        """Exact zeros in this rank's gradients."""
-        return sum(canonical.count_zeros(shard.grad) for shard in self.shards)
+        """Exact zeros in the gradients for which this rank speaks: all ranks' sum counts each."""
+        return sum(
+            canonical.count_zeros(shard.grad)
+            for shard, owned in zip(self.shards, self.leaves.owned, strict=True)
+            if owned
+        )
 
     def step(self, lr: float) -> None:
         """AdamW on this rank's slices; 1-D parameters and biases do not decay."""
@@ -173,9 +146,15 @@ class DistributedOptimizer:
             )
 
 
-def leaf_name(spec: ParameterSpec, block: int, index: int) -> str:
-    """How a leaf is called in checkpoints and messages."""
-    return f"{spec.name}.block{block}.slice{index}"
+def _leaf_run(shard: Shard, mesh: Mesh) -> LeafRun:
+    spec, (num_blocks, num_slices) = shard.spec, shard.main.shape[:2]
+    first_slice = mesh.dp.rank * num_slices % NUM_SLICES
+    return LeafRun(
+        spec.name,
+        spec.total_blocks,
+        range(spec.first_block, spec.first_block + num_blocks),
+        range(first_slice, first_slice + num_slices),
+    )
 
 
 def norm_of_leaves(leaves: Tensor) -> float:

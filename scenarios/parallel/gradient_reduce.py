@@ -1,18 +1,20 @@
 """From microbatch gradients to this rank's slices of their sum.
 
-The order of every sum: microbatches of a rank -> ranks of dp (the reduce_scatter) -> partials
-(token blocks; lookup and head of the tied table). Together the first two are one tree over all
+The order of every sum: microbatches of a rank -> ranks of dp (reduce_scatter, or all_reduce without
+ZeRO) -> token blocks, those of this rank and then those of the tp ranks -> lookup and head of the
+tied table, of this rank or of first and last stage. Together the first two are one tree over all
 microbatches of the step.
 """
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from primitives import canonical
-from primitives.collectives import reduce_scatter_flat
-from scenarios.parallel.buckets import Bucket
+from scenarios.parallel.buckets import Bucket, Shard
+from scenarios.parallel.mesh import Mesh, RankGroup
 from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.tree import TreeAccumulator
 
@@ -23,8 +25,8 @@ class GradientReducer:
     Args:
         buckets: in the order their gradients become ready.
         num_microbatches: of the whole step, over all ranks.
-        overlap: start a bucket's reduce_scatter during backward instead of at the end.
-        group: the data-parallel group.
+        overlap: start a bucket's reduction during backward instead of at the end.
+        mesh: gradients are summed over its dp, then its tp and embedding groups.
 
     Contract: all ranks complete the buckets in the same order; the collectives are issued in
     bucket order.
@@ -35,12 +37,12 @@ class GradientReducer:
         buckets: Sequence[Bucket],
         num_microbatches: int,
         overlap: bool,
-        group: dist.ProcessGroup | None,
+        mesh: Mesh,
     ):
         self._buckets = buckets
         self._overlap = overlap
-        self._group = group
-        dp, dp_rank = dist.get_world_size(group), dist.get_rank(group)
+        self._mesh = mesh
+        dp, dp_rank = mesh.dp.num_ranks, mesh.dp.rank
         if num_microbatches % dp:
             raise ValueError(
                 f"{num_microbatches} microbatches on {dp} data-parallel ranks; expected a multiple"
@@ -88,12 +90,11 @@ class GradientReducer:
 
     def _reduce_next(self) -> None:
         bucket = self._buckets[len(self._works)]
-        work = reduce_scatter_flat(
-            bucket.gradient_shard,
-            bucket.gradient_full.view(-1),
-            group=self._group,
-            async_op=self._overlap,
-        )
+        dp, full = self._mesh.dp, bucket.gradient_full.view(-1)
+        if bucket.dp == 1:
+            work = dp.all_reduce(full, async_op=self._overlap)
+        else:
+            work = dp.reduce_scatter_into(bucket.gradient_shard, full, async_op=self._overlap)
         self._works.append(work)
 
     def finish(self) -> None:
@@ -116,4 +117,19 @@ class GradientReducer:
                     shard.grad.copy_(partials[0])
                 else:
                     shard.grad.copy_(canonical.tree_sum(partials))
+        shards = [shard for bucket in self._buckets for shard in bucket.shards.values()]
+        if self._mesh.sp:
+            _all_reduce([s for s in shards if s.spec.sums_tokens], self._mesh.tp)
+        _all_reduce([s for s in shards if s.spec.tied], self._mesh.embedding)
         self._begin()
+
+
+def _all_reduce(shards: Sequence[Shard], group: RankGroup) -> None:
+    """Sums gradients over a group in one collective."""
+    if not shards or group.num_ranks == 1:
+        return
+    flat = torch.cat([shard.grad.view(-1) for shard in shards])
+    group.all_reduce(flat)
+    pieces = torch.split(flat, [shard.grad.numel() for shard in shards])
+    for shard, piece in zip(shards, pieces, strict=True):
+        shard.grad.copy_(piece.view_as(shard.grad))

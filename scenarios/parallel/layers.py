@@ -1,6 +1,7 @@
 """Megatron-style layers in canonical arithmetic.
 
-Shapes: C canonical parts, T tokens of one microbatch, h hidden. Activations are in the compute
+Shapes: C canonical parts of which this rank holds a run ("parts"), T tokens of one microbatch, L
+local tokens (T, or T / tp with sequence parallelism), h hidden. Activations are in the compute
 dtype; every sum is made in fp32 and rounded once. A layer's backward hands its weight gradient,
 fp32 and per microbatch, to ``microbatch.gradients``; autograd only carries activations, and no
 tensor has more than two consumers, so autograd's own additions have one order.
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from primitives import canonical
-from primitives.layout import NUM_PARTS
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameters import (
     ParameterSpec,
@@ -25,14 +26,45 @@ from scenarios.parallel.parameters import (
 
 
 class Layer(nn.Module):
-    """A module whose parameters are declared by ``ParameterSpec``s and filled by the optimizer."""
+    """A module whose parameters are declared by ``ParameterSpec``s and filled by the optimizer.
+
+    The parameters exist after ``allocate``, which also cuts ``specs`` to this rank's part.
+    """
 
     def __init__(self, specs: list[ParameterSpec], dtype: torch.dtype):
         super().__init__()
         self.specs = specs
-        for spec in specs:
-            parameter = nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=False)
+        self._dtype = dtype
+
+    def allocate(self, mesh: Mesh) -> None:
+        """Makes this rank's part of the parameters, with undefined values."""
+        self.specs = [spec.cut(mesh) for spec in self.specs]
+        for spec in self.specs:
+            empty = torch.empty(spec.shape, dtype=self._dtype)
+            parameter = nn.Parameter(empty, requires_grad=False)
             self.register_parameter(spec.name.rpartition(".")[2], parameter)
+
+
+def sum_parts(
+    partials: Tensor, mesh: Mesh, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """The sum over all C parts, wherever they are.
+
+    Args:
+        partials: [parts, T, n] fp32, this rank's.
+        mesh: the other parts are on the other ranks of its tp group.
+        dtype: of the result.
+        bias: [n], added before the one rounding.
+
+    Returns:
+        [L, n].
+
+    Numerics: this rank's parts are a subtree, and the collective adds the upper levels.
+    """
+    if mesh.tp.num_ranks == 1:
+        return canonical.tree_sum(partials, bias=bias, out_dtype=dtype)
+    total = mesh.sum_over_tp(canonical.tree_sum(partials))
+    return canonical.tree_sum(total[None], bias=bias, out_dtype=dtype)
 
 
 class _ColumnLinear(Function):
@@ -40,6 +72,7 @@ class _ColumnLinear(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, mb: Microbatch
     ) -> Tensor:
+        x = mb.mesh.gather_tokens(x)  # [T, in]
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.name, ctx.mb = bias is not None, name, mb
         return canonical.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
@@ -48,13 +81,13 @@ class _ColumnLinear(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
-        dy = dy.contiguous()  # [C, T, out / C]
+        dy = dy.contiguous()  # [parts, T, out / C]
         if ctx.has_bias:
             tokens = dy.view(-1, dy.shape[-1])
             mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(tokens, len(dy)))
         weight_name = f"{name}.weight" if ctx.has_bias else f"{name}.weight.head"
         mb.gradients.push(weight_name, mb.index, canonical.gemm(dy, x, transpose_a=True))
-        dx = canonical.tree_sum(canonical.gemm(dy, weight), out_dtype=dy.dtype)
+        dx = sum_parts(canonical.gemm(dy, weight), mb.mesh, dy.dtype)
         return dx, None, None, None, None
 
 
@@ -62,7 +95,7 @@ column_linear: Callable[..., Tensor] = _ColumnLinear.apply
 
 
 class ColumnLinear(Layer):
-    """y[c] = x weight[c]^T + bias[c]: [T, in] -> [C, T, out / C]."""
+    """y[c] = x weight[c]^T + bias[c]: [L, in] -> [parts, T, out / C]."""
 
     def __init__(
         self, name: str, in_features: int, out_features: int, std: float, dtype: torch.dtype
@@ -75,7 +108,7 @@ class ColumnLinear(Layer):
         self.name = name
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, in] -> [C, T, out / C], in the dtype of ``x``."""
+        """[L, in] -> [parts, T, out / C], in the dtype of ``x``."""
         return column_linear(x, self.weight, self.bias, self.name, mb)
 
 
@@ -86,15 +119,17 @@ class _RowLinear(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.name, ctx.mb = name, mb
-        partials = canonical.gemm(x, weight, transpose_b=True)  # [C, T, out]
-        return canonical.tree_sum(partials, bias=bias, out_dtype=x.dtype)
+        partials = canonical.gemm(x, weight, transpose_b=True)  # [parts, T, out]
+        return sum_parts(partials, mb.mesh, x.dtype, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
-        dy = dy.contiguous()  # [T, out]
-        mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(dy, NUM_PARTS))
+        dy = dy.contiguous()  # [L, out]
+        dbias = canonical.token_block_sum(dy, mb.num_token_blocks)
+        mb.gradients.push(f"{name}.bias", mb.index, dbias)
+        dy = mb.mesh.gather_tokens(dy)  # [T, out]
         mb.gradients.push(f"{name}.weight", mb.index, canonical.gemm(dy, x, transpose_a=True))
         return canonical.gemm(dy, weight, out_dtype=dy.dtype), None, None, None, None
 
@@ -103,7 +138,7 @@ _row_linear: Callable[..., Tensor] = _RowLinear.apply
 
 
 class RowLinear(Layer):
-    """y = sum over c of x[c] weight[c]^T, + bias: [C, T, in / C] -> [T, out]."""
+    """y = sum over c of x[c] weight[c]^T, + bias: [parts, T, in / C] -> [L, out]."""
 
     def __init__(
         self, name: str, in_features: int, out_features: int, std: float, dtype: torch.dtype
@@ -116,7 +151,7 @@ class RowLinear(Layer):
         self.name = name
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[C, T, in / C] -> [T, out], in the dtype of ``x``."""
+        """[parts, T, in / C] -> [L, out], in the dtype of ``x``."""
         return _row_linear(x, self.weight, self.bias, self.name, mb)
 
 
@@ -135,7 +170,7 @@ class _LayerNorm(Function):
         x, weight, mean, rstd = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
         dx, dweight, dbias = canonical.layer_norm_backward(
-            dy.contiguous(), x, mean, rstd, weight, NUM_PARTS
+            dy.contiguous(), x, mean, rstd, weight, mb.num_token_blocks
         )
         mb.gradients.push(f"{name}.weight", mb.index, dweight)
         mb.gradients.push(f"{name}.bias", mb.index, dbias)
@@ -158,7 +193,7 @@ class LayerNorm(Layer):
         self.eps = eps
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[T, h] -> [T, h]."""
+        """[L, h] -> [L, h]."""
         return _layer_norm(x, self.weight, self.bias, self.eps, self.name, mb)
 
 
@@ -203,5 +238,5 @@ _dropout_add: Callable[..., Tensor] = _DropoutAdd.apply
 def dropout_add(
     y: Tensor, residual: Tensor, probability: float, key: int, token_ids: Tensor
 ) -> Tensor:
-    """residual + dropout(y): [T, h], rounded once; an element's fate depends on its token only."""
+    """residual + dropout(y): [L, h], rounded once; an element's fate depends on its token only."""
     return _dropout_add(y, residual, probability, key, token_ids)

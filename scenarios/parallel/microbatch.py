@@ -5,6 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from primitives import canonical
+from primitives.layout import NUM_PARTS
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.random_keys import random_key
 
 
@@ -20,6 +23,7 @@ class Microbatch:
     """Tokens in the order of the model: t = position * num_samples + sample.
 
     In this order a slice of positions, as sequence parallelism cuts them, is a run of tokens.
+    "Local" tokens are this rank's run with sequence parallelism, and all tokens without.
     """
 
     index: int
@@ -33,6 +37,7 @@ class Microbatch:
     seq_length: int
     seed: int
     gradients: GradientSink
+    mesh: Mesh
 
     @classmethod
     def create(
@@ -43,6 +48,7 @@ class Microbatch:
         sample_index: Tensor,
         seed: int,
         gradients: GradientSink,
+        mesh: Mesh,
     ) -> "Microbatch":
         """From ``tokens`` and ``labels`` [samples, seq_length] as the data set gives them."""
         return cls(
@@ -53,6 +59,7 @@ class Microbatch:
             tokens.shape[1],
             seed,
             gradients,
+            mesh,
         )
 
     @property
@@ -60,18 +67,49 @@ class Microbatch:
         """Samples of the microbatch."""
         return self.sample_index.numel()
 
+    @property
+    def local_slice(self) -> slice:
+        """The local tokens among all."""
+        return self.mesh.token_slice(self.tokens.numel())
+
+    @property
+    def num_token_blocks(self) -> int:
+        """Canonical token blocks of the local tokens."""
+        return NUM_PARTS // self.mesh.tp.num_ranks if self.mesh.sp else NUM_PARTS
+
+    def softmax(self, scores: Tensor, heads_per_part: int, scale: float) -> Tensor:
+        """Attention probabilities: here each query sees the tokens up to its own.
+
+        Args:
+            scores: [local parts * samples * heads_per_part, s, s].
+            heads_per_part: see there.
+            scale: factor of the scores.
+        """
+        return canonical.causal_softmax(scores, scale)
+
+    def softmax_backward(
+        self, dprobs: Tensor, probs: Tensor, heads_per_part: int, scale: float
+    ) -> Tensor:
+        """The gradient of ``softmax``."""
+        return canonical.causal_softmax_backward(dprobs, probs, scale)
+
     def dropout_key(self, layer: int | str, site: str) -> int:
         """The key of one dropout site."""
         return random_key(self.seed, "dropout", layer, site)
 
     def token_ids(self) -> Tensor:
-        """[tokens] int64: a number of its own for every token of the run, for dropout."""
+        """[local tokens] int64: a number of its own for every token of the run, for dropout."""
         positions = self.sample_index.new_tensor(range(self.seq_length))
-        return (self.sample_index[None, :] * self.seq_length + positions[:, None]).reshape(-1)
+        ids = (self.sample_index[None, :] * self.seq_length + positions[:, None]).reshape(-1)
+        return ids[self.local_slice]
 
-    def attention_row_ids(self, num_heads: int, num_parts: int) -> Tensor:
-        """[parts * samples * heads / parts * positions] int64: the same for attention rows."""
-        heads = self.sample_index.new_tensor(range(num_heads)).view(num_parts, 1, -1, 1)
+    def attention_row_ids(self, heads_per_part: int) -> Tensor:
+        """[local parts * samples * heads per part * positions] int64, for attention rows."""
+        tp = self.mesh.tp
+        num_parts = NUM_PARTS // tp.num_ranks
+        first = tp.rank * num_parts * heads_per_part
+        heads = self.sample_index.new_tensor(range(first, first + num_parts * heads_per_part))
         positions = self.sample_index.new_tensor(range(self.seq_length))
-        sample_heads = self.sample_index.view(1, -1, 1, 1) * num_heads + heads
-        return (sample_heads * self.seq_length + positions).reshape(-1)
+        num_heads = NUM_PARTS * heads_per_part
+        rows = self.sample_index.view(1, -1, 1, 1) * num_heads + heads.view(num_parts, 1, -1, 1)
+        return (rows * self.seq_length + positions).reshape(-1)

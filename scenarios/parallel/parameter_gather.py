@@ -5,9 +5,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from primitives.collectives import all_gather_flat
 from scenarios.parallel.buckets import Bucket
 from scenarios.parallel.layers import Layer
+from scenarios.parallel.mesh import RankGroup
 
 
 class ParameterGather:
@@ -20,7 +20,7 @@ class ParameterGather:
         buckets: as ``make_buckets`` gave them (the last one is used first).
         layers: the model's layers, in order of use; their hooks are installed here.
         overlap: see above.
-        group: the data-parallel group.
+        dp: the data-parallel group; without ZeRO nothing is gathered.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class ParameterGather:
         buckets: Sequence[Bucket],
         layers: Sequence[Layer],
         overlap: bool,
-        group: dist.ProcessGroup | None,
+        dp: RankGroup,
     ):
         self._buckets = list(reversed(buckets))
         self._overlap = overlap
-        self._group = group
+        self._dp = dp
         self._num_started = len(self._buckets)
         self._num_done = len(self._buckets)
         self._work: dist.Work | None = None
@@ -67,12 +67,10 @@ class ParameterGather:
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._num_started]
-        self._work = all_gather_flat(
-            bucket.parameter_full.view(-1),
-            bucket.parameter_shard,
-            group=self._group,
-            async_op=self._overlap,
-        )
+        if bucket.dp > 1:
+            self._work = self._dp.all_gather_into(
+                bucket.parameter_full.view(-1), bucket.parameter_shard, async_op=self._overlap
+            )
         self._num_started += 1
 
     def _finish_through(self, last: int) -> None:

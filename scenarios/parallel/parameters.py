@@ -1,14 +1,15 @@
 """How a parameter is cut: canonical blocks, slices of the blocks, partial sums of its gradient."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from primitives.layout import NUM_PARTS, NUM_SLICES
+from scenarios.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter in canonical layout.
+    """One parameter in canonical layout: all of it, or what ``cut`` leaves to this rank.
 
     ``shape`` begins with ``num_blocks`` when there are several blocks. ``gradients`` names the
     accumulators; each delivers ``partials_per_gradient`` partial sums of the parameter's shape.
@@ -23,14 +24,40 @@ class ParameterSpec:
     init_std: float = 0.0
     init_mean: float = 0.0
     weight_decay: bool = True
+    sums_tokens: bool = False
+    """The gradient is a sum over tokens, so with sequence parallelism each tp rank has a part."""
+    tied: bool = False
+    """First and last pipeline stage hold copies, each with its own gradient accumulator."""
+    first_block: int = 0
+    """Where this rank's run of blocks begins."""
+    total_blocks: int = 0
+    """Blocks of the whole parameter; set by itself."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "total_blocks", self.total_blocks or self.num_blocks)
         if self.numel % (self.num_blocks * NUM_SLICES):
             raise ValueError(
                 f"parameter {self.name} has {self.numel} elements in {self.num_blocks} canonical "
                 f"blocks; expected a multiple of {self.num_blocks * NUM_SLICES}, so that each "
                 f"block has {NUM_SLICES} equal slices"
             )
+
+    def cut(self, mesh: Mesh) -> "ParameterSpec":
+        """This rank's part: a run of the blocks, or the one block, which all tp ranks hold."""
+        tp = mesh.tp.num_ranks
+        partials = self.partials_per_gradient
+        if self.sums_tokens and mesh.sp and partials > 1:
+            partials //= tp
+        if self.num_blocks == 1:
+            return replace(self, partials_per_gradient=partials)
+        num_blocks = self.num_blocks // tp
+        return replace(
+            self,
+            shape=(num_blocks, *self.shape[1:]),
+            num_blocks=num_blocks,
+            first_block=mesh.tp.rank * num_blocks,
+            partials_per_gradient=partials,
+        )
 
     @property
     def numel(self) -> int:
@@ -86,4 +113,5 @@ def token_spec(name: str, numel: int, *, mean: float = 0.0) -> ParameterSpec:
         partials_per_gradient=NUM_PARTS,
         init_mean=mean,
         weight_decay=False,
+        sums_tokens=True,
     )

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from primitives import canonical
 from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import Layer, column_linear
+from scenarios.parallel.mesh import Stage
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.parameters import ParameterSpec
+from scenarios.parallel.parameters import ParameterSpec, column_spec
 
 
 class _Embedding(Function):
@@ -21,39 +23,98 @@ class _Embedding(Function):
         gradient_root: Tensor,
         words: Tensor,
         positions: Tensor,
+        types: Tensor | None,
+        token_types: Tensor | None,
         probability: float,
         name: str,
         mb: Microbatch,
     ) -> Tensor:
-        num_samples = mb.num_samples
         ctx.words_shape, ctx.positions_shape = words.shape, positions.shape
+        ctx.types_shape = None if types is None else types.shape
         ctx.probability, ctx.name, ctx.mb = probability, name, mb
         ctx.key, ctx.token_ids = mb.dropout_key("embedding", "hidden"), mb.token_ids()
-        x = canonical.embedding(mb.tokens, words)
-        x += positions[: mb.seq_length].repeat_interleave(num_samples, dim=0)
+        x = _look_up(words, mb)
+        x += positions[_local_positions(mb)].repeat_interleave(mb.num_samples, dim=0)
+        if types is not None and token_types is not None:
+            ctx.token_types = token_types[mb.local_slice]
+            x += types[ctx.token_types]
         return canonical.dropout(x, probability, ctx.key, ctx.token_ids)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         name, mb = ctx.name, ctx.mb
         dx = canonical.dropout(dx.contiguous(), ctx.probability, ctx.key, ctx.token_ids)
-        by_position = dx.view(mb.seq_length, mb.num_samples, -1).transpose(0, 1).contiguous()
+        by_position = dx.view(-1, mb.num_samples, dx.shape[-1]).transpose(0, 1).contiguous()
         dpositions = torch.zeros(ctx.positions_shape)
-        dpositions[: mb.seq_length] = canonical.tree_sum(by_position)
+        # + 0.0: the zeros of other ranks' positions turn -0 into +0 with sequence parallelism.
+        dpositions[_local_positions(mb)] = canonical.tree_sum(by_position) + 0.0
         mb.gradients.push(f"{name}.position_embeddings.weight", mb.index, dpositions)
-        dwords = canonical.embedding_backward(dx, mb.tokens, ctx.words_shape)
+        if ctx.types_shape is not None:
+            dtypes = _type_gradient(dx, ctx.token_types, ctx.types_shape, mb.num_token_blocks)
+            mb.gradients.push(f"{name}.tokentype_embeddings.weight", mb.index, dtypes)
+        dwords = _look_up_backward(mb.mesh.gather_tokens(dx), ctx.words_shape, mb)
         mb.gradients.push(f"{name}.word_embeddings.weight.lookup", mb.index, dwords)
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None
 
 
 _embedding: Callable[..., Tensor] = _Embedding.apply
 
 
+def _local_positions(mb: Microbatch) -> slice:
+    tokens = mb.local_slice
+    return slice(tokens.start // mb.num_samples, tokens.stop // mb.num_samples)
+
+
+def _rows_here(shape: torch.Size, mb: Microbatch) -> tuple[Tensor, Tensor]:
+    """[T] each: the tokens' rows in this rank's run of a table [parts, V / C, h]; which are in it.
+
+    A row that is elsewhere is 0.
+    """
+    num_rows = shape[0] * shape[1]
+    rows = mb.tokens - mb.mesh.tp.rank * num_rows
+    here = (rows >= 0) & (rows < num_rows)
+    return rows * here, here
+
+
+def _look_up(words: Tensor, mb: Microbatch) -> Tensor:
+    """[local tokens, h]: a sum over tp ranks, of which one is not zero."""
+    rows, here = _rows_here(words.shape, mb)
+    x = canonical.embedding(rows, words).masked_fill_(~here[:, None], 0.0)
+    # + 0.0: as the zeros of other ranks do, turn -0 into +0 when there are none.
+    return mb.mesh.sum_over_tp(x) + 0.0
+
+
+def _look_up_backward(dx: Tensor, shape: torch.Size, mb: Microbatch) -> Tensor:
+    """dx [T, h] -> [parts, V / C, h] fp32, this rank's rows."""
+    rows, here = _rows_here(shape, mb)
+    vocab_shape = (shape[0], shape[1], shape[2])
+    return canonical.embedding_backward(dx[here], rows[here], vocab_shape)
+
+
+def _type_gradient(dx: Tensor, types: Tensor, shape: torch.Size, num_blocks: int) -> Tensor:
+    """dx [L, h], types [L] -> [blocks, types, h] fp32: a partial sum for each run of tokens."""
+    runs = zip(dx.chunk(num_blocks), types.chunk(num_blocks), strict=True)
+    vocab_shape = (1, shape[0], shape[1])
+    return torch.cat([canonical.embedding_backward(dy, ids, vocab_shape) for dy, ids in runs])
+
+
 class WordTable(Layer):
-    """The tied table [C, V / C, h]; gradients of lookup and head stay apart until the end."""
+    """The tied table [parts, V / C, h]; gradients of lookup and head stay apart until the end.
+
+    Args:
+        stage: with several pipeline stages the first has the lookup and the last the head.
+        head: accumulator of the head's gradient; default ``{name}.weight.head``.
+    """
 
     def __init__(
-        self, name: str, vocab_size: int, hidden_size: int, std: float, dtype: torch.dtype
+        self,
+        name: str,
+        vocab_size: int,
+        hidden_size: int,
+        std: float,
+        dtype: torch.dtype,
+        stage: Stage,
+        head: str | None = None,
     ):
         if vocab_size % NUM_PARTS:
             raise ValueError(f"vocab_size is {vocab_size}; expected a multiple of {NUM_PARTS}")
@@ -62,8 +123,9 @@ class WordTable(Layer):
             weight,
             (NUM_PARTS, vocab_size // NUM_PARTS, hidden_size),
             NUM_PARTS,
-            (f"{weight}.lookup", f"{weight}.head"),
+            (f"{weight}.lookup",) * stage.is_first + (head or f"{weight}.head",) * stage.is_last,
             init_std=std,
+            tied=True,
         )
         super().__init__([spec], dtype)
 
@@ -79,7 +141,21 @@ class PositionTable(Layer):
         self, name: str, num_positions: int, hidden_size: int, std: float, dtype: torch.dtype
     ):
         weight = f"{name}.weight"
-        spec = ParameterSpec(weight, (num_positions, hidden_size), 1, (weight,), init_std=std)
+        shape = (num_positions, hidden_size)
+        spec = ParameterSpec(weight, shape, 1, (weight,), init_std=std, sums_tokens=True)
+        super().__init__([spec], dtype)
+
+    def forward(self) -> Tensor:
+        """The table itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.weight)
+
+
+class TokenTypeTable(Layer):
+    """One vector per type of token, [types, h]; its gradient is a sum over tokens."""
+
+    def __init__(self, name: str, num_types: int, hidden_size: int, std: float, dtype: torch.dtype):
+        weight, shape = f"{name}.weight", (num_types, hidden_size)
+        spec = ParameterSpec(weight, shape, 1, (weight,), NUM_PARTS, init_std=std, sums_tokens=True)
         super().__init__([spec], dtype)
 
     def forward(self) -> Tensor:
@@ -88,7 +164,10 @@ class PositionTable(Layer):
 
 
 class Embedding(torch.nn.Module):
-    """dropout(word[token] + position[t]): -> [T, h]."""
+    """dropout(word[token] + position[t] (+ type[token's type])): -> [local tokens, h].
+
+    Numerics: rounded after each addition.
+    """
 
     def __init__(
         self,
@@ -99,35 +178,62 @@ class Embedding(torch.nn.Module):
         std: float,
         dropout: float,
         dtype: torch.dtype,
+        stage: Stage,
+        num_token_types: int = 0,
+        head: str | None = None,
     ):
         super().__init__()
         self.name = name
         self.dropout = dropout
         words, positions = f"{name}.word_embeddings", f"{name}.position_embeddings"
-        self.word_embeddings = WordTable(words, vocab_size, hidden_size, std, dtype)
+        self.word_embeddings = WordTable(words, vocab_size, hidden_size, std, dtype, stage, head)
         self.position_embeddings = PositionTable(positions, num_positions, hidden_size, std, dtype)
+        self.tokentype_embeddings: TokenTypeTable | None = None
+        if num_token_types:
+            types = f"{name}.tokentype_embeddings"
+            self.tokentype_embeddings = TokenTypeTable(
+                types, num_token_types, hidden_size, std, dtype
+            )
         # The weights ask autograd for nothing, so something else must start the graph.
         self.gradient_root = torch.zeros(1, requires_grad=True)
 
-    def forward(self, mb: Microbatch) -> Tensor:
-        """-> [T, h] in the compute dtype."""
+    def forward(self, mb: Microbatch, token_types: Tensor | None = None) -> Tensor:
+        """-> [local tokens, h] in the compute dtype.
+
+        Args:
+            mb: the microbatch.
+            token_types: [tokens] int64, for models that have them.
+        """
         words, positions = self.word_embeddings(), self.position_embeddings()
-        return _embedding(self.gradient_root, words, positions, self.dropout, self.name, mb)
+        types = None if self.tokentype_embeddings is None else self.tokentype_embeddings()
+        return _embedding(
+            self.gradient_root, words, positions, types, token_types, self.dropout, self.name, mb
+        )
 
 
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, mb: Microbatch) -> Tensor:
-        loss, maximum, sum_exp = canonical.cross_entropy(logits, mb.labels)
+        tp = mb.mesh.tp
+        first = tp.rank * logits.shape[0] * logits.shape[2]
+        vocab_size = NUM_PARTS * logits.shape[2]
+        maximum = canonical.vocabulary_max(logits)
+        tp.all_reduce(maximum, dist.ReduceOp.MAX)
+        # One collective for both: the tree over ranks ends that over parts; one target is not 0.
+        sums = torch.stack(
+            canonical.cross_entropy_sums(logits, mb.labels, maximum, first, vocab_size)
+        )
+        tp.all_reduce(sums)
+        sum_exp, target_logit = sums.unbind()
         ctx.save_for_backward(logits, maximum, sum_exp)
-        ctx.labels = mb.labels
-        return loss
+        ctx.labels, ctx.first, ctx.vocab_size = mb.labels, first, vocab_size
+        return canonical.cross_entropy_loss(maximum, sum_exp, target_logit)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, maximum, sum_exp = ctx.saved_tensors
         dlogits = canonical.cross_entropy_backward(
-            logits, ctx.labels, maximum, sum_exp, dloss.contiguous()
+            logits, ctx.labels, maximum, sum_exp, dloss.contiguous(), ctx.first, ctx.vocab_size
         )
         return dlogits, None
 
@@ -135,20 +241,35 @@ class _CrossEntropy(Function):
 _cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
 
 
+class OutputBias(Layer):
+    """A bias of the vocabulary, [parts, V / C]."""
+
+    def __init__(self, name: str, vocab_size: int, dtype: torch.dtype):
+        super().__init__([column_spec(f"{name}.bias", (vocab_size,), weight_decay=False)], dtype)
+        self.name = name
+
+    def forward(self) -> Tensor:
+        """The bias itself; calling fires the hook that waits for its values."""
+        return cast(Tensor, self.bias)
+
+
+def biased_head_loss(x: Tensor, table: WordTable, bias: OutputBias, mb: Microbatch) -> Tensor:
+    """As ``tied_head_loss``, with a bias added to the logits; arguments as there.
+
+    The gradients go to the accumulators ``{bias.name}.weight``, which must be the head of the
+    table, and ``{bias.name}.bias``.
+    """
+    return _cross_entropy(column_linear(x, table(), bias(), bias.name, mb), mb)
+
+
 def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Tensor:
-    """Cross entropy of every token: [T, h] -> [T] fp32, with the word table as the head.
+    """Cross entropy of every token: -> [T] fp32 on all tp ranks, with the word table as the head.
 
     Args:
-        x: [T, h], compute dtype.
+        x: [local tokens, h], compute dtype.
         table: the word table.
         name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
         mb: the microbatch whose labels to use.
     """
     logits = column_linear(x, table(), None, name, mb)
     return _cross_entropy(logits, mb)
-
-
-def token_mean(loss: Tensor) -> Tensor:
-    """The mean [] fp32 of a per-token loss [T]: token blocks, then the tree over the blocks."""
-    total = canonical.tree_sum(canonical.token_block_sum(loss[:, None], NUM_PARTS))
-    return (total / torch.tensor(float(loss.numel()))).reshape(())
