@@ -55,6 +55,15 @@ def testbed() -> None:
 @click.option("--all", "run_all", is_flag=True, help="Every scenario that has this scale.")
 @scale_option
 @click.option("--data", type=ExistingFile, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx.")
+@click.option(
+    "--layouts",
+    metavar="all|LAYOUT;...",
+    help="Each of these layouts once, without resume, against the golden.",
+)
+@click.option(
+    "--steps", "num_steps", type=click.IntRange(min=1), help="With --layouts: only the first steps."
+)
+@click.option("--resume-layout", metavar="LAYOUT", help="Of the resumed run [that of the first].")
 @run_options
 @json_option
 def run(
@@ -62,6 +71,9 @@ def run(
     run_all: bool,
     scale: str,
     data: Path | None,
+    layouts: str | None,
+    num_steps: int | None,
+    resume_layout: str | None,
     layout: str | None,
     out: Path | None,
     master_port: int,
@@ -70,12 +82,22 @@ def run(
 ) -> int:
     """Runs CASE (a name, S1, or a path to a model_config.yaml) and judges it by its golden.
 
-    With --data there is no golden: only the invariants are judged.
+    With --data there is no golden: only the invariants are judged. --layouts all trains in every
+    layout of up to 8 ranks, one line for each, and goes on after one that fails.
     """
     from scenarios.commands import LaunchOptions, all_cases, judge_case
 
     if run_all == (case is not None):
         raise click.UsageError("expected either CASE or --all")
+    if layouts is not None:
+        if case is None or (layout, resume_layout, data) != (None, None, None):
+            raise click.UsageError(
+                "--layouts takes a CASE, and no --layout, no --resume-layout and no --data"
+            )
+        launch_options = LaunchOptions(_progress_stream(as_json), master_port, timeout_s)
+        return _run_layouts(case, layouts, scale, num_steps, out, launch_options, as_json)
+    if num_steps is not None:
+        raise click.UsageError("--steps belongs to --layouts; a golden judges all steps of a run")
     outcomes: list[dict[str, Any]] = []
     for name in [case] if case is not None else all_cases(scale):
         try:
@@ -83,6 +105,7 @@ def run(
                 name,
                 scale=scale,
                 layout=layout,
+                resume_layout=resume_layout,
                 data=data,
                 out=out / name if out and run_all else out,
                 options=LaunchOptions(_progress_stream(as_json), master_port, timeout_s),
@@ -101,6 +124,30 @@ def run(
     if as_json:
         _echo_json(outcomes if run_all else outcomes[0])
     return max(int(outcome["exit_code"]) for outcome in outcomes)
+
+
+def _run_layouts(
+    case: str,
+    layouts: str,
+    scale: str,
+    num_steps: int | None,
+    out: Path | None,
+    options: Any,
+    as_json: bool,
+) -> int:
+    from scenarios.layout_matrix import Row, judge_layouts
+
+    def show(row: Row) -> None:
+        click.echo(row.line(), err=as_json)
+
+    matrix = judge_layouts(
+        case, layouts, scale=scale, num_steps=num_steps, out=out, options=options, on_row=show
+    )
+    if as_json:
+        _echo_json(matrix.as_json())
+    else:
+        click.echo(matrix.summary())
+    return matrix.exit_code
 
 
 @testbed.command()

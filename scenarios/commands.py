@@ -29,6 +29,7 @@ __all__ = [
     "Recording",
     "all_cases",
     "compare_files",
+    "golden_of",
     "judge_case",
     "list_rows",
     "record_case",
@@ -40,22 +41,34 @@ def judge_case(
     *,
     scale: str,
     layout: str | None,
+    resume_layout: str | None,
     data: Path | None,
     out: Path | None,
     options: LaunchOptions,
 ) -> Verdict:
     """Runs a case, holds it against its golden and writes ``verdict.json``.
 
+    Args:
+        case, scale, layout, data: as for ``load_scenario``.
+        resume_layout: of run 2; None: that of run 1.
+        out: new or empty folder; None: one in ``runs/``.
+        options: how the ranks are started.
+
     Raises:
         ValueError: bad input, or no golden was recorded for this scale.
         RunFailed: a run crashed, hung or was interrupted.
     """
     scenario = load_scenario(case, scale=scale, layout=layout, data=data)
-    golden = None if scenario.data.prefix else _golden_of(scenario, case)
+    resumed = None
+    if resume_layout is not None:
+        resumed = load_scenario(case, scale=scale, layout=resume_layout, data=data)
+        if scenario.test_type != "ckpt-resume":
+            raise ValueError(f"--resume-layout: {case} is a {scenario.test_type} test: no resume")
+    golden = None if scenario.data.prefix else golden_of(scenario, case)
     note = "" if golden else "own data has no golden: only the invariants were judged"
     check_port(options.master_port)
     out_dir = make_out_dir(out, scenario.name)
-    played = _play(scenario, out_dir, options)
+    played = _play(scenario, out_dir, options, resumed)
     checks = [*played.checks, *([check_golden(golden, played.metrics)] if golden else [])]
     return _verdict(scenario, out_dir, played, checks, note)
 
@@ -212,7 +225,12 @@ def list_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _golden_of(scenario: Scenario, case: str) -> Golden:
+def golden_of(scenario: Scenario, case: str) -> Golden:
+    """The golden of a case at its scale.
+
+    Raises:
+        ValueError: none was recorded; the message says how to.
+    """
     path = scenario.golden_path
     how = f"record it with: testbed record {case} --scale {scenario.scale}"
     if not path.exists():
@@ -222,10 +240,12 @@ def _golden_of(scenario: Scenario, case: str) -> Golden:
     return read_golden(path, scenario.scale)
 
 
-def _play(scenario: Scenario, out_dir: Path, options: LaunchOptions) -> Played:
+def _play(
+    scenario: Scenario, out_dir: Path, options: LaunchOptions, resumed: Scenario | None = None
+) -> Played:
     """Plays; a failed run leaves its failure as the verdict."""
     try:
-        return play(scenario, out_dir, options)
+        return play(scenario, out_dir, options, resumed)
     except RunFailed as error:
         _write_verdict(out_dir, {"verdict": "run failed", "exit_code": 3, "error": error.as_json()})
         raise

@@ -74,6 +74,13 @@ FIELDS: dict[str, tuple[str, type]] = {
     "--attention-dropout": ("model.attention_dropout", float),
     "--init-method-std": ("model.init_method_std", float),
     "--apply-query-key-layer-scaling": ("model.apply_query_key_layer_scaling", bool),
+    "--disable-bias-linear": ("model.disable_bias_linear", bool),
+    "--no-bias-gelu-fusion": ("model.exact_gelu", bool),
+    "--num-experts": ("moe.num_experts", int),
+    "--moe-router-topk": ("moe.router_topk", int),
+    "--moe-ffn-hidden-size": ("moe.ffn_hidden_size", int),
+    "--moe-shared-expert-intermediate-size": ("moe.shared_expert_intermediate_size", int),
+    "--moe-aux-loss-coeff": ("moe.aux_loss_coeff", float),
     "--fp16": ("given.fp16", bool),
     "--bf16": ("given.bf16", bool),
     "--micro-batch-size": ("training.micro_batch_size", int),
@@ -133,6 +140,11 @@ ONLY: dict[str, tuple[type, tuple[Value, ...], str]] = {
     "--num-layers-per-virtual-pipeline-stage": (int, (), "an interleaved pipeline"),
     "--mask-prob": (float, (0.15,), "another share of masked tokens"),
     "--short-seq-prob": (float, (0.1,), "another share of short samples"),
+    "--moe-token-dispatcher-type": (str, ("alltoall",), "another token dispatcher than alltoall"),
+    "--moe-router-load-balancing-type": (str, ("aux_loss",), "other load balancing than aux_loss"),
+    "--moe-router-dtype": (str, ("fp32",), "a router in another dtype than fp32"),
+    "--moe-layer-freq": (int, (1,), "layers without experts between the others"),
+    "--moe-z-loss-coeff": (float, (0.0,), "a router z-loss"),
 }
 
 IGNORED: dict[str, tuple[str, ...]] = {
@@ -159,7 +171,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
     ),
     "canonical arithmetic is always deterministic": ("--deterministic-mode",),
     "canonical arithmetic fixes the kernels and keeps softmax and sums in fp32": (
-        *("--no-gradient-accumulation-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion"),
+        *("--no-gradient-accumulation-fusion", "--no-bias-dropout-fusion"),
         *("--no-masked-softmax-fusion", "--no-rope-fusion", "--no-persist-layer-norm"),
         *(
             "--attention-softmax-in-fp32",
@@ -167,6 +179,9 @@ IGNORED: dict[str, tuple[str, ...]] = {
             "--accumulate-allreduce-grads-in-fp32",
         ),
         *("--use-flash-attn", "--cross-entropy-loss-fusion", "--tp-comm-overlap"),
+    ),
+    "grouping of the experts' products changes their speed, not their numbers": (
+        *("--moe-grouped-gemm", "--moe-permute-fusion"),
     ),
     "there is one model implementation": ("--use-mcore-models",),
     "the file here is the whole configuration; none is taken from a checkpoint": (
@@ -194,12 +209,6 @@ IGNORED: dict[str, tuple[str, ...]] = {
 
 # Feature -> the flags that ask for it.
 UNSUPPORTED: dict[str, tuple[str, ...]] = {
-    "mixture of experts": (
-        *("--num-experts", "--moe-router-topk", "--moe-router-dtype", "--moe-grouped-gemm"),
-        *("--moe-token-dispatcher-type", "--moe-router-load-balancing-type", "--moe-layer-freq"),
-        *("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
-        *("--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-permute-fusion"),
-    ),
     "inference": (
         *("--max-tokens-to-oom", "--inference-max-seq-length", "--inference-fuse-tp-communication"),
         *("--temperature", "--top_k", "--top_p", "--return-log-probs", "--num-tokens-to-generate"),
@@ -211,8 +220,8 @@ UNSUPPORTED: dict[str, tuple[str, ...]] = {
         *("--no-load-optim", "--no-load-rng", "--finetune", "--pretrained-checkpoint"),
         *("--no-use-tokenizer-model-from-checkpoint-args",),
     ),
-    "linear layers without bias": ("--disable-bias-linear", "--add-qkv-bias"),
     "BERT without its sentence-order head": ("--bert-no-binary-head",),
+    "biases in the QKV projection alone": ("--add-qkv-bias",),
     "untied embeddings": ("--untie-embeddings-and-output-weights",),
     "another activation than GELU": ("--swiglu", "--squared-relu", "--geglu"),
     "rotary positions": ("--use-rotary-position-embeddings", "--rotary-base", "--rotary-percent"),

@@ -67,13 +67,16 @@ def make_out_dir(wish: Path | None, name: str) -> Path:
     return wish.resolve()
 
 
-def play(scenario: Scenario, out_dir: Path, options: LaunchOptions) -> Played:
+def play(
+    scenario: Scenario, out_dir: Path, options: LaunchOptions, resumed: Scenario | None = None
+) -> Played:
     """Runs a scenario and checks what must hold without a golden.
 
     Args:
         scenario: what to train.
         out_dir: an empty folder.
         options: how to start the ranks.
+        resumed: the same in the layout of run 2; default: that of run 1.
 
     Raises:
         RunFailed: a run crashed, hung or was interrupted.
@@ -88,9 +91,10 @@ def play(scenario: Scenario, out_dir: Path, options: LaunchOptions) -> Played:
         if resumed_at is None:
             checks.append(Check("resume", False, f"run 1 saved no checkpoint before step {last}"))
         else:
-            second, wall_s = _train(scenario, out_dir, "run2", resumed_at + 1, options)
+            second, wall_s = _train(resumed or scenario, out_dir, "run2", resumed_at + 1, options)
             what = f"steps {resumed_at + 1}..{last}"
-            runs.append((f"run 2: {what}, resumed", wall_s))
+            where = f" in {resumed.layout}" if resumed else ""
+            runs.append((f"run 2: {what}, resumed{where}", wall_s))
             checks.append(check_resume(first, second, resumed_at, f" ({what})"))
     return Played(metrics_from_steps(first), tuple(checks), tuple(runs))
 

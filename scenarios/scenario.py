@@ -5,12 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from primitives.layout import NUM_PARTS, NUM_SLICES
+from primitives.layout import NUM_PARTS
 from scenarios.frozen import Frozen
 from scenarios.layout import Layout
-
-WIDTH_STEP = NUM_PARTS * NUM_SLICES
-"""Widths are multiples of it: each part of a bias has equal slices for the optimizer."""
+from scenarios.moe_config import WIDTH_STEP, MoeConfig
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -26,15 +24,17 @@ METRICS = (
 """What every scenario logs."""
 FAMILY_METRICS: dict[str, tuple[str, ...]] = {"bert": ("sop loss",)}
 """What the scenarios of a family log besides."""
+MOE_METRICS = ("aux loss",)
+"""What a model with experts logs besides."""
 
 
-def metrics_of(family: str) -> tuple[str, ...]:
+def metrics_of(family: str, experts: bool = False) -> tuple[str, ...]:
     """What is judged when the file of a case of this family names no METRICS."""
-    return METRICS + FAMILY_METRICS.get(family, ())
+    return METRICS + FAMILY_METRICS.get(family, ()) + (MOE_METRICS if experts else ())
 
 
 class ModelConfig(Frozen):
-    """A GPT or BERT: learned positions, pre-LayerNorm, tanh GELU, biases, tied embeddings."""
+    """A GPT or BERT: learned positions, pre-LayerNorm, GELU, tied embeddings."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -53,6 +53,12 @@ class ModelConfig(Frozen):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of weights and activations; master weights, gradients and sums are fp32."""
     untie_embeddings: Literal[False] = False
+    disable_bias_linear: bool = False
+    """No bias in projections; LayerNorms keep theirs."""
+    exact_gelu: bool = False
+    """GELU by erf. Megatron-LM fuses its tanh form with a bias; without a bias it is exact, too."""
+    moe: MoeConfig | None = None
+    """Experts in the place of every layer's MLP."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -74,6 +80,11 @@ class ModelConfig(Frozen):
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, "
                 f"expected a multiple of num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.moe is not None and not self.disable_bias_linear:
+            raise ValueError(
+                "disable_bias_linear: got False, expected True in a model with experts, which have "
+                "no biases here"
             )
         if self.max_position_embeddings < self.seq_length:
             raise ValueError(
@@ -253,6 +264,8 @@ class Scenario(Frozen):
                 f"layout {layout}: got pp {layout.pp}, expected a divisor of "
                 f"num_layers = {self.model.num_layers}"
             )
+        if self.model.moe is not None:
+            self.model.moe.check_layout(layout)
         samples = training.micro_batch_size * layout.dp
         if training.global_batch_size % samples:
             raise ValueError(

@@ -14,8 +14,8 @@ from scenarios.case_files import (
 )
 from scenarios.flags import ParsedFlags, close_match, parse_flags
 from scenarios.layout import Layout
+from scenarios.moe_config import WIDTH_STEP, MoeConfig
 from scenarios.scenario import (
-    WIDTH_STEP,
     CheckpointConfig,
     DataConfig,
     IgnoredFlag,
@@ -43,9 +43,9 @@ __all__ = [
 
 FULL_RANKS = 8
 """Megatron-LM's cases are written for one node of eight GPUs."""
-FAMILIES = ("gpt", "bert")
+FAMILIES = ("gpt", "moe", "bert")
 """Families of cases that have a model here."""
-VOCAB_SIZES = {"gpt": 50304, "bert": 30592}
+VOCAB_SIZES = {"gpt": 50304, "moe": 50304, "bert": 30592}
 """Its cases name GPT-2's and BERT's tokenizers: 50257 and 30522, padded to a multiple of 128."""
 NO_DATA_VALUE = (
     "the value is a placeholder of Megatron-LM's launcher; --data PREFIX gives real data"
@@ -159,7 +159,7 @@ def _assemble(
             layout=layout,
             checkpoint=CheckpointConfig.build(**flags.fields.get("checkpoint", {})),
             data=_data(flags, given),
-            metrics=_metrics(case, flags, metrics_of(family)),
+            metrics=_metrics(case, flags, metrics_of(family, "moe" in flags.fields)),
             ignored=tuple(IgnoredFlag(flag=flag, reason=why) for flag, why in flags.ignored),
         )
     except ValueError as error:
@@ -190,6 +190,10 @@ def _refuse_unsupported(
     spec = flags.fields.get("given", {}).get("spec")
     if spec is not None and (family, spec) != ("bert", "local"):
         missing.append(f"a layer spec of the caller's own (--spec {spec})")
+    if family == "bert" and "moe" in flags.fields:
+        missing.append("experts in a BERT (--num-experts)")
+    if family == "bert" and flags.fields.get("model", {}).get("disable_bias_linear"):
+        missing.append("a BERT without biases (--disable-bias-linear)")
     if case.mode not in (None, "pretraining"):
         missing.append(f"MODE {case.mode} (pretraining is)")
     if test_type not in ("regular", "ckpt-resume"):
@@ -198,7 +202,7 @@ def _refuse_unsupported(
     if checkpoint_format not in ("torch_dist", "torch"):
         missing.append(f"--ckpt-format {checkpoint_format} (torch_dist and torch are)")
     experts = [f"{name} {got}" for name in ("ep", "etp") if (got := getattr(layout, name)) > 1]
-    if experts:
+    if experts and "moe" not in flags.fields:
         missing.append(f"{', '.join(experts)} (there are no experts to cut)")
     if missing:
         raise ValueError(f"not supported by this version: {'; '.join(missing)}")
@@ -218,7 +222,16 @@ def _model(flags: ParsedFlags, family: str) -> ModelConfig:
     values.setdefault("vocab_size", VOCAB_SIZES[family])
     if "hidden_size" in values:
         values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
+    if "moe" in flags.fields:
+        values["moe"] = _moe(flags.fields["moe"], values.get("ffn_hidden_size"))
     return ModelConfig.build(**values)
+
+
+def _moe(fields: dict[str, Any], mlp_width: int | None) -> MoeConfig:
+    if "num_experts" not in fields:
+        raise ValueError(f"moe: got {', '.join(sorted(fields))}, expected --num-experts with it")
+    width = {} if mlp_width is None else {"ffn_hidden_size": mlp_width}
+    return MoeConfig.build(**width | fields)
 
 
 def _training(flags: ParsedFlags, layout: Layout) -> TrainingConfig:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from scenarios.moe_config import MoeConfig
 from scenarios.scenario import (
     CheckpointConfig,
     DataConfig,
@@ -14,7 +15,7 @@ from scenarios.scenario import (
 )
 
 MODEL: dict[str, Any] = {
-    "num_layers": 2,
+    "num_layers": 4,
     "hidden_size": 64,
     "ffn_hidden_size": 128,
     "num_attention_heads": 8,
@@ -36,33 +37,53 @@ TRAINING: dict[str, Any] = {
     "loss_scale_window": 2,
 }
 
+MOE: dict[str, Any] = {
+    "num_experts": 8,
+    "ffn_hidden_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "aux_loss_coeff": 0.01,
+}
+
 
 def tiny_scenario(
-    dp: int,
+    layout: int | str,
     *,
     family: str = "gpt",
     overlap: bool = True,
     precision: str = "fp16",
     dropout: float = 0.1,
+    moe: dict[str, Any] | None = None,
     **training: Any,
 ) -> Scenario:
-    """Two layers of width 64 on ``dp`` ranks; ``training`` overrides TrainingConfig fields."""
+    """Four layers of width 64; ``training`` overrides TrainingConfig fields.
+
+    ``layout``: as text, or the degree of a data-parallel one.
+    ``moe``: overrides MoeConfig fields in family moe.
+    """
+    cut = Layout.build(dp=layout) if isinstance(layout, int) else Layout.parse(layout)
+    zero1 = cut.zero1 is not False
+    experts = MoeConfig.build(**MOE | (moe or {})) if family == "moe" else None
     return Scenario.build(
         family=family,
         name="tiny",
         scale="ci",
         test_type="regular",
         model=ModelConfig.build(
-            **MODEL, precision=precision, hidden_dropout=dropout, attention_dropout=dropout
+            **MODEL,
+            precision=precision,
+            hidden_dropout=dropout,
+            attention_dropout=dropout,
+            disable_bias_linear=experts is not None,
+            moe=experts,
         ),
         training=TrainingConfig.build(**TRAINING | training),
         optimizer=OptimizerConfig.build(
-            use_distributed_optimizer=True,
+            use_distributed_optimizer=zero1,
             overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
+            overlap_param_gather=overlap and zero1,
         ),
-        layout=Layout.build(dp=dp),
+        layout=cut,
         checkpoint=CheckpointConfig.build(),
         data=DataConfig.build(),
-        metrics=metrics_of(family),
+        metrics=metrics_of(family, experts is not None),
     )

@@ -1,4 +1,4 @@
-"""Every collective against primitives.reference, bit for bit: dtypes, ops, sizes, strides."""
+"""Every collective, on one host and on several, against primitives.reference, bit for bit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ from primitives import reference
 
 # Around the kernels' blocks (512 elements), chunks (128 KiB) and the switch of algorithms (64 KiB).
 NUMELS = st.one_of(st.integers(0, 70), st.sampled_from([511, 513, 16384, 16385, 40_001, 140_001]))
-HOW = st.sampled_from(["plain", "every second", "transposed"])
+HOW = st.sampled_from(["plain", "every second", "misaligned"])
 
 
 # A letter for the host of each rank: one host; several, of equal and unequal size, also mixed up.
@@ -70,9 +70,7 @@ def test_reduce_scatter(
     dtype, op = case
     n = ranks.world_size
     sizes = [numel + 3 * r if lists else numel for r in range(n)]
-    xs = [
-        [values(size, dtype, seed + 9 * s + r) for r, size in enumerate(sizes)] for s in range(n)
-    ]
+    xs = [[values(size, dtype, seed + 9 * s + r) for r, size in enumerate(sizes)] for s in range(n)]
     expected = reference.reduce_scatter(xs, op)
 
     def call(backend: Any, rank: int) -> Tensor:

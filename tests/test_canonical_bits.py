@@ -295,3 +295,35 @@ def test_cross_entropy(parts, tokens, width, dtype, seed, family):
         widened(logits), targets.numpy(), m.numpy(), total.numpy(), grad.numpy()
     )
     assert_same_bits(backward, rounded(slow_backward, dtype), "cross_entropy_backward")
+
+
+@few
+@given(
+    st.sampled_from([1, 2, 4, 8]), st.integers(1, 6), st.integers(1, 40), dtypes, seeds, families
+)
+def test_cross_entropy_of_vocabulary_shards(shards, tokens, width, dtype, seed, family):
+    """What each holder of some parts contributes is finished by the tree over the holders."""
+    logits = draw((8, tokens, width), dtype, seed, family)
+    vocab_size = 8 * width
+    targets = torch.randint(0, vocab_size, (tokens,))
+    grad = draw((tokens,), torch.float32, seed + 1)
+    loss, largest, total = canonical.cross_entropy(logits, targets)
+
+    pieces = logits.chunk(shards)
+    firsts = [i * vocab_size // shards for i in range(shards)]
+    maxima = torch.stack([canonical.vocabulary_max(piece) for piece in pieces])
+    maximum = maxima.amax(dim=0)
+    assert_same_bits(torch.where(maximum.isnan(), torch.nan, maximum), largest, "max")
+    sums = [
+        torch.stack(canonical.cross_entropy_sums(piece, targets, largest, first, vocab_size))
+        for piece, first in zip(pieces, firsts, strict=True)
+    ]
+    sum_exp, target_logit = canonical.tree_sum(torch.stack(sums))
+    assert_same_bits(sum_exp, total, "sum_exp")
+    assert_same_bits(canonical.cross_entropy_loss(largest, sum_exp, target_logit), loss, "loss")
+    parts = [
+        canonical.cross_entropy_backward(piece, targets, largest, total, grad, first, vocab_size)
+        for piece, first in zip(pieces, firsts, strict=True)
+    ]
+    whole = canonical.cross_entropy_backward(logits, targets, largest, total, grad)
+    assert_same_bits(torch.cat(parts), whole, "cross_entropy_backward")

@@ -114,6 +114,13 @@ def test_record_on_two_ranks_then_run_on_one(
     code, out, _ = testbed("compare", golden_path, tmp_path / "second")
     assert (code, out) == (0, "PASS  42 values, all bits equal\n")
 
+    layouts = ("--layout", "dp2", "--resume-layout", "dp1")
+    code, out, _ = testbed("run", "S1", *layouts, "--out", "third")
+    assert code == 0, out
+    assert "run 2: steps 4..6, resumed in tp1,pp1,dp1" in out
+    job = json.loads((tmp_path / "third" / "run2" / "job.json").read_text())
+    assert json.loads(job["scenario"])["layout"]["dp"] == 1
+
 
 @pytest.mark.usefixtures("in_process")
 def test_one_ulp_in_the_golden_is_found_and_recorded_anew(
@@ -218,7 +225,8 @@ def test_user_errors_are_one_line_and_exit_2(
 
 def test_three_ranks_of_tp_2_are_refused(testbed: Testbed, tmp_path: Path) -> None:
     folder = tmp_path / "case"
-    shutil.copytree(commands.list_scenarios()[0].path, folder)
+    (s1,) = [info for info in commands.list_scenarios() if info.alias == "S1"]
+    shutil.copytree(s1.path, folder)
     file = folder / "scale_ci.yaml"
     text = file.read_text().replace("RANKS: 4", "RANKS: 3")
     file.write_text(text + "  --tensor-model-parallel-size: 2\n")

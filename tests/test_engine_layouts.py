@@ -1,5 +1,6 @@
-"""One training run, bit for bit: any data-parallel size, bucket size, flags and resume point."""
+"""One training run, bit for bit, in every layout, bucket size, flag and resume point."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine_ranks import BUGS, WORLD_SIZE
+from tests.engine_ranks import BUGS, LAYOUTS, NUM_RANKS, SAVED, SAVED_AT
 
 ROOT = Path(__file__).parent.parent
 Metrics = list[dict[str, Any]]
@@ -21,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Metrics]:
     folder = tmp_path_factory.mktemp("engine")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = []
-    for rank in range(WORLD_SIZE):
+    for rank in range(NUM_RANKS):
         with (folder / f"rank{rank}.log").open("w") as log:
             command = [sys.executable, "-m", "tests.engine_ranks", str(folder), str(rank)]
             ranks.append(
@@ -30,17 +31,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Metrics]:
                 )
             )
     try:
-        codes = [process.wait(timeout=240) for process in ranks]
+        codes = [process.wait(timeout=280) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(WORLD_SIZE))
-    assert codes == [0] * WORLD_SIZE, logs
+    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(NUM_RANKS))
+    assert codes == [0] * NUM_RANKS, logs
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def test_the_run_is_worth_comparing(runs: dict[str, Metrics]) -> None:
-    steps = runs["dp4"]
+    *steps, _ = runs["dp1"]
     skipped = [step for step in steps if step["grad-norm"] is None]
     trained = [step for step in steps if step["grad-norm"] is not None]
     assert skipped, "the loss scale never overflowed"
@@ -51,23 +52,34 @@ def test_the_run_is_worth_comparing(runs: dict[str, Metrics]) -> None:
     assert min(scales) < scales[0]
 
 
-@pytest.mark.parametrize("other", ["dp1", "dp2", "dp4 no overlap, one bucket per parameter"])
+@pytest.mark.parametrize("other", [*LAYOUTS[1:], "no overlap, one bucket per parameter"])
 def test_layout_changes_no_bit(runs: dict[str, Metrics], other: str) -> None:
-    assert runs[other] == runs["dp4"]
+    """Of any metric, and at the end of parameters and moments."""
+    assert runs[other] == runs["dp1"]
 
 
-def test_one_microbatch_a_rank_changes_no_bit(runs: dict[str, Metrics]) -> None:
-    assert runs["dp4 of one microbatch"] == runs["dp1 of four microbatches"]
+@pytest.mark.parametrize("layout", ["dp4", "pp4"])
+def test_few_microbatches_change_no_bit(runs: dict[str, Metrics], layout: str) -> None:
+    """One for each replica; as many as stages."""
+    assert runs[f"{layout} of 4 microbatches"] == runs["dp1 of 4 microbatches"]
 
 
-@pytest.mark.parametrize("resumed", ["dp4 resumed at dp1", "dp4 resumed at dp2"])
-def test_resume_changes_no_bit(runs: dict[str, Metrics], resumed: str) -> None:
-    assert runs[resumed] == runs["dp4"][3:]
+def test_fewer_microbatches_than_stages_change_no_bit(runs: dict[str, Metrics]) -> None:
+    assert runs["tp2,pp4,sp of 1 microbatch"] == runs["dp1 of 1 microbatch"]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [*itertools.permutations(SAVED, 2)])
+def test_resume_in_another_layout_changes_no_bit(
+    runs: dict[str, Metrics], saved: str, resumed: str
+) -> None:
+    assert runs[f"{saved} resumed at {resumed}"] == runs["dp1"][SAVED_AT:]
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_comparison_sees_a_bug(runs: dict[str, Metrics], bug: str) -> None:
-    """The same comparison on a broken engine: it must fail."""
-    digests = [step["params-digest"] for step in runs[bug]]
-    assert digests != [step["params-digest"] for step in runs["dp4"]]
-    assert runs[bug] != runs["dp4"]
+    """The same comparison on a broken engine: it must fail, or replicas must be seen to differ."""
+    if "error" in runs[bug][0]:
+        assert "main of " in runs[bug][0]["error"]
+        return
+    digests = [step["params-digest"] for step in runs[bug][:-1]]
+    assert digests != [step["params-digest"] for step in runs["dp1"][:-1]]

@@ -12,7 +12,6 @@ from primitives.checkpoint import CheckpointManager
 from primitives.errors import CheckpointCorrupt
 from scenarios.engines.builtin import Trainer, train
 from scenarios.run_context import RunContext
-from scenarios.scenario import Layout
 from tests.engine_scenarios import tiny_scenario
 
 
@@ -118,9 +117,8 @@ def test_train_logs_every_step_and_resumes(tmp_path: Path) -> None:
     assert second[3] == first[3]
 
 
-def test_other_layouts_are_refused_by_name() -> None:
-    scenario = tiny_scenario(1).model_copy(update={"layout": Layout.build(tp=2)})
-    with pytest.raises(ValueError, match=r"tp2,pp1,dp1.*data parallel only"):
-        Trainer(scenario)
-    with pytest.raises(ValueError, match="needs 2 ranks; the process group has 1"):
-        Trainer(tiny_scenario(2))
+def test_other_ranks_and_families_are_refused() -> None:
+    with pytest.raises(ValueError, match="tp2,pp1,dp1 needs 2 ranks; the process group has 1"):
+        Trainer(tiny_scenario("tp2"))
+    with pytest.raises(ValueError, match="family: got mamba, expected one of gpt"):
+        Trainer(tiny_scenario(1).model_copy(update={"family": "mamba"}))

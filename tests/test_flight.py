@@ -97,7 +97,7 @@ def test_a_failure_is_dumped_and_explained(tmp_path: Path, monkeypatch: pytest.M
     assert path.match(f"flight_rank_*_pid_{os.getpid()}.json")
     dump = json.loads(path.read_text())
     assert "reached the timeout of its call" in dump["reason"]
-    assert dump["records"][-1]["state"] == "failed"
+    assert dump["records"][-1]["state"] == "failed", dump["records"][-3:]
     result = CliRunner().invoke(cli.testbed, ["flight", str(tmp_path)], standalone_mode=False)
     assert result.return_value == 1
     told = " ".join(result.output.split())  # as wide as the terminal

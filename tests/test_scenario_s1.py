@@ -22,11 +22,17 @@ TESTBED = [sys.executable, "-m", "scenarios"]
 TIME_LIMIT_S = 240.0
 
 
-@pytest.mark.parametrize(("layout", "isa"), [("dp1", "avx2"), ("dp2", "")])
-def test_golden_holds_for_other_layouts_and_cpus(layout: str, isa: str, tmp_path: Path) -> None:
-    """Recorded with dp4, the golden also holds with fewer ranks and another instruction set."""
+@pytest.mark.parametrize(
+    ("layout", "resumed", "isa"),
+    [("dp1", "dp1", "avx2"), ("dp2", "tp2,sp", ""), ("tp2,pp2,sp", "dp4,zero0", "")],
+)
+def test_golden_holds_for_other_layouts_and_cpus(
+    layout: str, resumed: str, isa: str, tmp_path: Path
+) -> None:
+    """Recorded with dp4, the golden also holds in other layouts and for another instruction set."""
+    choices = ["--layout", layout, "--resume-layout", resumed, "--out", tmp_path / "out", "--json"]
     result = subprocess.run(
-        [*TESTBED, "run", "S1", "--layout", layout, "--out", tmp_path / "out", "--json"],
+        [*TESTBED, "run", "S1", *choices],
         cwd=ROOT,
         env={**os.environ, "PRIMITIVES_ISA": isa},
         capture_output=True,

@@ -186,12 +186,12 @@ std::string flight_json(const std::string& reason) {
 }
 
 std::string dump_flight(const std::string& folder, const std::string& reason) {
+  static std::mutex one_writer;  // also of what it says: an older state must not replace a newer one
+  std::lock_guard<std::mutex> lock(one_writer);
   const std::string text = flight_json(reason);
   mkdir(folder.c_str(), 0777);
   const std::string path = folder + "/flight_rank_" + std::to_string(process_rank()) + "_pid_" +
                            std::to_string(getpid()) + ".json";
-  static std::mutex one_writer;
-  std::lock_guard<std::mutex> lock(one_writer);
   const std::string staged = path + ".new";
   FILE* file = std::fopen(staged.c_str(), "we");
   const bool written = file != nullptr && std::fwrite(text.data(), text.size(), 1, file) == 1;

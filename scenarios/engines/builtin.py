@@ -29,6 +29,7 @@ from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameter_gather import ParameterGather
 from scenarios.parallel.pipeline import Pipeline
+from scenarios.parallel.router import mean_aux_loss
 from scenarios.run_context import LogValue, RunContext
 from scenarios.schema import Scenario, TrainingConfig
 
@@ -84,7 +85,6 @@ class Trainer:
         training, optimizer = scenario.training, scenario.optimizer
         self.scenario = scenario
         self.mesh = Mesh.connect(scenario.layout)
-        dp = self.mesh.dp.num_ranks
         dtype = compute_dtype(scenario)
         self.model = make_model(scenario, self.mesh)
         self.pipeline = Pipeline(self.model, self.mesh, scenario.model.hidden_size, dtype)
@@ -92,16 +92,18 @@ class Trainer:
         self.num_microbatches = training.global_batch_size // training.micro_batch_size
 
         specs = self.model.specs()
+        dp, expert_dp = self.mesh.dp.num_ranks, self.mesh.expert_dp.num_ranks
         numel = bucket_numel or default_bucket_numel(specs, dp)
-        num_owners = dp if optimizer.use_distributed_optimizer else 1
-        self.buckets = make_buckets(specs, num_owners, dtype, numel)
+        if not optimizer.use_distributed_optimizer:
+            dp = expert_dp = 1
+        self.buckets = make_buckets(specs, dp, dtype, numel, expert_dp)
         overlap = optimizer.overlap_grad_reduce
         self.reducer = GradientReducer(self.buckets, self.num_microbatches, overlap, self.mesh)
         self.gather = ParameterGather(
             self.buckets,
             self.model.parameter_layers(),
             optimizer.overlap_param_gather,
-            self.mesh.dp,
+            self.mesh,
         )
         adam = AdamConfig(
             training.adam_beta1,
@@ -129,18 +131,19 @@ class Trainer:
 
         A step whose gradients overflow changes no parameter: its norm and zeros are None.
         """
-        losses = self.forward_backward()
+        losses, aux_losses = self.forward_backward()
         self.reducer.finish()
         finite = self.optimizer.unscale(self.scaler.scale)
         flag = torch.tensor([1.0 if finite else 0.0])
         leaves = self.optimizer.leaves
-        mine = torch.cat((losses, flag, leaves.pad(self.optimizer.gradient_leaves())))
+        own_leaves = leaves.pad(self.optimizer.gradient_leaves())
+        mine = torch.cat((losses, aux_losses.view(-1), flag, own_leaves))
         gathered = self.mesh.world.all_gather(mine[None])
-        count = len(losses)
+        count = len(losses) + aux_losses.numel()
+        aux = gathered[:, len(losses) : count].reshape(len(gathered), *aux_losses.shape)
         # The replicas hold their microbatches in order, so this is the tree over all of them.
-        losses = gathered[self.mesh.loss_ranks(), :count]
-        means = canonical.tree_sum(losses.reshape(self.num_microbatches, -1))
-        means /= torch.tensor(float(self.num_microbatches))
+        means = gathered[self.mesh.loss_ranks(), : len(losses)].reshape(self.num_microbatches, -1)
+        means = canonical.tree_sum(means) / torch.tensor(float(self.num_microbatches))
         overflow = self.scaler.dynamic and not bool((gathered[:, count] == 1.0).all())
 
         norm: float | None = None
@@ -158,6 +161,7 @@ class Trainer:
             self.gather.start()
         return {
             **dict(zip(self.model.loss_names, means.tolist(), strict=True)),
+            **({"aux loss": mean_aux_loss(aux, self.mesh.layout)} if aux.numel() else {}),
             "grad-norm": norm,
             "num-zeros": None if overflow else num_zeros,
             "params-norm": params_norm,
@@ -166,12 +170,13 @@ class Trainer:
             "params-digest": digest,
         }
 
-    def forward_backward(self) -> Tensor:
+    def forward_backward(self) -> tuple[Tensor, Tensor]:
         """This replica's microbatches through this stage.
 
         Returns:
             Their losses, [microbatches of the replica * losses] fp32, those of a microbatch side by
-            side; zeros but on the last stage.
+            side; zeros but on the last stage. Their load-balancing losses, [microbatches of the
+            replica, layers of this stage with experts] fp32.
         """
         training, dp = self.scenario.training, self.mesh.dp
         per_replica = self.num_microbatches // dp.num_ranks
@@ -187,6 +192,7 @@ class Trainer:
                 training.seed,
                 self.reducer,
                 self.mesh,
+                self.scaler.scale / self.num_microbatches,
             )
             microbatches.append(self.model.with_inputs(microbatch, batch))
         means: list[Tensor] = []
@@ -198,9 +204,10 @@ class Trainer:
             return torch.cat([loss.gradient(scale, self.num_microbatches) for loss in losses])
 
         self.pipeline.run(microbatches, start_backward)
+        aux_losses = torch.stack([mb.aux_losses_by_layer() for mb in microbatches])
         if self.mesh.stage.is_last:
-            return torch.cat(means)
-        return torch.zeros(per_replica * len(self.model.loss_names))
+            return torch.cat(means), aux_losses
+        return torch.zeros(per_replica * len(self.model.loss_names)), aux_losses
 
     def _survey(self, local_zeros: int) -> tuple[int, float, str]:
         """Number of zero gradients, norm and digest of all main parameters of all ranks."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from primitives.checkpoint import CheckpointManager
 from primitives.errors import CheckpointCorrupt
+from primitives.rank_group import RankGroup
 from scenarios.parallel.distributed_optimizer import DistributedOptimizer
 from scenarios.parallel.loss_scaler import LossScaler
 from scenarios.parallel.lr_schedule import LearningRateSchedule
-from scenarios.parallel.mesh import RankGroup
 from scenarios.schema import Scenario
 
 KINDS = ("main", "exp_avg", "exp_avg_sq")
@@ -70,7 +70,7 @@ class TrainingState:
     def save(self, manager: CheckpointManager, *, asynchronous: bool) -> None:
         """Saves under the current step; with ``asynchronous`` files are written in background."""
         state = self._tensors()
-        state["digests"] = {kind: self._digests(kind) for kind in KINDS}
+        state["digests"] = {kind: self.digests(kind) for kind in KINDS}
         state["progress"] = json.dumps(self.progress(), sort_keys=True)
         state["scenario"] = json.dumps(self._identity(), sort_keys=True)
         manager.save(self.step, state, asynchronous=asynchronous)
@@ -125,15 +125,15 @@ class TrainingState:
             for kind in KINDS
         }
 
-    def _digests(self, kind: str) -> Tensor:
-        """[all leaves, 32] uint8 in sorted order, equal on all ranks."""
+    def digests(self, kind: str) -> Tensor:
+        """Of the live state: [all leaves, 32] uint8 in sorted order, equal on all ranks."""
         leaves = self._optimizer.leaves
         gathered = self._world.all_gather(leaves.pad(self._optimizer.digest_leaves(kind))[None])
         leaves.check_replicas(gathered, kind)
         return leaves.sort(gathered)
 
     def _check_digests(self, kind: str, saved: Tensor, step: int) -> None:
-        wrong = (self._digests(kind) != saved).any(dim=1).nonzero().flatten().tolist()
+        wrong = (self.digests(kind) != saved).any(dim=1).nonzero().flatten().tolist()
         if wrong:
             names = self._optimizer.leaves.names
             raise CheckpointCorrupt(

@@ -14,6 +14,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 FAMILIES: dict[str, Callable[[ModelConfig, torch.dtype, Stage], Model]] = {
     "gpt": Gpt,
+    "moe": Gpt,
     "bert": Bert,
 }
 

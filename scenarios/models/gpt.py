@@ -1,4 +1,4 @@
-"""GPT: learned positions, pre-LayerNorm, biases, tied embedding, as Megatron-LM builds it."""
+"""GPT: learned positions, pre-LayerNorm, tied embedding, as Megatron-LM builds it."""
 
 import math
 from typing import cast
@@ -6,15 +6,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from scenarios.models.mlp import Mlp
 from scenarios.models.model import Model
+from scenarios.models.moe import MoeMlp
 from scenarios.parallel.attention import SelfAttention
-from scenarios.parallel.layers import (
-    ColumnLinear,
-    LayerNorm,
-    RowLinear,
-    dropout_add,
-    gelu,
-)
+from scenarios.parallel.layers import LayerNorm, dropout_add
 from scenarios.parallel.mesh import Stage
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.vocabulary import Embedding, WordTable, tied_head_loss
@@ -23,22 +19,8 @@ from scenarios.schema import ModelConfig
 WORD_TABLE = "embedding.word_embeddings"
 
 
-class Mlp(nn.Module):
-    """Two projections around a GELU: [local tokens, h] -> the same."""
-
-    def __init__(self, name: str, config: ModelConfig, output_std: float, dtype: torch.dtype):
-        super().__init__()
-        hidden, ffn, std = config.hidden_size, config.ffn_hidden_size, config.init_method_std
-        self.linear_fc1 = ColumnLinear(f"{name}.linear_fc1", hidden, ffn, std, dtype)
-        self.linear_fc2 = RowLinear(f"{name}.linear_fc2", ffn, hidden, output_std, dtype)
-
-    def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
-        """[local tokens, h] -> the same."""
-        return cast(Tensor, self.linear_fc2(gelu(self.linear_fc1(x, mb)), mb))
-
-
 class TransformerLayer(nn.Module):
-    """x + dropout(attention(norm(x))), then the same with the MLP."""
+    """x + dropout(attention(norm(x))), then the same with the MLP or the experts."""
 
     def __init__(self, layer: int, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
@@ -58,9 +40,10 @@ class TransformerLayer(nn.Module):
             config.init_method_std,
             output_std,
             dtype,
+            bias=not config.disable_bias_linear,
         )
         self.pre_mlp_layernorm = LayerNorm(f"{name}.pre_mlp_layernorm", hidden, eps, dtype)
-        self.mlp = Mlp(f"{name}.mlp", config, output_std, dtype)
+        self.mlp = _mlp(f"{name}.mlp", layer, config, output_std, dtype)
 
     def forward(self, x: Tensor, token_ids: Tensor, mb: Microbatch) -> Tensor:
         """[local tokens, h] -> the same."""
@@ -70,6 +53,17 @@ class TransformerLayer(nn.Module):
         y = self.mlp(self.pre_mlp_layernorm(x, mb), mb)
         key = mb.dropout_key(self.layer, "mlp output")
         return dropout_add(y, x, self.hidden_dropout, key, token_ids)
+
+
+def _mlp(
+    name: str, layer: int, config: ModelConfig, output_std: float, dtype: torch.dtype
+) -> Mlp | MoeMlp:
+    hidden, std = config.hidden_size, config.init_method_std
+    if config.moe is not None:
+        return MoeMlp(name, layer, hidden, config.moe, std, output_std, dtype)
+    bias = not config.disable_bias_linear
+    exact_gelu = config.exact_gelu or not bias
+    return Mlp(name, hidden, config.ffn_hidden_size, bias, exact_gelu, std, output_std, dtype)
 
 
 class Gpt(Model):

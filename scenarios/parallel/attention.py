@@ -88,6 +88,8 @@ class SelfAttention(torch.nn.Module):
         std: float,
         output_std: float,
         dtype: torch.dtype,
+        *,
+        bias: bool = True,
     ):
         super().__init__()
         if num_heads % NUM_PARTS or hidden_size % num_heads:
@@ -100,10 +102,10 @@ class SelfAttention(torch.nn.Module):
         self.dropout = dropout
         self.layer_number = layer + 1 if layer_scaling else 1
         self.linear_qkv = ColumnLinear(
-            f"{name}.linear_qkv", hidden_size, 3 * hidden_size, std, dtype
+            f"{name}.linear_qkv", hidden_size, 3 * hidden_size, std, dtype, bias=bias
         )
         self.linear_proj = RowLinear(
-            f"{name}.linear_proj", hidden_size, hidden_size, output_std, dtype
+            f"{name}.linear_proj", hidden_size, hidden_size, output_std, dtype, bias=bias
         )
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:

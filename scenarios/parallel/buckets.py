@@ -35,10 +35,13 @@ class Bucket:
         dp: over how many data-parallel ranks slices are shared out; it divides NUM_SLICES. 1
             without ZeRO: every rank owns all slices.
         dtype: the compute dtype of the parameters.
+
+    Contract: all parameters are of experts, or none is.
     """
 
     def __init__(self, specs: Sequence[ParameterSpec], dp: int, dtype: torch.dtype):
         self.specs = tuple(specs)
+        self.expert = self.specs[0].expert
         self.dp = dp
         self.local_slices = NUM_SLICES // dp
         self._gradient_start: dict[str, int] = {}
@@ -103,7 +106,11 @@ class Bucket:
 
 
 def make_buckets(
-    specs: Sequence[ParameterSpec], dp: int, dtype: torch.dtype, bucket_numel: int
+    specs: Sequence[ParameterSpec],
+    dp: int,
+    dtype: torch.dtype,
+    bucket_numel: int,
+    expert_dp: int = 1,
 ) -> list[Bucket]:
     """Cuts the parameters into buckets in the order their gradients become ready.
 
@@ -112,21 +119,26 @@ def make_buckets(
         dp: over how many data-parallel ranks slices are shared out.
         dtype: compute dtype.
         bucket_numel: a bucket is closed as soon as it holds this many elements.
+        expert_dp: the same as ``dp`` for parameters of experts, which get buckets of their own.
 
     Raises:
-        ValueError: dp does not divide NUM_SLICES.
+        ValueError: dp or expert_dp does not divide NUM_SLICES.
     """
-    if dp < 1 or NUM_SLICES % dp:
-        raise ValueError(f"data-parallel size is {dp}; expected a divisor of {NUM_SLICES}")
+    num_owners = {False: dp, True: expert_dp}
+    for size in num_owners.values():
+        if size < 1 or NUM_SLICES % size:
+            raise ValueError(f"data-parallel size is {size}; expected a divisor of {NUM_SLICES}")
     buckets: list[Bucket] = []
-    pending: list[ParameterSpec] = []
+    pending: dict[bool, list[ParameterSpec]] = {False: [], True: []}
     for spec in reversed(specs):
-        pending.insert(0, spec)
-        if sum(other.numel for other in pending) >= bucket_numel:
-            buckets.append(Bucket(pending, dp, dtype))
-            pending = []
-    if pending:
-        buckets.append(Bucket(pending, dp, dtype))
+        waiting = pending[spec.expert]
+        waiting.insert(0, spec)
+        if sum(other.numel for other in waiting) >= bucket_numel:
+            buckets.append(Bucket(waiting, num_owners[spec.expert], dtype))
+            pending[spec.expert] = []
+    for expert, waiting in pending.items():
+        if waiting:
+            buckets.append(Bucket(waiting, num_owners[expert], dtype))
     return buckets
 
 

@@ -53,7 +53,7 @@ class DistributedOptimizer:
         self.shards: list[Shard] = sorted(shards, key=lambda shard: shard.spec.name)
         self.runs = [_leaf_run(shard, mesh) for shard in self.shards]
         """The leaves of each shard."""
-        self.leaves = LeafTable(self.runs, mesh.world)
+        self.leaves = LeafTable.exchange(self.runs, mesh.world)
         self.num_updates = 0
         self._beta_powers = [1.0, 1.0]
 
@@ -148,7 +148,7 @@ class DistributedOptimizer:
 
 def _leaf_run(shard: Shard, mesh: Mesh) -> LeafRun:
     spec, (num_blocks, num_slices) = shard.spec, shard.main.shape[:2]
-    first_slice = mesh.dp.rank * num_slices % NUM_SLICES
+    first_slice = mesh.replicas(spec.expert).rank * num_slices % NUM_SLICES
     return LeafRun(
         spec.name,
         spec.total_blocks,

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import canonical
+from primitives.rank_group import RankGroup
 from scenarios.parallel.buckets import Bucket, Shard
-from scenarios.parallel.mesh import Mesh, RankGroup
+from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.parameters import ParameterSpec
 from scenarios.parallel.tree import TreeAccumulator
 
@@ -26,7 +27,8 @@ class GradientReducer:
         buckets: in the order their gradients become ready.
         num_microbatches: of the whole step, over all ranks.
         overlap: start a bucket's reduction during backward instead of at the end.
-        mesh: gradients are summed over its dp, then its tp and embedding groups.
+        mesh: gradients are summed over its dp (of experts: expert_dp), then its tp and embedding
+            groups.
 
     Contract: all ranks complete the buckets in the same order; the collectives are issued in
     bucket order.
@@ -42,20 +44,21 @@ class GradientReducer:
         self._buckets = buckets
         self._overlap = overlap
         self._mesh = mesh
-        dp, dp_rank = mesh.dp.num_ranks, mesh.dp.rank
+        dp = mesh.dp.num_ranks
         if num_microbatches % dp:
             raise ValueError(
                 f"{num_microbatches} microbatches on {dp} data-parallel ranks; expected a multiple"
             )
-        per_rank = num_microbatches // dp
         self._places: dict[str, tuple[Bucket, ParameterSpec, int]] = {}
         self._accumulators: dict[str, TreeAccumulator] = {}
         for bucket in buckets:
+            replicas = mesh.replicas(bucket.expert)
+            per_rank = num_microbatches // replicas.num_ranks
             for spec in bucket.specs:
                 for i, name in enumerate(spec.gradients):
                     self._places[name] = (bucket, spec, i * spec.partials_per_gradient)
                     self._accumulators[name] = TreeAccumulator(
-                        num_microbatches, dp_rank * per_rank, per_rank
+                        num_microbatches, replicas.rank * per_rank, per_rank
                     )
         self._missing: dict[int, int] = {}
         self._works: list[dist.Work | None] = []
@@ -90,7 +93,7 @@ class GradientReducer:
 
     def _reduce_next(self) -> None:
         bucket = self._buckets[len(self._works)]
-        dp, full = self._mesh.dp, bucket.gradient_full.view(-1)
+        dp, full = self._mesh.replicas(bucket.expert), bucket.gradient_full.view(-1)
         if bucket.dp == 1:
             work = dp.all_reduce(full, async_op=self._overlap)
         else:

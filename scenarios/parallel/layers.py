@@ -70,23 +70,22 @@ def sum_parts(
 class _ColumnLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, name: str, mb: Microbatch
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: str, mb: Microbatch
     ) -> Tensor:
         x = mb.mesh.gather_tokens(x)  # [T, in]
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.name, ctx.mb = bias is not None, name, mb
+        ctx.has_bias, ctx.gradient, ctx.mb = bias is not None, gradient, mb
         return canonical.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        name, mb = ctx.name, ctx.mb
+        mb = ctx.mb
         dy = dy.contiguous()  # [parts, T, out / C]
         if ctx.has_bias:
-            tokens = dy.view(-1, dy.shape[-1])
-            mb.gradients.push(f"{name}.bias", mb.index, canonical.token_block_sum(tokens, len(dy)))
-        weight_name = f"{name}.weight" if ctx.has_bias else f"{name}.weight.head"
-        mb.gradients.push(weight_name, mb.index, canonical.gemm(dy, x, transpose_a=True))
+            dbias = canonical.token_block_sum(dy.view(-1, dy.shape[-1]), len(dy))
+            mb.gradients.push(_bias_name(ctx.gradient), mb.index, dbias)
+        mb.gradients.push(ctx.gradient, mb.index, canonical.gemm(dy, x, transpose_a=True))
         dx = sum_parts(canonical.gemm(dy, weight), mb.mesh, dy.dtype)
         return dx, None, None, None, None
 
@@ -94,43 +93,56 @@ class _ColumnLinear(Function):
 column_linear: Callable[..., Tensor] = _ColumnLinear.apply
 
 
+def _bias_name(weight_name: str) -> str:
+    return f"{weight_name.removesuffix('weight')}bias"
+
+
 class ColumnLinear(Layer):
     """y[c] = x weight[c]^T + bias[c]: [L, in] -> [parts, T, out / C]."""
 
     def __init__(
-        self, name: str, in_features: int, out_features: int, std: float, dtype: torch.dtype
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        std: float,
+        dtype: torch.dtype,
+        *,
+        bias: bool = True,
     ):
-        specs = [
-            column_spec(f"{name}.weight", (out_features, in_features), init_std=std),
-            column_spec(f"{name}.bias", (out_features,), weight_decay=False),
-        ]
+        specs = [column_spec(f"{name}.weight", (out_features, in_features), init_std=std)]
+        if bias:
+            specs.append(column_spec(f"{name}.bias", (out_features,), weight_decay=False))
         super().__init__(specs, dtype)
-        self.name = name
+        self.gradient = f"{name}.weight"
+        self.has_bias = bias
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
         """[L, in] -> [parts, T, out / C], in the dtype of ``x``."""
-        return column_linear(x, self.weight, self.bias, self.name, mb)
+        bias = self.bias if self.has_bias else None
+        return column_linear(x, self.weight, bias, self.gradient, mb)
 
 
 class _RowLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, name: str, mb: Microbatch
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: str, mb: Microbatch
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.name, ctx.mb = name, mb
+        ctx.has_bias, ctx.gradient, ctx.mb = bias is not None, gradient, mb
         partials = canonical.gemm(x, weight, transpose_b=True)  # [parts, T, out]
         return sum_parts(partials, mb.mesh, x.dtype, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        name, mb = ctx.name, ctx.mb
+        mb = ctx.mb
         dy = dy.contiguous()  # [L, out]
-        dbias = canonical.token_block_sum(dy, mb.num_token_blocks)
-        mb.gradients.push(f"{name}.bias", mb.index, dbias)
+        if ctx.has_bias:
+            dbias = canonical.token_block_sum(dy, mb.num_token_blocks)
+            mb.gradients.push(_bias_name(ctx.gradient), mb.index, dbias)
         dy = mb.mesh.gather_tokens(dy)  # [T, out]
-        mb.gradients.push(f"{name}.weight", mb.index, canonical.gemm(dy, x, transpose_a=True))
+        mb.gradients.push(ctx.gradient, mb.index, canonical.gemm(dy, x, transpose_a=True))
         return canonical.gemm(dy, weight, out_dtype=dy.dtype), None, None, None, None
 
 
@@ -141,18 +153,26 @@ class RowLinear(Layer):
     """y = sum over c of x[c] weight[c]^T, + bias: [parts, T, in / C] -> [L, out]."""
 
     def __init__(
-        self, name: str, in_features: int, out_features: int, std: float, dtype: torch.dtype
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        std: float,
+        dtype: torch.dtype,
+        *,
+        bias: bool = True,
     ):
-        specs = [
-            row_spec(f"{name}.weight", out_features, in_features, init_std=std),
-            token_spec(f"{name}.bias", out_features),
-        ]
+        specs = [row_spec(f"{name}.weight", out_features, in_features, init_std=std)]
+        if bias:
+            specs.append(token_spec(f"{name}.bias", out_features))
         super().__init__(specs, dtype)
-        self.name = name
+        self.gradient = f"{name}.weight"
+        self.has_bias = bias
 
     def forward(self, x: Tensor, mb: Microbatch) -> Tensor:
         """[parts, T, in / C] -> [L, out], in the dtype of ``x``."""
-        return _row_linear(x, self.weight, self.bias, self.name, mb)
+        bias = self.bias if self.has_bias else None
+        return _row_linear(x, self.weight, bias, self.gradient, mb)
 
 
 class _LayerNorm(Function):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives.layout import NUM_SLICES
-from scenarios.parallel.mesh import RankGroup
+from primitives.rank_group import RankGroup
 
 
 class ReplicasDiffer(RuntimeError):
@@ -47,20 +47,14 @@ class LeafTable:
     """Where the leaves of all ranks belong in the order (parameter, block, slice).
 
     Args:
-        runs: what this rank holds, sorted by name; values are handed over in this order.
-        world: all ranks.
+        every: what each rank holds; it hands over values in this order.
+        rank: this one.
 
     Raises:
         ValueError: a leaf is on no rank.
-
-    Contract: collective over ``world``.
     """
 
-    def __init__(self, runs: Sequence[LeafRun], world: RankGroup):
-        self._world = world
-        every: list[Sequence[LeafRun]] = [runs] * world.num_ranks
-        if world.handle is not None:
-            dist.all_gather_object(every, runs, group=world.handle)
+    def __init__(self, every: Sequence[Sequence[LeafRun]], rank: int):
         totals = {run.name: run.total_blocks for of_rank in every for run in of_rank}
         self.names = [
             name
@@ -75,15 +69,24 @@ class LeafTable:
             torch.tensor([place[name] for run in of_rank for name in run.names()], dtype=torch.long)
             for of_rank in every
         ]
-        self._owner = torch.full((len(self.names),), world.num_ranks)
-        for rank in reversed(range(world.num_ranks)):
-            self._owner[self._places[rank]] = rank
-        if bool((self._owner == world.num_ranks).any()):
-            missing = self.names[int((self._owner == world.num_ranks).nonzero()[0])]
-            raise ValueError(f"{missing} is on no rank of {world.num_ranks}")
+        self._owner = torch.full((len(self.names),), -1)
+        for holder in reversed(range(len(every))):
+            self._owner[self._places[holder]] = holder
+        missing = (self._owner < 0).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(f"{self.names[missing[0]]} is on none of {len(every)} ranks")
         self._num_padded = max(len(places) for places in self._places)
-        self.owned = [bool(self._owner[place[run.names()[0]]] == world.rank) for run in runs]
-        """Of each run whether this rank speaks for it."""
+        self.owned = [bool(self._owner[place[run.names()[0]]] == rank) for run in every[rank]]
+        """Of each of this rank's runs whether it speaks for it."""
+
+    @classmethod
+    def exchange(cls, runs: Sequence[LeafRun], world: RankGroup) -> "LeafTable":
+        """The table of all ranks, of which this one holds ``runs``; collective over ``world``."""
+        every = [runs]
+        if world.handle is not None:
+            every = [[]] * world.num_ranks
+            dist.all_gather_object(every, runs, group=world.handle)
+        return cls(every, world.rank)
 
     def pad(self, leaves: Tensor) -> Tensor:
         """[leaves of this rank, ...] -> [rows that every rank has, ...]."""

@@ -1,8 +1,9 @@
 """One microbatch on its way through the model, and where its gradients go."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from primitives import canonical
@@ -38,6 +39,10 @@ class Microbatch:
     seed: int
     gradients: GradientSink
     mesh: Mesh
+    loss_weight: float = 1.0
+    """What the mean loss of this microbatch weighs in what is differentiated."""
+    aux_losses: dict[int, Tensor] = field(default_factory=dict)
+    """Layer -> its load-balancing loss [] fp32, put there by the forward pass."""
 
     @classmethod
     def create(
@@ -49,6 +54,7 @@ class Microbatch:
         seed: int,
         gradients: GradientSink,
         mesh: Mesh,
+        loss_weight: float = 1.0,
     ) -> "Microbatch":
         """From ``tokens`` and ``labels`` [samples, seq_length] as the data set gives them."""
         return cls(
@@ -60,7 +66,13 @@ class Microbatch:
             seed,
             gradients,
             mesh,
+            loss_weight,
         )
+
+    def aux_losses_by_layer(self) -> Tensor:
+        """[layers of this stage that have one] fp32."""
+        values = [self.aux_losses[layer] for layer in sorted(self.aux_losses)]
+        return torch.stack(values) if values else torch.empty(0)
 
     @property
     def num_samples(self) -> int:

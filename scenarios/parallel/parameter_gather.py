@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from scenarios.parallel.buckets import Bucket
 from scenarios.parallel.layers import Layer
-from scenarios.parallel.mesh import RankGroup
+from scenarios.parallel.mesh import Mesh
 
 
 class ParameterGather:
@@ -20,7 +20,7 @@ class ParameterGather:
         buckets: as ``make_buckets`` gave them (the last one is used first).
         layers: the model's layers, in order of use; their hooks are installed here.
         overlap: see above.
-        dp: the data-parallel group; without ZeRO nothing is gathered.
+        mesh: its dp (of experts: expert_dp) group; without ZeRO nothing is gathered.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class ParameterGather:
         buckets: Sequence[Bucket],
         layers: Sequence[Layer],
         overlap: bool,
-        dp: RankGroup,
+        mesh: Mesh,
     ):
         self._buckets = list(reversed(buckets))
         self._overlap = overlap
-        self._dp = dp
+        self._mesh = mesh
         self._num_started = len(self._buckets)
         self._num_done = len(self._buckets)
         self._work: dist.Work | None = None
@@ -67,8 +67,9 @@ class ParameterGather:
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._num_started]
+        self._work = None
         if bucket.dp > 1:
-            self._work = self._dp.all_gather_into(
+            self._work = self._mesh.replicas(bucket.expert).all_gather_into(
                 bucket.parameter_full.view(-1), bucket.parameter_shard, async_op=self._overlap
             )
         self._num_started += 1

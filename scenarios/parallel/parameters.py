@@ -28,6 +28,8 @@ class ParameterSpec:
     """The gradient is a sum over tokens, so with sequence parallelism each tp rank has a part."""
     tied: bool = False
     """First and last pipeline stage hold copies, each with its own gradient accumulator."""
+    expert: bool = False
+    """It belongs to one expert: cut over etp, and summed over the ranks of expert_dp."""
     first_block: int = 0
     """Where this rank's run of blocks begins."""
     total_blocks: int = 0
@@ -44,18 +46,18 @@ class ParameterSpec:
 
     def cut(self, mesh: Mesh) -> "ParameterSpec":
         """This rank's part: a run of the blocks, or the one block, which all tp ranks hold."""
-        tp = mesh.tp.num_ranks
+        tp = mesh.etp if self.expert else mesh.tp
         partials = self.partials_per_gradient
         if self.sums_tokens and mesh.sp and partials > 1:
-            partials //= tp
+            partials //= tp.num_ranks
         if self.num_blocks == 1:
             return replace(self, partials_per_gradient=partials)
-        num_blocks = self.num_blocks // tp
+        num_blocks = self.num_blocks // tp.num_ranks
         return replace(
             self,
             shape=(num_blocks, *self.shape[1:]),
             num_blocks=num_blocks,
-            first_block=mesh.tp.rank * num_blocks,
+            first_block=tp.rank * num_blocks,
             partials_per_gradient=partials,
         )
 

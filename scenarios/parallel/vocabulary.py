@@ -259,7 +259,8 @@ def biased_head_loss(x: Tensor, table: WordTable, bias: OutputBias, mb: Microbat
     The gradients go to the accumulators ``{bias.name}.weight``, which must be the head of the
     table, and ``{bias.name}.bias``.
     """
-    return _cross_entropy(column_linear(x, table(), bias(), bias.name, mb), mb)
+    logits = column_linear(x, table(), bias(), f"{bias.name}.weight", mb)
+    return _cross_entropy(logits, mb)
 
 
 def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Tensor:
@@ -271,5 +272,5 @@ def tied_head_loss(x: Tensor, table: WordTable, name: str, mb: Microbatch) -> Te
         name: its name; the gradient goes to the accumulator ``{name}.weight.head``.
         mb: the microbatch whose labels to use.
     """
-    logits = column_linear(x, table(), None, name, mb)
+    logits = column_linear(x, table(), None, f"{name}.weight.head", mb)
     return _cross_entropy(logits, mb)

@@ -1,0 +1,69 @@
+"""One BERT run, bit for bit, in every layout and resume point."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bert_ranks import BUGS, LAYOUTS, NUM_RANKS, SAVED
+from tests.engine_ranks import SAVED_AT
+
+ROOT = Path(__file__).parent.parent
+Metrics = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Metrics]:
+    """All cases of bert_ranks, by name."""
+    folder = tmp_path_factory.mktemp("bert")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(NUM_RANKS):
+        with (folder / f"rank{rank}.log").open("w") as log:
+            command = [sys.executable, "-m", "tests.bert_ranks", str(folder), str(rank)]
+            ranks.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        codes = [process.wait(timeout=280) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(NUM_RANKS))
+    assert codes == [0] * NUM_RANKS, logs
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_the_run_is_worth_comparing(runs: dict[str, Metrics]) -> None:
+    *steps, _ = runs["dp1"]
+    assert len({step["params-digest"] for step in steps}) >= 3
+    assert len({step["sop loss"] for step in steps}) == len(steps)
+    assert steps[-1]["lm loss"] < steps[0]["lm loss"]
+
+
+@pytest.mark.parametrize("other", LAYOUTS[1:])
+def test_layout_changes_no_bit(runs: dict[str, Metrics], other: str) -> None:
+    """Of any metric, and at the end of parameters and moments."""
+    assert runs[other] == runs["dp1"]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), itertools.permutations(SAVED, 2))
+def test_resume_in_another_layout_changes_no_bit(
+    runs: dict[str, Metrics], saved: str, resumed: str
+) -> None:
+    assert runs[f"{saved} resumed at {resumed}"] == runs["dp1"][SAVED_AT:]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_comparison_sees_a_bug(runs: dict[str, Metrics], bug: str) -> None:
+    """The same comparison on a broken model: it must fail."""
+    assert [step["lm loss"] for step in runs[bug][:-1]] != [
+        step["lm loss"] for step in runs["dp1"][:-1]
+    ]
