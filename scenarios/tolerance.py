@@ -28,8 +28,8 @@ COSTS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("iteration-time", "median step time", statistics.median),
     ("mem-max-allocated-bytes", "memory", max),
 )
-LOSSES = frozenset({"lm loss", "aux loss", "sop loss"})
-"""Means over the tokens of a step."""
+FEWER_TOKENS = 8
+"""BERT predicts 15 % of its tokens: at least one in so many."""
 MOVED_BY_TOKENS = frozenset({"grad-norm", "num-zeros"})
 """With experts: a token that goes elsewhere can move a spike of the norm to another step, and an
 expert that gets no token has a gradient of zeros."""
@@ -41,8 +41,8 @@ class Noise:
 
     gradient: float
     """Relative size of the difference between two computations of one gradient."""
-    num_tokens: int
-    """Over which a loss is a mean."""
+    num_terms: dict[str, int]
+    """Of which a loss is the mean, by its name."""
 
     @classmethod
     def of(cls, scenario: Scenario) -> "Noise":
@@ -54,7 +54,11 @@ class Noise:
         through = once * math.sqrt(_num_roundings(model))
         # A router whose logits differ by this sends this part of the tokens elsewhere, which
         # changes all they contribute; independent changes add up by their squares.
-        return cls(math.sqrt(through) if model.moe else through, num_tokens)
+        gradient = math.sqrt(through) if model.moe else through
+        samples = training.global_batch_size
+        judged = num_tokens // FEWER_TOKENS if scenario.family == "bert" else num_tokens
+        terms = {"lm loss": judged, "aux loss": num_tokens, "sop loss": samples}
+        return cls(gradient, terms)
 
 
 def _num_roundings(model: ModelConfig) -> int:
@@ -79,8 +83,8 @@ def bounds(scenario: Scenario, golden: Metrics) -> dict[str, dict[int, float]]:
     slope = max(norms.values(), default=0.0)
     drift = rate_before = 0.0
     for step, rate in _numbers(golden, "learning-rate").items():
-        for name in LOSSES & golden.keys():
-            of_mean = noise.gradient / math.sqrt(noise.num_tokens)
+        for name in noise.num_terms.keys() & golden.keys():
+            of_mean = noise.gradient / math.sqrt(noise.num_terms[name])
             value = _numbers(golden, name)[step]
             found.setdefault(name, {})[step] = SAFETY * (of_mean * abs(value) + slope * drift)
         if step in norms:
