@@ -45,9 +45,19 @@ __all__ = [
     "padded_softmax",
     "padded_softmax_backward",
     "random_normal",
+    "rms_norm",
+    "rms_norm_backward",
     "row_sum",
+    "rsqrt",
+    "sigmoid",
+    "silu",
+    "silu_backward",
+    "softmax",
+    "softmax_backward",
     "sqrt",
     "sum_of_squares",
+    "swiglu",
+    "swiglu_backward",
     "tanh",
     "token_block_sum",
     "tree_sum",
@@ -160,6 +170,16 @@ def erf(x: Tensor) -> Tensor:
     return _C.canonical_erf(x)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) of each element of ``x`` (float32), through the subnormals to 0."""
+    return _C.canonical_sigmoid(x)
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    """1 / sqrt(x) of each element of ``x`` (float32): inf at +0, -inf at -0, NaN below."""
+    return _C.canonical_rsqrt(x)
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +220,44 @@ def layer_norm_backward(
     return _C.canonical_layer_norm_backward(dy, x, mean, rstd, weight, num_blocks)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x: [tokens, h] of T.
+        weight: [h] of T.
+        eps: added to the mean square.
+
+    Returns:
+        y like x; rstd, [tokens] float32, for the backward pass.
+
+    Numerics: rstd = 1 / sqrt(tree(x * x) / h + eps); y = (x * rstd) * weight.
+
+    Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
+    """
+    return _C.canonical_rms_norm(x, weight, eps)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``rms_norm``.
+
+    Args:
+        dy, x: [tokens, h] of one T.
+        rstd: [tokens] float32, as ``rms_norm`` returned it.
+        weight: [h] of T.
+        num_blocks: equal runs of tokens to sum separately; divides tokens.
+
+    Returns:
+        dx like x; dweight, [num_blocks, h] float32.
+
+    Numerics: n = x * rstd; g = dy * weight; c = tree(g * n) / h; dx = fma(n, -c, g) * rstd;
+    dweight = tree(dy * n) over each block's tokens.
+    """
+    return _C.canonical_rms_norm_backward(dy, x, rstd, weight, num_blocks)
+
+
 def gelu(x: Tensor) -> Tensor:
     """x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), GELU in its tanh form, of ``x`` of T."""
     return _C.canonical_gelu(x)
@@ -218,6 +276,66 @@ def gelu_erf(x: Tensor) -> Tensor:
 def gelu_erf_backward(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of ``gelu_erf`` at ``x`` times ``dy`` (both of one T), like x."""
     return _C.canonical_gelu_erf_backward(dy, x)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x) of ``x`` of T."""
+    return _C.canonical_silu(x)
+
+
+def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``silu`` at ``x`` times ``dy`` (both of one T), like x."""
+    return _C.canonical_silu_backward(dy, x)
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value with one rounding (both of one T and shape), like gate.
+
+    Source: Shazeer, "GLU variants improve transformer", 2020.
+    """
+    return _C.canonical_swiglu(gate, value)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``swiglu``.
+
+    Args:
+        dy, gate, value: of one T and shape.
+
+    Returns:
+        dgate = (dy * value) * silu'(gate) and dvalue = dy * silu(gate), like gate.
+    """
+    return _C.canonical_swiglu_backward(dy, gate, value)
+
+
+def softmax(scores: Tensor, scale: float = 1.0) -> Tensor:
+    """softmax(scale * scores) over the last dimension.
+
+    Args:
+        scores: [..., n] of T.
+        scale: factor, applied in float32.
+
+    Returns:
+        Probabilities like scores.
+
+    Numerics: z = scale * s; m = max z; e = exp(z - m); p = e * (1 / tree(e)).
+    """
+    return _C.canonical_softmax(scores, scale)
+
+
+def softmax_backward(dprobs: Tensor, probs: Tensor, scale: float = 1.0) -> Tensor:
+    """The gradient of ``softmax``.
+
+    Args:
+        dprobs, probs: [..., n] of one T.
+        scale: as in the forward pass.
+
+    Returns:
+        dscores like probs.
+
+    Numerics: (p * (dp - tree(p * dp))) * scale.
+    """
+    return _C.canonical_softmax_backward(dprobs, probs, scale)
 
 
 def causal_softmax(scores: Tensor, scale: float) -> Tensor:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from primitives.bench.fused import Row as FusedRow
     from primitives.bench.gemm import Row as GemmRow
 
-BENCHMARKS = [*OPS, "gemm", "fused"]
+BENCHMARKS = [*OPS, "gemm", "fused", "step"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 
 
@@ -103,6 +103,7 @@ SIZE = Size()
     "none; commas between "
     "[c10d: gloo; communicator: mpi].",
 )
+@click.option("--case", default="S1", show_default=True, help="What `step` trains, at scale ci.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def bench(
     op: tuple[str, ...],
@@ -112,10 +113,11 @@ def bench(
     output: Path | None,
     level: str,
     against: str | None,
+    case: str,
     as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
-    """Times collectives beside competitors and the limit, gemm and fused beside torch.
+    """Times collectives beside competitors and the limit; gemm, fused and step beside torch.
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
@@ -163,6 +165,14 @@ def bench(
             document["fused"].append(asdict(fused_row))
             if not as_json:
                 click.echo(fused_line(fused_row))
+    if "step" in op:
+        from scenarios.bench_step import measure as measure_step
+        from scenarios.bench_step import step_lines
+
+        step = measure_step(case, num_steps=given["num_blocks"], warmup=given["warmup"])
+        document["step"] = asdict(step)
+        if not as_json:
+            click.echo("\n".join(step_lines(step)))
     if num_wrong and not as_json:
         click.echo(f"# {num_wrong} wrong elements", err=True)
     document["num_wrong"] = num_wrong

@@ -11,13 +11,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from primitives.bench import BenchFailed
 from scenarios.bench import bench
 from scenarios.failures import RunFailed
+
+if TYPE_CHECKING:
+    from scenarios.schema import Arithmetic
 
 EXIT_PASS, EXIT_MISMATCH, EXIT_USAGE, EXIT_FAILED = range(4)
 
@@ -34,6 +37,9 @@ scale_option = click.option(
 def run_options(command: Command) -> Command:
     """The options that ``run`` and ``record`` share."""
     for option in (
+        click.option("--arithmetic", type=click.Choice(["canonical", "native"]),
+                     default="canonical", show_default=True,
+                     help="native: the library's kernels; goldens have tolerances."),
         click.option("--layout", metavar="LAYOUT", help="Like dp2 instead of the case's own."),
         click.option("--out", type=ExistingFile, help="New or empty folder [runs/CASE-TIME]."),
         click.option("--master-port", type=click.IntRange(0, 65535), default=0,
@@ -74,6 +80,7 @@ def run(
     layouts: str | None,
     num_steps: int | None,
     resume_layout: str | None,
+    arithmetic: "Arithmetic",
     layout: str | None,
     out: Path | None,
     master_port: int,
@@ -95,7 +102,9 @@ def run(
                 "--layouts takes a CASE, and no --layout, no --resume-layout and no --data"
             )
         launch_options = LaunchOptions(_progress_stream(as_json), master_port, timeout_s)
-        return _run_layouts(case, layouts, scale, num_steps, out, launch_options, as_json)
+        return _run_layouts(
+            case, layouts, scale, arithmetic, num_steps, out, launch_options, as_json
+        )
     if num_steps is not None:
         raise click.UsageError("--steps belongs to --layouts; a golden judges all steps of a run")
     outcomes: list[dict[str, Any]] = []
@@ -104,6 +113,7 @@ def run(
             verdict = judge_case(
                 name,
                 scale=scale,
+                arithmetic=arithmetic,
                 layout=layout,
                 resume_layout=resume_layout,
                 data=data,
@@ -130,6 +140,7 @@ def _run_layouts(
     case: str,
     layouts: str,
     scale: str,
+    arithmetic: "Arithmetic",
     num_steps: int | None,
     out: Path | None,
     options: Any,
@@ -141,7 +152,14 @@ def _run_layouts(
         click.echo(row.line(), err=as_json)
 
     matrix = judge_layouts(
-        case, layouts, scale=scale, num_steps=num_steps, out=out, options=options, on_row=show
+        case,
+        layouts,
+        scale=scale,
+        arithmetic=arithmetic,
+        num_steps=num_steps,
+        out=out,
+        options=options,
+        on_row=show,
     )
     if as_json:
         _echo_json(matrix.as_json())
@@ -160,6 +178,7 @@ def record(
     arguments: list[str],
     case: str,
     scale: str,
+    arithmetic: "Arithmetic",
     layout: str | None,
     out: Path | None,
     master_port: int,
@@ -175,6 +194,7 @@ def record(
     recording = record_case(
         case,
         scale=scale,
+        arithmetic=arithmetic,
         layout=layout,
         out=out,
         command=shlex.join(["testbed", *arguments]),
@@ -256,7 +276,7 @@ def compare(
     as_json: bool,
 ) -> int:  # fmt: skip
     """Compares ACTUAL (a run's folder, its metrics.jsonl, or a golden file) with GOLDEN."""
-    from scenarios.commands import compare_files
+    from scenarios.compare_files import compare_files
 
     if metrics and rules != "megatron":
         raise click.UsageError("--metric belongs to --rules megatron; strict judges every metric")

@@ -9,26 +9,23 @@ from scenarios.compare import Comparison, compare_strict
 from scenarios.failures import RunFailed
 from scenarios.golden import (
     Golden,
-    Metrics,
-    metrics_from_steps,
     read_golden,
     read_golden_file,
+    without_measured,
     write_atomically,
     write_golden,
 )
 from scenarios.launch import check_port
-from scenarios.megatron_rules import DEFAULT_METRICS, MetricVerdict, compare_megatron
-from scenarios.metrics_file import read_steps
+from scenarios.machine import ANY_MACHINE
 from scenarios.provenance import provenance
 from scenarios.runner import LaunchOptions, Played, check_golden, make_out_dir, play
-from scenarios.schema import Scenario, list_scenarios, load_scenario
+from scenarios.schema import Arithmetic, Scenario, list_scenarios, load_scenario
 from scenarios.verdict import Check, Verdict, difference_lines
 
 __all__ = [
     "LaunchOptions",
     "Recording",
     "all_cases",
-    "compare_files",
     "golden_of",
     "judge_case",
     "list_rows",
@@ -40,6 +37,7 @@ def judge_case(
     case: str,
     *,
     scale: str,
+    arithmetic: Arithmetic,
     layout: str | None,
     resume_layout: str | None,
     data: Path | None,
@@ -49,7 +47,7 @@ def judge_case(
     """Runs a case, holds it against its golden and writes ``verdict.json``.
 
     Args:
-        case, scale, layout, data: as for ``load_scenario``.
+        case, scale, arithmetic, layout, data: as for ``load_scenario``.
         resume_layout: of run 2; None: that of run 1.
         out: new or empty folder; None: one in ``runs/``.
         options: how the ranks are started.
@@ -58,10 +56,11 @@ def judge_case(
         ValueError: bad input, or no golden was recorded for this scale.
         RunFailed: a run crashed, hung or was interrupted.
     """
-    scenario = load_scenario(case, scale=scale, layout=layout, data=data)
+    choices: dict[str, Any] = {"scale": scale, "data": data, "arithmetic": arithmetic}
+    scenario = load_scenario(case, layout=layout, **choices)
     resumed = None
     if resume_layout is not None:
-        resumed = load_scenario(case, scale=scale, layout=resume_layout, data=data)
+        resumed = load_scenario(case, layout=resume_layout, **choices)
         if scenario.test_type != "ckpt-resume":
             raise ValueError(f"--resume-layout: {case} is a {scenario.test_type} test: no resume")
     golden = None if scenario.data.prefix else golden_of(scenario, case)
@@ -69,7 +68,7 @@ def judge_case(
     check_port(options.master_port)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options, resumed)
-    checks = [*played.checks, *([check_golden(golden, played.metrics)] if golden else [])]
+    checks = [*played.checks, *([check_golden(scenario, golden, played.metrics)] if golden else [])]
     return _verdict(scenario, out_dir, played, checks, note)
 
 
@@ -121,6 +120,7 @@ def record_case(
     case: str,
     *,
     scale: str,
+    arithmetic: Arithmetic,
     layout: str | None,
     out: Path | None,
     command: str,
@@ -128,11 +128,13 @@ def record_case(
 ) -> Recording:
     """Runs a case and records run 1 as its golden, unless an invariant fails or nothing changed.
 
+    Measured times and memory, which only native goldens hold, always change and do not count.
+
     Raises:
         ValueError: bad input, own data, or a golden file that cannot be read.
         RunFailed: a run crashed, hung or was interrupted.
     """
-    scenario = load_scenario(case, scale=scale, layout=layout)
+    scenario = load_scenario(case, scale=scale, layout=layout, arithmetic=arithmetic)
     if scenario.data.prefix:
         raise ValueError(f"{case}: reads own data from {scenario.data.prefix}; goldens need none")
     path = scenario.golden_path
@@ -141,68 +143,14 @@ def record_case(
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options)
     verdict = _verdict(scenario, out_dir, played, list(played.checks), "")
-    changes = compare_strict(old.metrics, played.metrics) if old else None
+    changes = None
+    if old:
+        changes = compare_strict(without_measured(old.metrics), without_measured(played.metrics))
     write = verdict.passed and not (changes and changes.passed)
     if write:
-        origin = provenance(command, scale, str(scenario.layout))
+        origin = provenance(command, scale, str(scenario.layout), arithmetic)
         write_golden(path, scale, Golden(played.metrics, origin))
     return Recording(verdict, path, write, changes)
-
-
-@dataclass(frozen=True)
-class FileComparison:
-    """Two files by one set of rules."""
-
-    rules: str
-    golden: Path
-    actual: Path
-    strict: Comparison | None = None
-    megatron: tuple[MetricVerdict, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """The verdict of the rules."""
-        if self.strict:
-            return self.strict.passed
-        return bool(self.megatron) and all(verdict.passed for verdict in self.megatron)
-
-    def lines(self) -> list[str]:
-        """The outcome as text."""
-        word = "PASS" if self.passed else "FAIL"
-        if self.strict:
-            return [*difference_lines(self.strict, "  "), f"{word}  {self.strict.summary}"]
-        rows = [
-            f"  {'pass' if v.passed else 'FAIL'}  {v.metric}: {v.detail}" for v in self.megatron
-        ]
-        return [*rows, f"{word}  by Megatron's rules, which miss much (see docs/comparison.md)"]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        differences = self.strict.differences if self.strict else ()
-        return {
-            "rules": self.rules,
-            "golden": str(self.golden),
-            "actual": str(self.actual),
-            "verdict": "pass" if self.passed else "fail",
-            "num_values": self.strict.num_values if self.strict else None,
-            "differences": [difference.as_json() for difference in differences],
-            "metrics": [vars(verdict) for verdict in self.megatron],
-        }
-
-
-def compare_files(
-    golden: Path, actual: Path, *, rules: str, metrics: tuple[str, ...], scale: str | None
-) -> FileComparison:
-    """Compares a run, or another golden, with a golden.
-
-    Raises:
-        ValueError: a file that cannot be read, or one with several scales and none named.
-    """
-    expected, got = _load_metrics(golden, scale), _load_metrics(actual, scale)
-    if rules == "megatron":
-        verdicts = compare_megatron(expected, got, metrics or DEFAULT_METRICS)
-        return FileComparison(rules, golden, actual, megatron=tuple(verdicts))
-    return FileComparison(rules, golden, actual, strict=compare_strict(expected, got))
 
 
 def list_rows() -> list[dict[str, Any]]:
@@ -219,7 +167,7 @@ def list_rows() -> list[dict[str, Any]]:
                 "layout": str(layout),
                 "num_ranks": layout.world_size,
                 "test_type": info.test_type,
-                "golden": path.exists() and scale in read_golden_file(path),
+                "golden": _has_scale(path, scale),
             }
             rows.append(row)
     return rows
@@ -232,12 +180,26 @@ def golden_of(scenario: Scenario, case: str) -> Golden:
         ValueError: none was recorded; the message says how to.
     """
     path = scenario.golden_path
-    how = f"record it with: testbed record {case} --scale {scenario.scale}"
+    arithmetic = "" if scenario.arithmetic == "canonical" else " --arithmetic native"
+    how = f"record it with: testbed record {case} --scale {scenario.scale}{arithmetic}"
+    if scenario.arithmetic == "native" and not _has_scale(path, scenario.scale):
+        any_machine = path.with_name(f"golden_values_{ANY_MACHINE}.json")
+        path = any_machine if any_machine.exists() else path
     if not path.exists():
         raise ValueError(f"no golden recorded: {path} does not exist; {how}")
-    if scenario.scale not in read_golden_file(path):
+    if not _has_scale(path, scenario.scale):
         raise ValueError(f"no golden recorded for scale {scenario.scale} in {path}; {how}")
-    return read_golden(path, scenario.scale)
+    golden = read_golden(path, scenario.scale)
+    if golden.arithmetic != scenario.arithmetic:
+        raise ValueError(
+            f"{path}: holds {golden.arithmetic} values; a run in {scenario.arithmetic} arithmetic "
+            "cannot be compared with them"
+        )
+    return golden
+
+
+def _has_scale(path: Path, scale: str) -> bool:
+    return path.exists() and scale in read_golden_file(path)
 
 
 def _play(
@@ -271,21 +233,3 @@ def _verdict(
     )
     _write_verdict(out_dir, verdict.as_json())
     return verdict
-
-
-def _load_metrics(path: Path, scale: str | None) -> Metrics:
-    """Metrics from a run's folder, a metrics.jsonl or a golden file."""
-    if path.is_dir():
-        inside = [path / "metrics.jsonl", path / "run1" / "metrics.jsonl"]
-        found = next((file for file in inside if file.exists()), None)
-        if found is None:
-            raise ValueError(f"{path}: expected a run's folder, got one without metrics.jsonl")
-        path = found
-    if path.suffix == ".jsonl":
-        return metrics_from_steps(read_steps(path))
-    scales = read_golden_file(path)
-    if scale is not None and "" not in scales:
-        return read_golden(path, scale).metrics
-    if len(scales) > 1:
-        raise ValueError(f"{path}: holds the scales {', '.join(scales)}; name one by --scale")
-    return next(iter(scales.values())).metrics

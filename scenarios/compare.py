@@ -48,6 +48,8 @@ class Comparison:
 
     differences: tuple[Difference, ...]
     num_values: int
+    agreement: str = "all bits equal"
+    """What can be said of values that do not differ."""
 
     @property
     def passed(self) -> bool:
@@ -58,7 +60,7 @@ class Comparison:
     def summary(self) -> str:
         """One line: how many of how many differ."""
         if self.passed:
-            return f"{self.num_values} values, all bits equal"
+            return f"{self.num_values} values, {self.agreement}"
         if not self.num_values:
             return "nothing to compare: no metrics"
         return f"{len(self.differences)} of {self.num_values} differ"

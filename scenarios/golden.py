@@ -27,8 +27,8 @@ SCHEMA = 1
 SKIPPED = "nan"
 SKIPPABLE = frozenset({"num-zeros", "grad-norm"})
 """Metrics that have no value when an fp16 overflow skips the optimizer step."""
-TIMINGS = frozenset({"iteration-time"})
-"""Measured times: never part of a canonical golden."""
+MEASURED = frozenset({"iteration-time", "mem-max-allocated-bytes"})
+"""Seconds of a step, bytes of rank 0's largest resident set: never in a canonical golden."""
 
 Value = int | float | str
 HEX_DIGEST = re.compile(r"[0-9a-f]{8,128}")
@@ -54,6 +54,11 @@ class Golden:
     metrics: Metrics
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def arithmetic(self) -> str:
+        """Of the run that was recorded; goldens that do not say are canonical."""
+        return str(self.provenance.get("arithmetic", "canonical"))
+
 
 def is_skipped(name: str, value: Value) -> bool:
     """Whether this value says, in a metric that may say so, that the step was skipped."""
@@ -67,14 +72,19 @@ def is_finite(name: str, value: Value) -> bool:
     return isinstance(value, int) or math.isfinite(value)
 
 
-def metrics_from_steps(steps: dict[int, dict[str, Value]]) -> Metrics:
-    """Turns values by step into values by metric; timings are left out."""
+def metrics_from_steps(steps: dict[int, dict[str, Value]], *, measured: bool = False) -> Metrics:
+    """Turns values by step into values by metric; with those in ``MEASURED`` only if asked."""
     by_name: dict[str, dict[int, Value]] = {}
     for step in sorted(steps):
         for name, value in steps[step].items():
-            if name not in TIMINGS:
+            if measured or name not in MEASURED:
                 by_name.setdefault(name, {})[step] = value
     return {name: Metric(min(v), max(v), 1, v) for name, v in sorted(by_name.items())}
+
+
+def without_measured(metrics: Metrics) -> Metrics:
+    """The metrics that are computed and not measured."""
+    return {name: metric for name, metric in metrics.items() if name not in MEASURED}
 
 
 def write_golden(path: Path, scale: str, golden: Golden) -> None:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from scenarios.case_files import find_case
 from scenarios.commands import golden_of
-from scenarios.compare import Comparison, compare_strict
+from scenarios.compare import Comparison
 from scenarios.failures import RunFailed
 from scenarios.golden import Metric, Metrics, write_atomically
 from scenarios.launch import check_port
 from scenarios.layout import Layout
 from scenarios.runner import LaunchOptions, make_out_dir, play
-from scenarios.schema import Scenario, load_scenario
+from scenarios.schema import Arithmetic, Scenario, load_scenario
+from scenarios.tolerance import compare_golden
 
 MAX_RANKS = 8
 """Of the layouts that ``all`` stands for."""
@@ -103,6 +104,7 @@ def judge_layouts(
     layouts: str,
     *,
     scale: str,
+    arithmetic: Arithmetic,
     num_steps: int | None,
     out: Path | None,
     options: LaunchOptions,
@@ -114,6 +116,7 @@ def judge_layouts(
         case: as for ``load_scenario``.
         layouts: ``all``, or layouts separated by semicolons.
         scale: ``ci`` or ``full``.
+        arithmetic: ``canonical`` or ``native``.
         num_steps: train and judge only so many steps; None: all.
         out: new or empty folder; each layout gets a folder in it.
         options: how the ranks are started; a step's progress is not shown.
@@ -123,7 +126,7 @@ def judge_layouts(
         ValueError: no golden, or a number of steps that the golden does not have.
         RunFailed: interrupted; other failures are a row.
     """
-    base = load_scenario(case, scale=scale)
+    base = load_scenario(case, scale=scale, arithmetic=arithmetic)
     if base.data.prefix:
         raise ValueError(f"{case}: reads own data from {base.data.prefix}; it has no golden")
     golden = golden_of(base, case)
@@ -139,7 +142,7 @@ def judge_layouts(
     quiet = LaunchOptions(io.StringIO(), options.master_port, options.timeout_s)
     rows = []
     for name in names:
-        row = _judge(case, name, scale, num_steps, expected, out_dir, quiet)
+        row = _judge(case, name, base, num_steps, expected, out_dir, quiet)
         rows.append(row)
         on_row(row)
     matrix = Matrix(
@@ -169,14 +172,15 @@ def working_layouts(case: str, scale: str) -> Iterator[str]:
 def _judge(
     case: str,
     layout: str,
-    scale: str,
+    base: Scenario,
     num_steps: int,
     expected: Metrics,
     out_dir: Path,
     options: LaunchOptions,
 ) -> Row:
     try:
-        scenario = _one_run(load_scenario(case, scale=scale, layout=layout), num_steps)
+        scenario = load_scenario(case, scale=base.scale, layout=layout, arithmetic=base.arithmetic)
+        scenario = scenario.first_steps(num_steps)
     except ValueError as error:
         return Row(layout, "refused", detail=str(error).removeprefix(f"{find_case(case)}: "))
     folder = out_dir / layout
@@ -189,23 +193,12 @@ def _judge(
             raise
         return Row(layout, "failed", time.monotonic() - start, str(error))
     wall_s = time.monotonic() - start
-    comparison = compare_strict(expected, played.metrics)
+    comparison = compare_golden(scenario, expected, played.metrics)
     broken = [check for check in played.checks if not check.passed]
     if comparison.passed and not broken:
         return Row(layout, "same", wall_s, comparison=comparison)
     first = str(comparison.differences[0]) if comparison.differences else broken[0].detail
     return Row(layout, "differs", wall_s, f"{comparison.summary}: {first}", comparison)
-
-
-def _one_run(scenario: Scenario, num_steps: int) -> Scenario:
-    """The scenario without checkpoints, for the first steps; no number of theirs changes."""
-    return scenario.model_copy(
-        update={
-            "test_type": "regular",
-            "training": scenario.training.model_copy(update={"train_iters": num_steps}),
-            "checkpoint": scenario.checkpoint.model_copy(update={"save_interval": None}),
-        }
-    )
 
 
 def _first_steps(metrics: Metrics, num_steps: int) -> Metrics:

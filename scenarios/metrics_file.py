@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scenarios.golden import HEX_DIGEST, SKIPPABLE, SKIPPED, TIMINGS, Value
+from scenarios.golden import HEX_DIGEST, MEASURED, SKIPPABLE, SKIPPED, Value
 from scenarios.run_context import LogValue
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -84,7 +84,7 @@ def read_steps(path: Path) -> dict[int, dict[str, Value]]:
 def _encode(step: int, name: str, value: LogValue) -> Value:
     where = f"{name} step {step}"
     if value is None:
-        if name not in SKIPPABLE | TIMINGS:
+        if name not in SKIPPABLE | MEASURED:
             allowed = ", ".join(sorted(SKIPPABLE))
             raise ValueError(f"{where}: no value, but only {allowed} may be skipped")
         return SKIPPED

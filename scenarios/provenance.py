@@ -11,7 +11,7 @@ DISTRIBUTION = "collective-testbed"
 PACKAGES = ("torch", "numpy", "pydantic", "safetensors")
 
 
-def provenance(command: str, scale: str, layout: str) -> dict[str, object]:
+def provenance(command: str, scale: str, layout: str, arithmetic: str) -> dict[str, object]:
     """What is written beside recorded values."""
     commit = _git("rev-parse", "HEAD")
     # A golden that is being recorded again does not make the code that records it another one.
@@ -26,6 +26,7 @@ def provenance(command: str, scale: str, layout: str) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "scale": scale,
         "layout": layout,
+        "arithmetic": arithmetic,
     }
 
 

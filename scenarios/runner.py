@@ -2,7 +2,8 @@
 
 ``regular`` is one run. ``ckpt-resume``: run 1 trains all steps and saves on the way; its last
 checkpoint is deleted, so that an earlier one is the newest; run 2, new processes, resumes from that
-and trains to the end. Run 1 is held against the golden, run 2 against run 1, bit for bit.
+and trains to the end. Run 1 is held against the golden, run 2 against run 1, bit for bit; native
+arithmetic has tolerances against its golden and in another layout (``scenarios.tolerance``).
 """
 
 import os
@@ -18,6 +19,7 @@ from scenarios.launch import launch
 from scenarios.metrics_file import read_steps
 from scenarios.progress import show_steps
 from scenarios.schema import Scenario
+from scenarios.tolerance import compare_golden, describe_cost
 from scenarios.verdict import Check
 from scenarios.worker import Job
 
@@ -95,8 +97,10 @@ def play(
             what = f"steps {resumed_at + 1}..{last}"
             where = f" in {resumed.layout}" if resumed else ""
             runs.append((f"run 2: {what}, resumed{where}", wall_s))
-            checks.append(check_resume(first, second, resumed_at, f" ({what})"))
-    return Played(metrics_from_steps(first), tuple(checks), tuple(runs))
+            nearly = resumed if resumed and scenario.arithmetic == "native" else None
+            checks.append(check_resume(first, second, resumed_at, f" ({what})", nearly))
+    metrics = metrics_from_steps(first, measured=scenario.arithmetic == "native")
+    return Played(metrics, tuple(checks), tuple(runs))
 
 
 def check_complete(scenario: Scenario, steps: Steps, first_step: int) -> Check:
@@ -116,16 +120,25 @@ def check_complete(scenario: Scenario, steps: Steps, first_step: int) -> Check:
     return Check(name, True, f"{len(expected)} steps")
 
 
-def check_resume(first: Steps, second: Steps, resumed_at: int, what: str = "") -> Check:
-    """The resumed run repeats the uninterrupted one bit for bit, from the step after the save."""
-    rest = {step: values for step, values in first.items() if step > resumed_at}
-    comparison = compare_strict(metrics_from_steps(rest), metrics_from_steps(second))
-    return Check.of("resume", comparison, what)
+def check_resume(
+    first: Steps, second: Steps, resumed_at: int, what: str = "", nearly: Scenario | None = None
+) -> Check:
+    """The resumed run repeats the uninterrupted one from the step after the save.
+
+    Bit for bit, unless ``nearly`` names the scenario whose tolerances hold: native arithmetic
+    resumed in another layout.
+    """
+    rest = metrics_from_steps({s: values for s, values in first.items() if s > resumed_at})
+    again = metrics_from_steps(second)
+    same = compare_golden(nearly, rest, again) if nearly else compare_strict(rest, again)
+    return Check.of("resume", same, what)
 
 
-def check_golden(golden: Golden, metrics: Metrics) -> Check:
-    """The run gave the recorded values."""
-    return Check.of("golden", compare_strict(golden.metrics, metrics))
+def check_golden(scenario: Scenario, golden: Golden, metrics: Metrics) -> Check:
+    """The run gave the recorded values: the same bits, or near ones in native arithmetic."""
+    comparison = compare_golden(scenario, golden.metrics, metrics)
+    what = describe_cost(golden.metrics, metrics)
+    return Check.of("golden", comparison, f"; {what}" if what else "")
 
 
 def drop_last_checkpoint(root: Path, last_step: int) -> int | None:

@@ -8,8 +8,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from primitives.layout import NUM_PARTS
 from scenarios.frozen import Frozen
 from scenarios.layout import Layout
+from scenarios.machine import machine_key
 from scenarios.moe_config import WIDTH_STEP, MoeConfig
 
+Arithmetic = Literal["canonical", "native"]
+"""Of the kernels: defined to the last bit, or the library's (``primitives.arithmetic``)."""
 Probability = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 METRICS = (
@@ -234,6 +237,7 @@ class Scenario(Frozen):
     metrics: tuple[str, ...]
     """Names of the metrics that are judged."""
     ignored: tuple[IgnoredFlag, ...] = ()
+    arithmetic: Arithmetic = "canonical"
 
     @property
     def num_microbatches(self) -> int:
@@ -242,9 +246,20 @@ class Scenario(Frozen):
 
     @property
     def golden_path(self) -> Path:
-        """Where the golden of this case lies, recorded or not."""
+        """Where the golden of this case and arithmetic is recorded on this machine."""
         golden = Path(__file__).resolve().parent.parent / "golden"
-        return golden / self.family / self.name / "golden_values_canonical.json"
+        key = "canonical" if self.arithmetic == "canonical" else machine_key()
+        return golden / self.family / self.name / f"golden_values_{key}.json"
+
+    def first_steps(self, num_steps: int) -> "Scenario":
+        """This scenario without checkpoints, for the first steps; no number of theirs changes."""
+        return self.model_copy(
+            update={
+                "test_type": "regular",
+                "training": self.training.model_copy(update={"train_iters": num_steps}),
+                "checkpoint": self.checkpoint.model_copy(update={"save_interval": None}),
+            }
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,6 +16,7 @@ from scenarios.flags import ParsedFlags, close_match, parse_flags
 from scenarios.layout import Layout
 from scenarios.moe_config import WIDTH_STEP, MoeConfig
 from scenarios.scenario import (
+    Arithmetic,
     CheckpointConfig,
     DataConfig,
     IgnoredFlag,
@@ -28,6 +29,7 @@ from scenarios.scenario import (
 )
 
 __all__ = [
+    "Arithmetic",
     "CheckpointConfig",
     "DataConfig",
     "IgnoredFlag",
@@ -53,7 +55,7 @@ NO_DATA_VALUE = (
 UNJUDGED_METRICS = {
     "iteration-time": "time differs from run to run and is recorded, not judged",
     "mem-allocated-bytes": "memory of a GPU allocator, which is not used here",
-    "mem-max-allocated-bytes": "memory of a GPU allocator, which is not used here",
+    "mem-max-allocated-bytes": "memory differs from run to run and is recorded, not judged",
 }
 
 
@@ -63,6 +65,7 @@ def load_scenario(
     scale: str,
     layout: str | None = None,
     data: Path | None = None,
+    arithmetic: Arithmetic = "canonical",
 ) -> Scenario:
     """Load a case, shipped or the caller's own.
 
@@ -71,8 +74,11 @@ def load_scenario(
         scale: ``ci`` applies the scale_ci.yaml beside the file, ``full`` is the file as it is.
         layout: parallel degrees like ``tp1,pp1,dp2`` instead of the file's.
         data: prefix of Megatron .bin/.idx files instead of the corpus made on the spot.
+        arithmetic: ``canonical`` or ``native``.
+
     Returns:
         The scenario; what the file asks for and is not needed is listed in ``ignored``.
+
     Raises:
         ValueError: no such case, an unknown flag, a contradiction, or an unsupported feature.
     """
@@ -81,8 +87,9 @@ def load_scenario(
     base = read_case_file(path)
     overrides = path.with_name("scale_ci.yaml")
     if scale_name == "ci" and overrides.is_file():
-        return _assemble(_merge(base, read_case_file(overrides)), scale_name, layout, data)
-    scenario = _assemble(base, scale_name, layout, data)
+        base = _merge(base, read_case_file(overrides))
+        return _assemble(base, scale_name, layout, data, arithmetic)
+    scenario = _assemble(base, scale_name, layout, data, arithmetic)
     if scale_name == "ci":
         raise ValueError(
             f"{path}: --scale ci: got no {overrides.name} beside it, "
@@ -137,7 +144,11 @@ def _merge(base: CaseFile, overrides: CaseFile) -> CaseFile:
 
 
 def _assemble(
-    case: CaseFile, scale: Literal["ci", "full"], layout_text: str | None, data: Path | None
+    case: CaseFile,
+    scale: Literal["ci", "full"],
+    layout_text: str | None,
+    data: Path | None,
+    arithmetic: Arithmetic,
 ) -> Scenario:
     where = str(case.path)
     flags = parse_flags(case.model_args, where)
@@ -161,6 +172,7 @@ def _assemble(
             data=_data(flags, given),
             metrics=_metrics(case, flags, metrics_of(family, "moe" in flags.fields)),
             ignored=tuple(IgnoredFlag(flag=flag, reason=why) for flag, why in flags.ignored),
+            arithmetic=arithmetic,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -148,6 +148,16 @@ def erf(x: Floats) -> Floats:
     return np.where(a > F(0.927734375), np.where(x < 0, -large, large), fma(p, x, x))
 
 
+def sigmoid(x: Floats) -> Floats:
+    e = exp(-np.abs(x))
+    s = F(1) / (e + F(1))
+    return np.where(x < 0, e * s, s)
+
+
+def rsqrt(x: Floats) -> Floats:
+    return F(1) / np.sqrt(x)
+
+
 def layer_norm(x: Floats, w: Floats, b: Floats, eps: float) -> tuple[Floats, Floats, Floats]:
     h = F(x.shape[1])
     mean = tree(x) / h
@@ -166,6 +176,21 @@ def layer_norm_backward(
     dx = fma(n, -c[:, None], g - a[:, None]) * rstd[:, None]
     blocks = (num_blocks, -1, x.shape[1])
     return dx, tree((dy * n).reshape(blocks), 1), tree(dy.reshape(blocks), 1)
+
+
+def rms_norm(x: Floats, w: Floats, eps: float) -> tuple[Floats, Floats]:
+    rstd = F(1) / np.sqrt(tree(x * x) / F(x.shape[1]) + F(eps))
+    return (x * rstd[:, None]) * w, rstd
+
+
+def rms_norm_backward(
+    dy: Floats, x: Floats, rstd: Floats, w: Floats, num_blocks: int
+) -> tuple[Floats, Floats]:
+    n = x * rstd[:, None]
+    g = dy * w
+    c = tree(g * n) / F(x.shape[1])
+    dx = fma(n, -c[:, None], g) * rstd[:, None]
+    return dx, tree((dy * n).reshape(num_blocks, -1, x.shape[1]), 1)
 
 
 def gelu_exp(x: Floats) -> Floats:
@@ -196,6 +221,17 @@ def gelu_erf_backward(dy: Floats, x: Floats) -> Floats:
     v = np.where(x < F(-10), F(-10), np.where(x > F(10), F(10), x)).astype(F)
     density = exp((v * v) * F(-0.5)) * F(0.398942292)
     return dy * fma(v, density, normal_cdf(v))
+
+
+def silu(x: Floats) -> Floats:
+    return x * sigmoid(x)
+
+
+def silu_derivative(x: Floats) -> Floats:
+    v = np.where(x < F(-104), F(-104), np.where(x > F(104), F(104), x)).astype(F)
+    e = exp(-np.abs(v))
+    s = F(1) / (e + F(1))
+    return fma(v, (e * s) * s, sigmoid(v))
 
 
 def causal(length: int) -> NDArray[np.bool_]:

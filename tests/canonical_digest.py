@@ -44,7 +44,7 @@ def results() -> Iterator[tuple[str, Tensor]]:
                 yield "gemm transposed", t
     bits = torch.arange(-(2**31), 2**31, 40009, dtype=torch.int64).to(torch.int32)
     everywhere = bits.view(torch.float32)
-    for name in ("exp", "log", "sqrt", "tanh", "erf"):
+    for name in ("exp", "log", "sqrt", "tanh", "erf", "sigmoid", "rsqrt"):
         yield name, getattr(canonical, name)(everywhere)
     for dtype in (torch.float16, torch.bfloat16):
         yield f"store {dtype}", canonical.tree_sum(everywhere[None], out_dtype=dtype)
@@ -69,10 +69,22 @@ def layers(x, n: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield from (("layer_norm", t) for t in (y, mean, rstd))
     backward = canonical.layer_norm_backward(x(4, n, seed=3), x(4, n), mean, rstd, x(n, seed=1), 2)
     yield from (("layer_norm_backward", t) for t in backward)
+    y, rstd = canonical.rms_norm(x(4, n), x(n, seed=1), 1e-5)
+    yield from (("rms_norm", t) for t in (y, rstd))
+    backward = canonical.rms_norm_backward(x(4, n, seed=3), x(4, n), rstd, x(n, seed=1), 2)
+    yield from (("rms_norm_backward", t) for t in backward)
     yield "gelu", canonical.gelu(x(n, n) * 4)
     yield "gelu_backward", canonical.gelu_backward(x(n, n, seed=1), x(n, n) * 4)
     yield "gelu_erf", canonical.gelu_erf(x(n, n) * 4)
     yield "gelu_erf_backward", canonical.gelu_erf_backward(x(n, n, seed=1), x(n, n) * 4)
+    yield "silu", canonical.silu(x(n, n) * 40)
+    yield "silu_backward", canonical.silu_backward(x(n, n, seed=1), x(n, n) * 40)
+    yield "swiglu", canonical.swiglu(x(n, n) * 4, x(n, n, seed=1))
+    gradients = canonical.swiglu_backward(x(n, n, seed=2), x(n, n) * 4, x(n, n, seed=1))
+    yield from (("swiglu_backward", t) for t in gradients)
+    probs = canonical.softmax(x(7, n), 0.3)
+    yield "softmax", probs
+    yield "softmax_backward", canonical.softmax_backward(x(7, n, seed=1), probs, 0.3)
     visible = torch.tensor([1, n // 2])
     padded = canonical.padded_softmax(x(2, n, n), visible, 0.3)
     yield "padded_softmax", padded

@@ -6,6 +6,8 @@ their own; its rank 0 writes the metrics as JSON.
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +55,29 @@ LAYOUTS = [
 ]
 SAVED = ["dp4", "tp2,pp2,dp2,sp", "pp4,dp2", "tp2,dp4,sp,zero0"]
 """Each of them is resumed in every other."""
+
+
+def play_cases(module: str, num_ranks: int, folder: Path) -> dict[str, Metrics]:
+    """Starts the ranks of this module or one like it; what they wrote, by the name of the case."""
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(num_ranks):
+        with (folder / f"rank{rank}.log").open("w") as log:
+            command = [sys.executable, "-m", module, str(folder), str(rank)]
+            ranks.append(
+                subprocess.Popen(
+                    command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        codes = [process.wait(timeout=280) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(num_ranks))
+    assert codes == [0] * num_ranks, logs
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def play(trainer: Trainer, num_steps: int) -> Metrics:

@@ -63,12 +63,35 @@ def layer_norm_errors() -> dict[str, float]:
     }
 
 
+def rms_norm_errors() -> dict[str, float]:
+    x, w, dy = normal(64, 500), normal(500, seed=1), normal(64, 500, seed=3)
+    y, rstd = canonical.rms_norm(x, w, 1e-5)
+    leaves = [t.double().requires_grad_() for t in (x, w)]
+    exact = functional.rms_norm(leaves[0], (500,), leaves[1], 1e-5)
+    exact.backward(dy.double())
+    dx, dw = canonical.rms_norm_backward(dy, x, rstd, w, 8)
+    gx, gw = (leaf.grad for leaf in leaves)
+    assert gx is not None
+    assert gw is not None
+    return {
+        "rms_norm": error(y, exact.detach(), exact.detach().abs()),
+        "rms_norm dx": error(dx, gx, (dy * w).double().abs().amax(1, keepdim=True)),
+        "rms_norm dweight": error(dw.double().sum(0), gw, (dy * x).double().abs().sum(0)),
+    }
+
+
 def softmax_errors() -> dict[str, float]:
     scores, dprobs = normal(16, 48, 48) * 4, normal(16, 48, 48, seed=1)
     visible = torch.arange(16) * 3 + 1
     causal = canonical.causal_softmax(scores, 0.25)
     padded = canonical.padded_softmax(scores, visible, 0.25)
+    plain = canonical.softmax(scores, 0.25)
     cases = {
+        "softmax": (
+            torch.zeros_like(scores, dtype=torch.bool),
+            plain,
+            canonical.softmax_backward(dprobs, plain, 0.25),
+        ),
         "causal_softmax": (
             torch.ones(48, 48, dtype=torch.bool).triu(1).expand_as(scores),
             causal,
@@ -115,13 +138,17 @@ def elementwise_errors() -> dict[str, float]:
     positive = torch.cat([positive, torch.linspace(0.5, 2, 100_001)])
     t = torch.linspace(-12, 12, 400_001)
     e = torch.linspace(-6, 6, 400_001)
+    s = torch.linspace(-87, 20, 400_001)
     return {
         "exp": ulps(canonical.exp(x), x.double().exp()),
         "exp subnormal": ulps(canonical.exp(tiny), tiny.double().exp()),
         "log": ulps(canonical.log(positive), positive.double().log()),
         "tanh": ulps(canonical.tanh(t), t.double().tanh()),
         "erf": ulps(canonical.erf(e), e.double().erf()),
+        "sigmoid": ulps(canonical.sigmoid(s), s.double().sigmoid()),
+        "sigmoid subnormal": ulps(canonical.sigmoid(tiny), tiny.double().sigmoid()),
         "sqrt": ulps(canonical.sqrt(positive), positive.double().sqrt()),
+        "rsqrt": ulps(canonical.rsqrt(positive), positive.double().rsqrt()),
     }
 
 
@@ -137,6 +164,28 @@ def gelu_errors() -> dict[str, float]:
         errors[name] = error(forward(x), exact.detach(), x.double().abs() + UNIT)
         errors[f"{name} backward"] = error(backward(dy, x), leaf.grad, dy.double().abs())
     return errors
+
+
+def silu_errors() -> dict[str, float]:
+    x = torch.cat([torch.linspace(-80, 80, 200_001), torch.linspace(-8, 8, 200_000)])
+    dy, value = normal(x.numel()), normal(x.numel(), seed=1)
+    leaves = [t.double().requires_grad_() for t in (x, value)]
+    silu = functional.silu(leaves[0])
+    (slope,) = torch.autograd.grad(silu.sum(), leaves[0], retain_graph=True)
+    exact = silu * leaves[1]
+    exact.backward(dy.double())
+    dgate, dvalue = canonical.swiglu_backward(dy, x, value)
+    gate_gradient, value_gradient = (leaf.grad for leaf in leaves)
+    assert gate_gradient is not None
+    assert value_gradient is not None
+    silu, exact, size = silu.detach(), exact.detach(), dy.double().abs()
+    return {
+        "silu": ulps(canonical.silu(x), silu),
+        "silu backward": error(canonical.silu_backward(dy, x), slope * dy, size),
+        "swiglu": error(canonical.swiglu(x, value), exact, exact.abs() + UNIT**4),
+        "swiglu dgate": error(dgate, gate_gradient, size * value.abs()),
+        "swiglu dvalue": error(dvalue, value_gradient, value_gradient.abs() + UNIT**4),
+    }
 
 
 def sum_errors() -> dict[str, float]:
@@ -160,7 +209,9 @@ def sum_errors() -> dict[str, float]:
 GROUPS: list[Callable[[], dict[str, float]]] = [
     elementwise_errors,
     gelu_errors,
+    silu_errors,
     layer_norm_errors,
+    rms_norm_errors,
     softmax_errors,
     cross_entropy_errors,
     sum_errors,

@@ -173,7 +173,7 @@ def test_subtrees_of_ranks_make_the_whole_tree() -> None:
         assert_same_bits(canonical.tree_sum(parts), canonical.tree_sum(x), f"{num_ranks} ranks")
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "tanh", "erf", "sqrt"])
+@pytest.mark.parametrize("name", ["exp", "log", "tanh", "erf", "sqrt", "sigmoid", "rsqrt"])
 def test_elementwise(name: str) -> None:
     definition = np.sqrt if name == "sqrt" else getattr(slow, name)
     steps = torch.arange(-(2**31), 2**31, 70001, dtype=torch.int64).to(torch.int32)

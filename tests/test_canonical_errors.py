@@ -36,6 +36,8 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: canonical.tree_sum(X, 0, bias=ROW), r"tree_sum: bias must be of shape \[6\]"),
     (lambda: canonical.token_block_sum(X, 3), "whole number of tokens in each of 3 blocks"),
     (lambda: canonical.sum_of_squares(X.half()), "sum_of_squares: x must be Float, got Half"),
+    (lambda: canonical.sigmoid(X.half()), "x must be Float, got Half"),
+    (lambda: canonical.rsqrt(X.T), "x must be contiguous"),
     (lambda: canonical.exp(X.double()), "x must be Float, got Double"),
     (lambda: canonical.layer_norm(X, ROW, ROW, 1e-5), r"weight must be of shape \[6\], got \[4\]"),
     (
@@ -45,6 +47,41 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (
         lambda: canonical.layer_norm_backward(X, X, ROW, ROW, X[0], 3),
         "layer_norm_backward: x must be a whole number of tokens in each of 3 blocks",
+    ),
+    (
+        lambda: canonical.rms_norm(X, ROW, 1e-5),
+        r"rms_norm: weight must be of shape \[6\], got \[4\]",
+    ),
+    (
+        lambda: canonical.rms_norm(X[:, :0], ROW, 1e-5),
+        "rms_norm: x must be of a hidden size above 0",
+    ),
+    (lambda: canonical.rms_norm(ROW, ROW, 1e-5), "rms_norm: x must be 2-dimensional"),
+    (
+        lambda: canonical.rms_norm_backward(X.half(), X, ROW, X[0], 2),
+        "rms_norm_backward: dy must be Float, got Half",
+    ),
+    (
+        lambda: canonical.rms_norm_backward(X, X, ROW[:2], X[0], 2),
+        r"rms_norm_backward: rstd must be of shape \[4\], got \[2\]",
+    ),
+    (
+        lambda: canonical.rms_norm_backward(X, X, ROW, X[0], 0),
+        "rms_norm_backward: x must be a whole number of tokens in each of 0 blocks",
+    ),
+    (lambda: canonical.silu(IDS), "silu: x must be float32, float16 or bfloat16, got Long"),
+    (lambda: canonical.silu_backward(X.half(), X), "silu_backward: dy must be Float, got Half"),
+    (lambda: canonical.swiglu(X, X[:2]), r"swiglu: value must be of shape \[4, 6\], got \[2, 6\]"),
+    (lambda: canonical.swiglu(X.T, X.T), "swiglu: gate must be contiguous"),
+    (
+        lambda: canonical.swiglu_backward(X, X, X.bfloat16()),
+        "swiglu_backward: value must be Float, got BFloat16",
+    ),
+    (lambda: canonical.softmax(X.T), "softmax: scores must be contiguous"),
+    (lambda: canonical.softmax(torch.tensor(1.0)), "softmax: scores must be at least 1-dim"),
+    (
+        lambda: canonical.softmax_backward(X[:2], X),
+        r"softmax_backward: dprobs must be of shape \[4, 6\], got \[2, 6\]",
     ),
     (lambda: canonical.gelu(X.T), "gelu: x must be contiguous"),
     (lambda: canonical.gelu_backward(ROW, X), r"gelu_backward: dy must be of shape \[4, 6\]"),

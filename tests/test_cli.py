@@ -17,6 +17,7 @@ import torch.distributed as dist
 from scenarios import cli, commands, runner
 from scenarios.failures import RankFailure, RunFailed
 from scenarios.golden import read_golden
+from scenarios.machine import machine_key
 from scenarios.metrics_file import MetricsWriter
 from scenarios.run_context import RunContext
 from scenarios.schema import Scenario, load_scenario
@@ -39,10 +40,11 @@ def testbed(
     # Ranks import the toy engine from the working folder, runs/ and golden/ lie in tmp_path.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
+    shipped = Scenario.golden_path.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(
         Scenario,
         "golden_path",
-        property(lambda self: tmp_path / "golden" / self.name / "golden_values_canonical.json"),
+        property(lambda self: tmp_path / "golden" / self.name / shipped(self).name),
     )
 
     def load(case: str, **choices: Any) -> Scenario:
@@ -120,6 +122,32 @@ def test_record_on_two_ranks_then_run_on_one(
     assert "run 2: steps 4..6, resumed in tp1,pp1,dp1" in out
     job = json.loads((tmp_path / "third" / "run2" / "job.json").read_text())
     assert json.loads(job["scenario"])["layout"]["dp"] == 1
+
+
+@pytest.mark.usefixtures("in_process")
+def test_native_arithmetic_has_goldens_of_its_own(
+    testbed: Testbed, golden_path: Path, tmp_path: Path
+) -> None:
+    case = ("S1", "--layout", "dp1", "--arithmetic", "native")
+    code, _, errors = testbed("run", *case)
+    assert code == 2
+    assert "testbed record S1 --scale ci --arithmetic native" in one_error_line(errors)
+    assert testbed("record", *case, "--out", "first")[0] == 0
+    recorded = read_golden(golden_path.with_name(f"golden_values_{machine_key()}.json"), "ci")
+    assert not golden_path.exists()
+    assert recorded.arithmetic == "native"
+    assert min(recorded.metrics["iteration-time"].values.values()) > 0
+
+    code, out, _ = testbed("run", *case, "--out", "second")
+    assert (code, "within derived tolerances; median step time " in out) == (0, True)
+    code, out, _ = testbed("run", *case, "--resume-layout", "dp1", "--out", "third")
+    assert (code, "pass  resume: 21 values, within derived tolerances" in out) == (0, True)
+    code, out, _ = testbed("run", *case, engine="train_forgetting")
+    assert (code, "FAIL  resume: 1 of 21 differ" in out) == (1, True)
+    code, out, _ = testbed("record", *case, "--out", "fourth")
+    assert (code, "unchanged, not written" in out) == (0, True)
+    code, _, errors = testbed("run", "S1", "--layout", "dp1")
+    assert (code, "golden_values_canonical.json does not exist" in errors) == (2, True)
 
 
 @pytest.mark.usefixtures("in_process")

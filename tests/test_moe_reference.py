@@ -75,8 +75,11 @@ def test_engine_is_a_mixture_of_experts_with_adamw() -> None:
     assert losses[-1] < losses[0] - 0.2
 
 
-def first_grad_norm(**moe: Any) -> float:
-    trainer = Trainer(tiny_scenario(1, family="moe", precision="fp32", dropout=0.0, moe=moe))
+def first_grad_norm(precision: str = "fp32", **moe: Any) -> float:
+    scenario = tiny_scenario(
+        1, family="moe", precision=precision, dropout=0.0, moe=moe, initial_loss_scale=2.0**8
+    )
+    trainer = Trainer(scenario)
     trainer.gather.start()
     norm = trainer.train_step()["grad-norm"]
     assert isinstance(norm, float)
@@ -90,6 +93,13 @@ def test_the_norm_notices_the_aux_loss() -> None:
     assert first_grad_norm(aux_loss_coeff=1.1 * MOE["aux_loss_coeff"]) != pytest.approx(
         right, rel=2e-5
     )
+
+
+def test_the_aux_loss_is_scaled_like_the_loss() -> None:
+    """With fp16's loss scale; the coefficient is so large that the aux loss is the gradient."""
+    right = first_grad_norm(aux_loss_coeff=100.0)
+    assert right > 10 * first_grad_norm()
+    assert first_grad_norm("fp16", aux_loss_coeff=100.0) == pytest.approx(right, rel=2e-2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,5 +1,4 @@
-// Matrix products, sums, elementwise functions, LayerNorm and GELU. Formulas:
-// docs/canonical-arithmetic.md.
+// Matrix products, sums and elementwise functions. Formulas: docs/canonical-arithmetic.md.
 #include "bindings/tensor_checks.hpp"
 
 namespace primitives {
@@ -104,11 +103,7 @@ at::Tensor tree_sum(const at::Tensor& x, int64_t dim, const OptionalTensor& bias
 
 at::Tensor token_block_sum(const at::Tensor& dy, int64_t num_blocks) {
   const Argument argument{"token_block_sum", "dy", dy};
-  argument.with_dims(2).contiguous();
-  if (num_blocks <= 0 || dy.size(0) % num_blocks != 0) {
-    argument.fail("a whole number of tokens in each of " + std::to_string(num_blocks) + " blocks",
-                  "shape " + Argument::text(dy.sizes()));
-  }
+  argument.with_dims(2).contiguous().in_blocks(num_blocks);
   at::Tensor out = empty({num_blocks, dy.size(1)}, at::kFloat);
   const auto input = argument.input();
   const auto output = Argument{"token_block_sum", "out", out}.output();
@@ -139,89 +134,6 @@ at::Tensor elementwise(const at::Tensor& x) {
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm(const at::Tensor& x,
-                                                          const at::Tensor& weight,
-                                                          const at::Tensor& bias, double eps) {
-  const char* name = "layer_norm";
-  const auto x_input = Argument{name, "x", x}.with_dims(2).contiguous().input();
-  const int64_t tokens = x.size(0), hidden = x.size(1);
-  if (hidden == 0) Argument{name, "x", x}.fail("of a hidden size above 0", "0");
-  const auto w = Argument{name, "weight", weight}.shaped({hidden}).contiguous().input();
-  const auto b = Argument{name, "bias", bias}.shaped({hidden}).contiguous().input();
-  at::Tensor y = at::empty_like(x), mean = empty({tokens}, at::kFloat), rstd = at::empty_like(mean);
-  const auto output = Argument{name, "y", y}.output();
-  float* means = mean.mutable_data_ptr<float>();
-  float* rstds = rstd.mutable_data_ptr<float>();
-  const KernelCall call;
-  kernels().layer_norm(x_input, w, b, static_cast<float>(eps), tokens, hidden, output, means,
-                       rstds);
-  return {y, mean, rstd};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& rstd,
-    const at::Tensor& weight, int64_t num_blocks) {
-  const char* name = "layer_norm_backward";
-  const auto x_input = Argument{name, "x", x}.with_dims(2).contiguous().input();
-  const int64_t tokens = x.size(0), hidden = x.size(1);
-  if (hidden == 0) Argument{name, "x", x}.fail("of a hidden size above 0", "0");
-  const auto dy_input =
-      Argument{name, "dy", dy}.of(x.scalar_type()).shaped(x.sizes()).contiguous().input();
-  const float* means = Argument{name, "mean", mean}.shaped({tokens}).floats();
-  const float* rstds = Argument{name, "rstd", rstd}.shaped({tokens}).floats();
-  const auto w = Argument{name, "weight", weight}.shaped({hidden}).contiguous().input();
-  if (num_blocks <= 0 || tokens % num_blocks != 0) {
-    Argument{name, "x", x}.fail(
-        "a whole number of tokens in each of " + std::to_string(num_blocks) + " blocks",
-        "shape " + Argument::text(x.sizes()));
-  }
-  at::Tensor dx = at::empty_like(x), dweight = empty({num_blocks, hidden}, at::kFloat);
-  at::Tensor dbias = at::empty_like(dweight);
-  const auto output = Argument{name, "dx", dx}.output();
-  float* dweights = dweight.mutable_data_ptr<float>();
-  float* dbiases = dbias.mutable_data_ptr<float>();
-  const KernelCall call;
-  kernels().layer_norm_backward(dy_input, x_input, means, rstds, w, tokens, hidden, num_blocks,
-                                output, dweights, dbiases);
-  return {dx, dweight, dbias};
-}
-
-using Activation = void (*)(Input x, int64_t n, canonical::Output y);
-using ActivationBackward = void (*)(Input dy, Input x, int64_t n, canonical::Output dx);
-
-at::Tensor activation(const char* name, Activation kernel, const at::Tensor& x) {
-  const auto input = Argument{name, "x", x}.contiguous().input();
-  at::Tensor y = at::empty_like(x);
-  const auto output = Argument{name, "y", y}.output();
-  const KernelCall call;
-  kernel(input, x.numel(), output);
-  return y;
-}
-
-at::Tensor activation_backward(const char* name, ActivationBackward kernel, const at::Tensor& dy,
-                               const at::Tensor& x) {
-  const auto input = Argument{name, "x", x}.contiguous().input();
-  const auto dy_input =
-      Argument{name, "dy", dy}.of(x.scalar_type()).shaped(x.sizes()).contiguous().input();
-  at::Tensor dx = at::empty_like(x);
-  const auto output = Argument{name, "dx", dx}.output();
-  const KernelCall call;
-  kernel(dy_input, input, x.numel(), output);
-  return dx;
-}
-
-at::Tensor gelu(const at::Tensor& x) { return activation("gelu", kernels().gelu, x); }
-
-at::Tensor gelu_backward(const at::Tensor& dy, const at::Tensor& x) {
-  return activation_backward("gelu_backward", kernels().gelu_backward, dy, x);
-}
-
-at::Tensor gelu_erf(const at::Tensor& x) { return activation("gelu_erf", kernels().gelu_erf, x); }
-
-at::Tensor gelu_erf_backward(const at::Tensor& dy, const at::Tensor& x) {
-  return activation_backward("gelu_erf_backward", kernels().gelu_erf_backward, dy, x);
-}
-
 }  // namespace
 
 void bind_canonical(py::module_& m) {
@@ -235,12 +147,9 @@ void bind_canonical(py::module_& m) {
   m.def("canonical_sqrt", elementwise<Elementwise::kSqrt>);
   m.def("canonical_tanh", elementwise<Elementwise::kTanh>);
   m.def("canonical_erf", elementwise<Elementwise::kErf>);
-  m.def("canonical_layer_norm", layer_norm);
-  m.def("canonical_layer_norm_backward", layer_norm_backward);
-  m.def("canonical_gelu", gelu);
-  m.def("canonical_gelu_backward", gelu_backward);
-  m.def("canonical_gelu_erf", gelu_erf);
-  m.def("canonical_gelu_erf_backward", gelu_erf_backward);
+  m.def("canonical_sigmoid", elementwise<Elementwise::kSigmoid>);
+  m.def("canonical_rsqrt", elementwise<Elementwise::kRsqrt>);
+  bind_canonical_layers(m);
   bind_canonical_softmax(m);
   bind_canonical_training(m);
 }

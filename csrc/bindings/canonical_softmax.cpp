@@ -1,4 +1,5 @@
-// Softmax over the visible columns of attention scores. Formulas: docs/canonical-arithmetic.md.
+// Softmax of rows, and over the visible columns of attention scores. Formulas:
+// docs/canonical-arithmetic.md.
 #include "bindings/tensor_checks.hpp"
 
 namespace primitives {
@@ -10,6 +11,35 @@ const Argument& square(const Argument& x) {
   x.with_dims(3).contiguous();
   if (x.tensor.size(1) != x.tensor.size(2)) x.fail("[N, S, S]", x.text(x.tensor.sizes()));
   return x;
+}
+
+at::Tensor softmax(const at::Tensor& scores, double scale) {
+  const Argument argument{"softmax", "scores", scores};
+  const auto input = argument.contiguous().input();
+  if (scores.dim() == 0) argument.fail("at least 1-dimensional", "a scalar");
+  at::Tensor probs = at::empty_like(scores);
+  const auto output = Argument{"softmax", "probs", probs}.output();
+  if (scores.numel() == 0) return probs;
+  const int64_t length = scores.size(-1);
+  const KernelCall call;
+  kernels().softmax(input, scores.numel() / length, length, static_cast<float>(scale), output);
+  return probs;
+}
+
+at::Tensor softmax_backward(const at::Tensor& dprobs, const at::Tensor& probs, double scale) {
+  const char* name = "softmax_backward";
+  const Argument argument{name, "probs", probs};
+  const auto input = argument.contiguous().input();
+  if (probs.dim() == 0) argument.fail("at least 1-dimensional", "a scalar");
+  const auto dprobs_input = Argument{name, "dprobs", dprobs}.like(probs).input();
+  at::Tensor dscores = at::empty_like(probs);
+  const auto output = Argument{name, "dscores", dscores}.output();
+  if (probs.numel() == 0) return dscores;
+  const int64_t length = probs.size(-1);
+  const KernelCall call;
+  kernels().softmax_backward(dprobs_input, input, probs.numel() / length, length,
+                             static_cast<float>(scale), output);
+  return dscores;
 }
 
 at::Tensor causal_softmax(const at::Tensor& scores, double scale) {
@@ -26,11 +56,7 @@ at::Tensor causal_softmax_backward(const at::Tensor& dprobs, const at::Tensor& p
                                    double scale) {
   const char* name = "causal_softmax_backward";
   const auto input = square({name, "probs", probs}).input();
-  const auto dprobs_input = Argument{name, "dprobs", dprobs}
-                                .of(probs.scalar_type())
-                                .shaped(probs.sizes())
-                                .contiguous()
-                                .input();
+  const auto dprobs_input = Argument{name, "dprobs", dprobs}.like(probs).input();
   at::Tensor dscores = at::empty_like(probs);
   const auto output = Argument{name, "dscores", dscores}.output();
   const KernelCall call;
@@ -70,11 +96,7 @@ at::Tensor padded_softmax_backward(const at::Tensor& dprobs, const at::Tensor& p
                                    const at::Tensor& visible, double scale) {
   const char* name = "padded_softmax_backward";
   const auto input = square({name, "probs", probs}).input();
-  const auto dprobs_input = Argument{name, "dprobs", dprobs}
-                                .of(probs.scalar_type())
-                                .shaped(probs.sizes())
-                                .contiguous()
-                                .input();
+  const auto dprobs_input = Argument{name, "dprobs", dprobs}.like(probs).input();
   const int64_t* columns = visible_columns(name, visible, probs.size(0), probs.size(1));
   at::Tensor dscores = at::empty_like(probs);
   const auto output = Argument{name, "dscores", dscores}.output();
@@ -87,6 +109,8 @@ at::Tensor padded_softmax_backward(const at::Tensor& dprobs, const at::Tensor& p
 }  // namespace
 
 void bind_canonical_softmax(py::module_& m) {
+  m.def("canonical_softmax", softmax);
+  m.def("canonical_softmax_backward", softmax_backward);
   m.def("canonical_causal_softmax", causal_softmax);
   m.def("canonical_causal_softmax_backward", causal_softmax_backward);
   m.def("canonical_padded_softmax", padded_softmax);

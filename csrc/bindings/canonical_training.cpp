@@ -104,11 +104,7 @@ at::Tensor dropout(const at::Tensor& x, const OptionalTensor& residual, double p
   const auto input = Argument{name, x_name, x}.with_dims(2).contiguous().input();
   Input residual_input{nullptr, canonical::Dtype::kFloat32};
   if (residual) {
-    residual_input = Argument{name, "residual", *residual}
-                         .of(x.scalar_type())
-                         .shaped(x.sizes())
-                         .contiguous()
-                         .input();
+    residual_input = Argument{name, "residual", *residual}.like(x).input();
   }
   const Argument rows{name, "row_ids", row_ids};
   rows.of(at::kLong).shaped({x.size(0)}).contiguous();

@@ -66,6 +66,20 @@ struct Argument {
     return *this;
   }
 
+  // Stored like x: of its dtype and shape, contiguous.
+  const Argument& like(const at::Tensor& x) const {
+    return of(x.scalar_type()).shaped(x.sizes()).contiguous();
+  }
+
+  // Rows (tokens) that num_blocks equal runs share out.
+  const Argument& in_blocks(int64_t num_blocks) const {
+    if (num_blocks <= 0 || tensor.size(0) % num_blocks != 0) {
+      fail("a whole number of tokens in each of " + std::to_string(num_blocks) + " blocks",
+           "shape " + text(tensor.sizes()));
+    }
+    return *this;
+  }
+
   canonical::Dtype dtype() const {
     on_cpu();
     switch (tensor.scalar_type()) {
@@ -121,8 +135,9 @@ class KernelCall {
   unsigned saved_ = _mm_getcsr();
 };
 
-// Bindings of softmax, and of the optimizer, random and loss kernels; the others are in
-// canonical.cpp.
+// Bindings of norms and activations, of softmax, and of the optimizer, random and loss kernels; the
+// others are in canonical.cpp.
+void bind_canonical_layers(py::module_& m);
 void bind_canonical_softmax(py::module_& m);
 void bind_canonical_training(py::module_& m);
 

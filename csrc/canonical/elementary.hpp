@@ -1,7 +1,7 @@
-// exp, log, tanh, erf, sigmoid as fixed sequences of + - * / and fma, for F = float or a vector of
-// floats.
+// exp, log, tanh, erf, sigmoid, rsqrt as fixed sequences of + - * /, sqrt and fma, for F = float or
+// a vector of floats.
 //
-// Overloads of fma, select, as_int, as_float and to_float for F must be declared before this
+// Overloads of fma, sqrt, select, as_int, as_float and to_float for F must be declared before this
 // header.
 #pragma once
 
@@ -90,6 +90,25 @@ CANONICAL_FN F log(F x) {
 template <class F>
 CANONICAL_FN F sigmoid_of_exp(F e) {
   return 1.0f / (e + 1.0f);
+}
+
+// exp(-abs(x)), at most 1: sigmoid(abs(x)) = s and sigmoid(-abs(x)) = exp(-abs(x)) * s follow
+// without overflow or cancellation.
+template <class F>
+CANONICAL_FN F exp_minus_abs(F x) {
+  return exp(select(x < 0.0f, x, -x));
+}
+
+template <class F>
+CANONICAL_FN F sigmoid(F x) {
+  const F e = exp_minus_abs(x), s = sigmoid_of_exp(e);
+  return select(x < 0.0f, e * s, s);
+}
+
+// 1 / sqrt(x): inf at +0, -inf at -0, 0 at inf, NaN below 0.
+template <class F>
+CANONICAL_FN F rsqrt(F x) {
+  return 1.0f / sqrt(x);
 }
 
 template <class F>

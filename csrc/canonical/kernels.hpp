@@ -33,7 +33,7 @@ struct Gemm {
   float alpha;
 };
 
-enum class Elementwise { kExp, kLog, kSqrt, kTanh, kErf };
+enum class Elementwise { kExp, kLog, kSqrt, kTanh, kErf, kSigmoid, kRsqrt };
 
 struct AdamStep {
   float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size,
@@ -61,10 +61,24 @@ struct Kernels {
   void (*layer_norm_backward)(Input dy, Input x, const float* mean, const float* rstd, Input weight,
                               int64_t tokens, int64_t hidden, int64_t num_blocks, Output dx,
                               float* dweight, float* dbias);
+  void (*rms_norm)(Input x, Input weight, float eps, int64_t tokens, int64_t hidden, Output y,
+                   float* rstd);
+  // dweight [num_blocks, hidden]
+  void (*rms_norm_backward)(Input dy, Input x, const float* rstd, Input weight, int64_t tokens,
+                            int64_t hidden, int64_t num_blocks, Output dx, float* dweight);
   void (*gelu)(Input x, int64_t n, Output y);
   void (*gelu_backward)(Input dy, Input x, int64_t n, Output dx);
   void (*gelu_erf)(Input x, int64_t n, Output y);
   void (*gelu_erf_backward)(Input dy, Input x, int64_t n, Output dx);
+  void (*silu)(Input x, int64_t n, Output y);
+  void (*silu_backward)(Input dy, Input x, int64_t n, Output dx);
+  void (*swiglu)(Input gate, Input value, int64_t n, Output y);
+  void (*swiglu_backward)(Input dy, Input gate, Input value, int64_t n, Output dgate,
+                          Output dvalue);
+  // [rows, length]
+  void (*softmax)(Input scores, int64_t rows, int64_t length, float scale, Output probs);
+  void (*softmax_backward)(Input dprobs, Input probs, int64_t rows, int64_t length, float scale,
+                           Output dscores);
   // [num, length, length]
   void (*causal_softmax)(Input scores, int64_t num, int64_t length, float scale, Output probs);
   void (*causal_softmax_backward)(Input dprobs, Input probs, int64_t num, int64_t length,

@@ -1,8 +1,8 @@
-// LayerNorm and GELU, forward and backward.
+// LayerNorm, RMSNorm and the activations, forward and backward.
 #pragma once
 
+#include "canonical/activation.hpp"
 #include "canonical/dispatch.hpp"
-#include "canonical/elementary.hpp"
 #include "canonical/scratch.hpp"
 #include "canonical/tree.hpp"
 
@@ -44,7 +44,7 @@ inline void layer_norm(Input x, Input weight, Input bias, float eps, int64_t tok
         store_raw(sums + i, d * d);
       });
       const float variance = row_tree(sums, hidden) / num;
-      const float r = 1.0f / sqrt(set<Vec>(variance + eps))[0];
+      const float r = rsqrt(variance + eps);
       for_lanes(hidden, [&](int64_t i, auto lanes) {
         const Vec normalized = load<Float32>(row + i) * r;
         store<X>(as<X>(y) + t * hidden + i,
@@ -107,69 +107,138 @@ inline void layer_norm_backward(Input dy, Input x, const float* mean, const floa
   });
 }
 
-// GELU in its tanh form is x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
-constexpr float kGeluCubic = 0.044715f;
-constexpr float kGeluMinus2Scale = -1.59576912f;  // -2 sqrt(2 / pi)
-constexpr float kGeluSlopeCubic = 0.21406444f;    // 2 sqrt(2 / pi) * 3 * 0.044715
-constexpr float kGeluSlope = 1.59576912f;
+inline void rms_norm(Input x, Input weight, float eps, int64_t tokens, int64_t hidden, Output y,
+                     float* rstd) {
+  const int64_t row_room = hidden + kRowTreePadding;
+  Scratch scratch(3 * row_room);
+  float* w = scratch.data();
+  float* row = w + row_room;
+  float* sums = row + row_room;
+  widen(weight, hidden, w);
+  const float num = static_cast<float>(hidden);
+  with_dtype(x.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    for (int64_t t = 0; t < tokens; t++) {
+      for_lanes(hidden, [&](int64_t i, auto lanes) {
+        const Vec v = load<X>(as<X>(x) + t * hidden + i, lanes);
+        store_raw(row + i, v);
+        store_raw(sums + i, v * v);
+      });
+      const float r = rsqrt(row_tree(sums, hidden) / num + eps);
+      for_lanes(hidden, [&](int64_t i, auto lanes) {
+        const Vec normalized = load<Float32>(row + i) * r;
+        store<X>(as<X>(y) + t * hidden + i, normalized * load<Float32>(w + i), lanes);
+      });
+      rstd[t] = canonical_nan(r);
+    }
+  });
+}
 
-// exp(-2 u), from which sigmoid(2 u) = s and 1 - s = exp(-2 u) * s follow.
-CANONICAL_FN Vec gelu_exp(Vec x) {
-  return exp(fma((x * x) * x, set<Vec>(kGeluCubic), x) * kGeluMinus2Scale);
+inline void rms_norm_backward(Input dy, Input x, const float* rstd, Input weight, int64_t tokens,
+                              int64_t hidden, int64_t num_blocks, Output dx, float* dweight) {
+  const int64_t row_room = hidden + kRowTreePadding;
+  Scratch scratch(4 * row_room);
+  float* w = scratch.data();
+  float* g = w + row_room;
+  float* normalized = g + row_room;
+  float* sums = normalized + row_room;
+  widen(weight, hidden, w);
+  const float num = static_cast<float>(hidden);
+  with_dtype(x.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    for (int64_t t = 0; t < tokens; t++) {
+      for_lanes(hidden, [&](int64_t i, auto lanes) {
+        const Vec n = load<X>(as<X>(x) + t * hidden + i, lanes) * rstd[t];
+        const Vec v = load<X>(as<X>(dy) + t * hidden + i, lanes) * load<Float32>(w + i);
+        store_raw(normalized + i, n);
+        store_raw(g + i, v);
+        store_raw(sums + i, v * n);
+      });
+      const Vec c = set<Vec>(row_tree(sums, hidden) / num);
+      for_lanes(hidden, [&](int64_t i, auto lanes) {
+        const Vec v = fma(load<Float32>(normalized + i), -c, load<Float32>(g + i)) * rstd[t];
+        store<X>(as<X>(dx) + t * hidden + i, v, lanes);
+      });
+    }
+    const int64_t block = tokens / num_blocks;
+    for (int64_t number = 0; number < num_blocks; number++) {
+      const int64_t first = number * block;
+      for_lanes(hidden, [&](int64_t i, auto lanes) {
+        const Vec sum = column_tree(block, [&](int64_t t) {
+          const int64_t element = (first + t) * hidden + i;
+          const Vec n = load<X>(as<X>(x) + element, lanes) * rstd[first + t];
+          return load<X>(as<X>(dy) + element, lanes) * n;
+        });
+        store<Float32>(dweight + number * hidden + i, sum, lanes);
+      });
+    }
+  });
+}
+
+template <class Function>
+inline void activation(Input x, int64_t n, Output y, Function function) {
+  with_dtype(x.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    for_lanes(n, [&](int64_t i, auto lanes) {
+      store<X>(as<X>(y) + i, function(load<X>(as<X>(x) + i, lanes)), lanes);
+    });
+  });
+}
+
+template <class Derivative>
+inline void activation_backward(Input dy, Input x, int64_t n, Output dx, Derivative derivative) {
+  with_dtype(x.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    for_lanes(n, [&](int64_t i, auto lanes) {
+      const Vec slope = derivative(load<X>(as<X>(x) + i, lanes));
+      store<X>(as<X>(dx) + i, load<X>(as<X>(dy) + i, lanes) * slope, lanes);
+    });
+  });
 }
 
 inline void gelu(Input x, int64_t n, Output y) {
-  with_dtype(x.dtype, [&](auto x_type) {
-    using X = decltype(x_type);
-    for_lanes(n, [&](int64_t i, auto lanes) {
-      const Vec v = load<X>(as<X>(x) + i, lanes);
-      store<X>(as<X>(y) + i, v * sigmoid_of_exp(gelu_exp(v)), lanes);
-    });
-  });
+  activation(x, n, y, [&](Vec v) { return gelu(v); });
 }
 
 inline void gelu_backward(Input dy, Input x, int64_t n, Output dx) {
-  with_dtype(x.dtype, [&](auto x_type) {
-    using X = decltype(x_type);
-    for_lanes(n, [&](int64_t i, auto lanes) {
-      // Beyond 10 the derivative is 1 or 0 to the last bit; the clamp keeps exp and x^2 finite.
-      Vec v = load<X>(as<X>(x) + i, lanes);
-      v = select(v < -10.0f, set<Vec>(-10.0f), select(v > 10.0f, set<Vec>(10.0f), v));
-      const Vec e = gelu_exp(v), s = sigmoid_of_exp(e);
-      const Vec slope = fma(v * v, set<Vec>(kGeluSlopeCubic), set<Vec>(kGeluSlope));
-      const Vec derivative = fma((v * s) * (e * s), slope, s);
-      store<X>(as<X>(dx) + i, load<X>(as<X>(dy) + i, lanes) * derivative, lanes);
-    });
-  });
-}
-
-// GELU itself is x * Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2.
-constexpr float kSqrtHalf = 0.707106769f;
-constexpr float kNormalDensity = 0.398942292f;  // 1 / sqrt(2 pi)
-
-CANONICAL_FN Vec normal_cdf(Vec x) {
-  return fma(erf(x * kSqrtHalf), set<Vec>(0.5f), set<Vec>(0.5f));
+  activation_backward(dy, x, n, dx, [&](Vec v) { return gelu_derivative(v); });
 }
 
 inline void gelu_erf(Input x, int64_t n, Output y) {
-  with_dtype(x.dtype, [&](auto x_type) {
-    using X = decltype(x_type);
+  activation(x, n, y, [&](Vec v) { return gelu_erf(v); });
+}
+
+inline void gelu_erf_backward(Input dy, Input x, int64_t n, Output dx) {
+  activation_backward(dy, x, n, dx, [&](Vec v) { return gelu_erf_derivative(v); });
+}
+
+inline void silu(Input x, int64_t n, Output y) {
+  activation(x, n, y, [&](Vec v) { return silu(v); });
+}
+
+inline void silu_backward(Input dy, Input x, int64_t n, Output dx) {
+  activation_backward(dy, x, n, dx, [&](Vec v) { return silu_derivative(v); });
+}
+
+inline void swiglu(Input gate, Input value, int64_t n, Output y) {
+  with_dtype(gate.dtype, [&](auto type) {
+    using T = decltype(type);
     for_lanes(n, [&](int64_t i, auto lanes) {
-      const Vec v = load<X>(as<X>(x) + i, lanes);
-      store<X>(as<X>(y) + i, v * normal_cdf(v), lanes);
+      const Vec activated = silu(load<T>(as<T>(gate) + i, lanes));
+      store<T>(as<T>(y) + i, activated * load<T>(as<T>(value) + i, lanes), lanes);
     });
   });
 }
 
-inline void gelu_erf_backward(Input dy, Input x, int64_t n, Output dx) {
-  with_dtype(x.dtype, [&](auto x_type) {
-    using X = decltype(x_type);
+inline void swiglu_backward(Input dy, Input gate, Input value, int64_t n, Output dgate,
+                            Output dvalue) {
+  with_dtype(gate.dtype, [&](auto type) {
+    using T = decltype(type);
     for_lanes(n, [&](int64_t i, auto lanes) {
-      Vec v = load<X>(as<X>(x) + i, lanes);
-      v = select(v < -10.0f, set<Vec>(-10.0f), select(v > 10.0f, set<Vec>(10.0f), v));
-      const Vec density = exp((v * v) * -0.5f) * kNormalDensity;
-      const Vec derivative = fma(v, density, normal_cdf(v));
-      store<X>(as<X>(dx) + i, load<X>(as<X>(dy) + i, lanes) * derivative, lanes);
+      const Vec g = load<T>(as<T>(gate) + i, lanes), d = load<T>(as<T>(dy) + i, lanes);
+      const Vec dactivated = d * load<T>(as<T>(value) + i, lanes);
+      store<T>(as<T>(dgate) + i, dactivated * silu_derivative(g), lanes);
+      store<T>(as<T>(dvalue) + i, d * silu(g), lanes);
     });
   });
 }

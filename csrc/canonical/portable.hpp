@@ -50,6 +50,15 @@ CANONICAL_FN float fma(float a, float b, float c) {
 #endif
 }
 
+// Correctly rounded.
+CANONICAL_FN float sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
 CANONICAL_FN float canonical_nan(float x) {
   return x != x ? as_float(static_cast<int32_t>(kNanBits)) : x;
 }

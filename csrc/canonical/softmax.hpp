@@ -1,4 +1,4 @@
-// Causal softmax, padded softmax and cross entropy, forward and backward.
+// Softmax (plain, causal, padded) and cross entropy, forward and backward.
 #pragma once
 
 #include "canonical/dispatch.hpp"
@@ -69,6 +69,16 @@ inline void masked_softmax_backward(Input dprobs, Input probs, int64_t rows, int
       });
     }
   });
+}
+
+inline void softmax(Input scores, int64_t rows, int64_t length, float scale, Output probs) {
+  masked_softmax(scores, rows, length, scale, probs, [&](int64_t) { return length; });
+}
+
+inline void softmax_backward(Input dprobs, Input probs, int64_t rows, int64_t length, float scale,
+                             Output dscores) {
+  masked_softmax_backward(dprobs, probs, rows, length, scale, dscores,
+                          [&](int64_t) { return length; });
 }
 
 inline void causal_softmax(Input scores, int64_t num, int64_t length, float scale, Output probs) {

@@ -109,6 +109,10 @@ inline void elementwise(Elementwise function, const float* x, int64_t n, float* 
       return map(x, n, out, [&](Vec v) { return tanh(v); });
     case Elementwise::kErf:
       return map(x, n, out, [&](Vec v) { return erf(v); });
+    case Elementwise::kSigmoid:
+      return map(x, n, out, [&](Vec v) { return sigmoid(v); });
+    case Elementwise::kRsqrt:
+      return map(x, n, out, [&](Vec v) { return rsqrt(v); });
   }
 }
 

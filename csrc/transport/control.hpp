@@ -33,9 +33,9 @@ struct alignas(64) RankLine {
   // Point to point: peers ring when data or room has come for this rank.
   alignas(64) std::atomic<uint32_t> bell;
   std::atomic<uint32_t> asleep;
-  std::atomic<uint32_t> checks;        // this rank asked for payload digests
-  std::atomic<uint32_t> reads_peers;   // this rank can read the memory of all others
-  uint64_t self_address;               // where its ProcessId lies, for them to try
+  std::atomic<uint32_t> checks;              // this rank asked for payload digests
+  std::atomic<uint32_t> reads_peers;         // this rank can read the memory of all others
+  uint64_t self_address;                     // where its ProcessId lies, for them to try
   alignas(64) SharedText<kSiteNbytes> site;  // of the last call; "" when unknown
   SharedText<352> waiting;                   // what it has waited for elsewhere, see Waiting
 };

@@ -157,10 +157,10 @@ void Group::barrier() {
   wait_generation(epoch);
 }
 
-// Ranks that share cores: three on one core and one on the other take twice the time of two and two,
-// and the scheduler, which sees cores that are all busy, leaves them so for long. The last rank of a
-// crowded core goes to the emptiest one. It is not pinned there, and each time it is moved back soon
-// (a core may be busy with something else) it waits longer before it tries again.
+// Ranks that share cores: three on one core and one on the other take twice the time of two and
+// two, and the scheduler, which sees cores that are all busy, leaves them so for long. The last
+// rank of a crowded core goes to the emptiest one. It is not pinned there, and each time it is
+// moved back soon (a core may be busy with something else) it waits longer before it tries again.
 void Group::spread_over_cores() {
   const auto now = Clock::now();
   if (now < next_spread_) return;

@@ -1,17 +1,19 @@
-"""The builtin engine: training in canonical arithmetic, cut over tp, sp, pp and dp.
+"""The builtin engine: training in canonical or native arithmetic, cut over tp, sp, pp and dp.
 
 One step, in Megatron-LM's order: microbatches -> reduce gradients -> unscale, agree on overflow ->
 global norm, clip -> count zeros -> AdamW on this rank's slices -> gather parameters.
 """
 
 import hashlib
+import resource
 import time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from primitives import canonical
+from primitives import arithmetic
+from primitives.arithmetic import kernels
 from primitives.checkpoint import CheckpointManager
 from scenarios.data import make_dataset
 from scenarios.engines.training_state import TrainingState
@@ -49,9 +51,14 @@ def train(scenario: Scenario, run: RunContext) -> None:
 
     Contract: called on every rank, with torch.distributed initialised over exactly
     ``scenario.layout.world_size`` ranks.
-    Numerics: every logged number but the time is the same bits in every layout and for every bucket
-    size, overlap flag and resume point.
+    Numerics: in canonical arithmetic every logged number but time and memory is the same bits in
+    every layout and for every bucket size, overlap flag and resume point.
     """
+    with arithmetic.use(scenario.arithmetic):
+        _train(scenario, run)
+
+
+def _train(scenario: Scenario, run: RunContext) -> None:
     trainer = Trainer(scenario)
     manager = CheckpointManager(run.checkpoint_dir)
     if run.resume:
@@ -62,6 +69,7 @@ def train(scenario: Scenario, run: RunContext) -> None:
         start_s = time.perf_counter()
         metrics = trainer.train_step()
         metrics["iteration-time"] = time.perf_counter() - start_s
+        metrics["mem-max-allocated-bytes"] = _peak_resident_nbytes()
         if dist.get_rank() == 0:
             run.log(step, metrics)
         if save_interval is not None and step % save_interval == 0:
@@ -143,7 +151,7 @@ class Trainer:
         aux = gathered[:, len(losses) : count].reshape(len(gathered), *aux_losses.shape)
         # The replicas hold their microbatches in order, so this is the tree over all of them.
         means = gathered[self.mesh.loss_ranks(), : len(losses)].reshape(self.num_microbatches, -1)
-        means = canonical.tree_sum(means) / torch.tensor(float(self.num_microbatches))
+        means = kernels.tree_sum(means) / torch.tensor(float(self.num_microbatches))
         overflow = self.scaler.dynamic and not bool((gathered[:, count] == 1.0).all())
 
         norm: float | None = None
@@ -228,6 +236,11 @@ class Trainer:
         digest = hashlib.sha256("\n".join(leaves.names).encode())
         digest.update(leaves.sort(digests).numpy().tobytes())
         return num_zeros, norm, digest.hexdigest()
+
+
+def _peak_resident_nbytes() -> int:
+    """The largest resident set that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _loss_scaler(scenario: Scenario) -> LossScaler:

@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from scenarios.data import Batch, BertBatch
 from scenarios.parallel.microbatch import Microbatch
 
@@ -45,14 +45,14 @@ class BertMicrobatch(Microbatch):
 
         Megatron-LM also hides all keys from padded queries, which no loss and no other token sees.
         """
-        return canonical.padded_softmax(scores, self._visible(scores, heads_per_part), scale)
+        return kernels.padded_softmax(scores, self._visible(scores, heads_per_part), scale)
 
     def softmax_backward(
         self, dprobs: Tensor, probs: Tensor, heads_per_part: int, scale: float
     ) -> Tensor:
         """The gradient of ``softmax``."""
         visible = self._visible(probs, heads_per_part)
-        return canonical.padded_softmax_backward(dprobs, probs, visible, scale)
+        return kernels.padded_softmax_backward(dprobs, probs, visible, scale)
 
     def _visible(self, scores: Tensor, heads_per_part: int) -> Tensor:
         """[local parts * samples * heads_per_part] int64, in the order of the scores."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from scenarios.models.mlp import Mlp
 from scenarios.moe_config import MoeConfig
 from scenarios.parallel.experts import RoutedExperts
@@ -24,7 +24,7 @@ class _Fork(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = canonical.tree_sum(torch.stack(gradients), out_dtype=gradients[0].dtype)
+        total = kernels.tree_sum(torch.stack(gradients), out_dtype=gradients[0].dtype)
         return total, None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import ColumnLinear, RowLinear
 from scenarios.parallel.microbatch import Microbatch
@@ -39,11 +39,11 @@ class _CoreAttention(Function):
 
         by_head = qkv.view(ctx.split_shape).permute(4, 0, 2, 3, 1, 5).contiguous()
         q, k, v = by_head.view(3, -1, mb.seq_length, head_dim).unbind()  # [C * b * heads, s, d]
-        scores = canonical.gemm(q, k, transpose_b=True, alpha=ctx.alpha, out_dtype=q.dtype)
+        scores = kernels.gemm(q, k, transpose_b=True, alpha=ctx.alpha, out_dtype=q.dtype)
         probs = mb.softmax(scores, heads, float(layer_number))
         dropped = _dropout(probs, ctx)
         ctx.save_for_backward(q, k, v, probs, dropped)
-        context = canonical.gemm(dropped, v, out_dtype=q.dtype)
+        context = kernels.gemm(dropped, v, out_dtype=q.dtype)
         context = context.view(parts, mb.num_samples, heads, mb.seq_length, head_dim)
         return context.permute(0, 3, 1, 2, 4).reshape(parts, num_tokens, heads * head_dim)
 
@@ -54,11 +54,11 @@ class _CoreAttention(Function):
         dcontext = dcontext.reshape(parts, seq_length, num_samples, heads, head_dim)
         dcontext = dcontext.permute(0, 2, 3, 1, 4).reshape(-1, seq_length, head_dim)
         dtype = q.dtype
-        dv = canonical.gemm(dropped, dcontext, transpose_a=True, out_dtype=dtype)
-        dprobs = _dropout(canonical.gemm(dcontext, v, transpose_b=True, out_dtype=dtype), ctx)
+        dv = kernels.gemm(dropped, dcontext, transpose_a=True, out_dtype=dtype)
+        dprobs = _dropout(kernels.gemm(dcontext, v, transpose_b=True, out_dtype=dtype), ctx)
         dscores = ctx.mb.softmax_backward(dprobs, probs, heads, float(ctx.layer_number))
-        dq = canonical.gemm(dscores, k, alpha=ctx.alpha, out_dtype=dtype)
-        dk = canonical.gemm(dscores, q, transpose_a=True, alpha=ctx.alpha, out_dtype=dtype)
+        dq = kernels.gemm(dscores, k, alpha=ctx.alpha, out_dtype=dtype)
+        dk = kernels.gemm(dscores, q, transpose_a=True, alpha=ctx.alpha, out_dtype=dtype)
         by_head = torch.stack((dq, dk, dv))
         by_head = by_head.view(3, parts, num_samples, heads, seq_length, head_dim)
         dqkv = by_head.permute(1, 4, 2, 3, 0, 5).reshape(parts, seq_length * num_samples, -1)
@@ -71,7 +71,7 @@ _core_attention: Callable[..., Tensor] = _CoreAttention.apply
 def _dropout(probs: Tensor, ctx: Any) -> Tensor:
     """Dropout of [heads, s, s] by global (sample, head, query) row."""
     rows = probs.view(-1, probs.shape[-1])
-    return canonical.dropout(rows, ctx.probability, ctx.key, ctx.row_ids).view_as(probs)
+    return kernels.dropout(rows, ctx.probability, ctx.key, ctx.row_ids).view_as(probs)
 
 
 class SelfAttention(torch.nn.Module):

@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from scenarios.parallel.mesh import Mesh
 
 
@@ -106,7 +106,7 @@ class Dispatch:
         """
         etp, own = self._etp.num_ranks, self._columns[self._etp.rank]
         pieces = self._etp.all_to_all_rows(partials[self._arrival], self._columns, [own] * etp)
-        rows = canonical.tree_sum(pieces.view(etp, own, partials.shape[1]), out_dtype=dtype)
+        rows = kernels.tree_sum(pieces.view(etp, own, partials.shape[1]), out_dtype=dtype)
         return self._ep.all_to_all_rows(rows, self._received, self._sent)
 
 

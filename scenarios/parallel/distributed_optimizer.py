@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_SLICES
 from scenarios.parallel.buckets import Bucket, Shard
 from scenarios.parallel.leaves import LeafRun, LeafTable
@@ -65,7 +65,7 @@ class DistributedOptimizer:
             if spec.init_std:
                 key = random_key(seed, "init", spec.name)
                 first = spec.first_block * (spec.numel // spec.num_blocks)
-                full = canonical.random_normal(spec.shape, key, first) * spec.init_std
+                full = kernels.random_normal(spec.shape, key, first) * spec.init_std
             blocks = full.view(spec.num_blocks, NUM_SLICES, spec.slice_numel)
             shard.main.copy_(blocks[:, run.slices.start : run.slices.stop])
 
@@ -92,11 +92,11 @@ class DistributedOptimizer:
 
     def gradient_leaves(self) -> Tensor:
         """[leaves] fp32: this rank's sums of squares of the gradients."""
-        return torch.cat([canonical.sum_of_squares(s.grad).view(-1) for s in self.shards])
+        return torch.cat([kernels.sum_of_squares(s.grad).view(-1) for s in self.shards])
 
     def parameter_leaves(self) -> Tensor:
         """[leaves] fp32: this rank's sums of squares of the main parameters."""
-        return torch.cat([canonical.sum_of_squares(s.main).view(-1) for s in self.shards])
+        return torch.cat([kernels.sum_of_squares(s.main).view(-1) for s in self.shards])
 
     def digest_leaves(self, kind: str) -> Tensor:
         """[leaves, 32] uint8: SHA-256 of this rank's slices of ``main``, ``exp_avg``, ..."""
@@ -121,7 +121,7 @@ class DistributedOptimizer:
     def count_zeros(self) -> int:
         """Exact zeros in the gradients for which this rank speaks: all ranks' sum counts each."""
         return sum(
-            canonical.count_zeros(shard.grad)
+            kernels.count_zeros(shard.grad)
             for shard, owned in zip(self.shards, self.leaves.owned, strict=True)
             if owned
         )
@@ -131,7 +131,7 @@ class DistributedOptimizer:
         self._count_update()
         config = self._config
         for shard in self.shards:
-            canonical.adam_step(
+            kernels.adam_step(
                 shard.main,
                 shard.grad,
                 shard.exp_avg,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from scenarios.parallel.dispatch import Dispatch
 from scenarios.parallel.layers import Layer
 from scenarios.parallel.mesh import Mesh
@@ -54,33 +54,33 @@ class _RoutedExperts(Function):
         rows = dispatch.to_experts(dispatch.to_slots(by_slot))
         hidden, partials = [], []
         for span, (fc1, fc2) in zip(dispatch.spans, weights, strict=True):
-            before = canonical.gemm(rows[span], fc1, transpose_b=True, out_dtype=x.dtype)
-            parts = canonical.gemm(canonical.gelu_erf(before), fc2, transpose_b=True)
+            before = kernels.gemm(rows[span], fc1, transpose_b=True, out_dtype=x.dtype)
+            parts = kernels.gemm(kernels.gelu_erf(before), fc2, transpose_b=True)
             hidden.append(before)  # [parts, n, f / C]
-            partials.append(canonical.tree_sum(parts))  # [n, h]
+            partials.append(kernels.tree_sum(parts))  # [n, h]
         outputs = dispatch.from_slots(dispatch.from_experts(torch.cat(partials), x.dtype))
         ctx.save_for_backward(probs, rows, outputs)
         ctx.dispatch, ctx.module, ctx.mb = dispatch, module, mb
         ctx.weights, ctx.hidden = weights, hidden
-        return canonical.tree_sum(probs[:, :, None] * outputs.float(), 1, out_dtype=x.dtype)
+        return kernels.tree_sum(probs[:, :, None] * outputs.float(), 1, out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         probs, rows, outputs = ctx.saved_tensors
         dispatch: Dispatch = ctx.dispatch
         dout_wide = dout.float()[:, None]  # [T, 1, h]
-        dprobs = canonical.row_sum(dout_wide * outputs.float())
+        dprobs = kernels.row_sum(dout_wide * outputs.float())
         by_slot = (probs[:, :, None] * dout_wide).to(dout.dtype)
         dy = dispatch.to_experts(dispatch.to_slots(by_slot))
         dhidden, partials = [], []
         for span, before, (fc1, fc2) in zip(dispatch.spans, ctx.hidden, ctx.weights, strict=True):
-            dact = canonical.gemm(dy[span], fc2, out_dtype=dy.dtype)
-            dbefore = canonical.gelu_erf_backward(dact, before)
+            dact = kernels.gemm(dy[span], fc2, out_dtype=dy.dtype)
+            dbefore = kernels.gelu_erf_backward(dact, before)
             dhidden.append(dbefore)
-            partials.append(canonical.tree_sum(canonical.gemm(dbefore, fc1)))
+            partials.append(kernels.tree_sum(kernels.gemm(dbefore, fc1)))
         _push_weight_gradients(ctx, rows, dy, dhidden)
         dx = dispatch.from_slots(dispatch.from_experts(torch.cat(partials), dout.dtype))
-        return canonical.tree_sum(dx, 1, out_dtype=dout.dtype), dprobs, None, None, None
+        return kernels.tree_sum(dx, 1, out_dtype=dout.dtype), dprobs, None, None, None
 
 
 _routed_experts: Callable[..., Tensor] = _RoutedExperts.apply
@@ -92,10 +92,10 @@ def _push_weight_gradients(ctx: Any, rows: Tensor, dy: Tensor, dhidden: list[Ten
     for run in ctx.dispatch.runs:
         start = ctx.dispatch.spans[run.expert].start
         local = slice(run.rows.start - start, run.rows.stop - start)
-        act = canonical.gelu_erf(ctx.hidden[run.expert][:, local].contiguous())
-        dfc2 = canonical.gemm(dy[run.rows], act, transpose_a=True)
+        act = kernels.gelu_erf(ctx.hidden[run.expert][:, local].contiguous())
+        dfc2 = kernels.gemm(dy[run.rows], act, transpose_a=True)
         ctx.mb.gradients.push(fc2[run.expert].name, run.microbatch, dfc2)
-        dfc1 = canonical.gemm(dhidden[run.expert][:, local], rows[run.rows], transpose_a=True)
+        dfc1 = kernels.gemm(dhidden[run.expert][:, local], rows[run.rows], transpose_a=True)
         ctx.mb.gradients.push(fc1[run.expert].name, run.microbatch, dfc1)
 
 

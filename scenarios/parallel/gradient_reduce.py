@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.rank_group import RankGroup
 from scenarios.parallel.buckets import Bucket, Shard
 from scenarios.parallel.mesh import Mesh
@@ -119,7 +119,7 @@ class GradientReducer:
                 if len(partials) == 1:
                     shard.grad.copy_(partials[0])
                 else:
-                    shard.grad.copy_(canonical.tree_sum(partials))
+                    shard.grad.copy_(kernels.tree_sum(partials))
         shards = [shard for bucket in self._buckets for shard in bucket.shards.values()]
         if self._mesh.sp:
             _all_reduce([s for s in shards if s.spec.sums_tokens], self._mesh.tp)

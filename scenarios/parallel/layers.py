@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.microbatch import Microbatch
 from scenarios.parallel.parameters import (
@@ -62,9 +62,9 @@ def sum_parts(
     Numerics: this rank's parts are a subtree, and the collective adds the upper levels.
     """
     if mesh.tp.num_ranks == 1:
-        return canonical.tree_sum(partials, bias=bias, out_dtype=dtype)
-    total = mesh.sum_over_tp(canonical.tree_sum(partials))
-    return canonical.tree_sum(total[None], bias=bias, out_dtype=dtype)
+        return kernels.tree_sum(partials, bias=bias, out_dtype=dtype)
+    total = mesh.sum_over_tp(kernels.tree_sum(partials))
+    return kernels.tree_sum(total[None], bias=bias, out_dtype=dtype)
 
 
 class _ColumnLinear(Function):
@@ -75,7 +75,7 @@ class _ColumnLinear(Function):
         x = mb.mesh.gather_tokens(x)  # [T, in]
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.gradient, ctx.mb = bias is not None, gradient, mb
-        return canonical.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
+        return kernels.gemm(x, weight, transpose_b=True, bias=bias, out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,10 +83,10 @@ class _ColumnLinear(Function):
         mb = ctx.mb
         dy = dy.contiguous()  # [parts, T, out / C]
         if ctx.has_bias:
-            dbias = canonical.token_block_sum(dy.view(-1, dy.shape[-1]), len(dy))
+            dbias = kernels.token_block_sum(dy.view(-1, dy.shape[-1]), len(dy))
             mb.gradients.push(_bias_name(ctx.gradient), mb.index, dbias)
-        mb.gradients.push(ctx.gradient, mb.index, canonical.gemm(dy, x, transpose_a=True))
-        dx = sum_parts(canonical.gemm(dy, weight), mb.mesh, dy.dtype)
+        mb.gradients.push(ctx.gradient, mb.index, kernels.gemm(dy, x, transpose_a=True))
+        dx = sum_parts(kernels.gemm(dy, weight), mb.mesh, dy.dtype)
         return dx, None, None, None, None
 
 
@@ -130,7 +130,7 @@ class _RowLinear(Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.gradient, ctx.mb = bias is not None, gradient, mb
-        partials = canonical.gemm(x, weight, transpose_b=True)  # [parts, T, out]
+        partials = kernels.gemm(x, weight, transpose_b=True)  # [parts, T, out]
         return sum_parts(partials, mb.mesh, x.dtype, bias)
 
     @staticmethod
@@ -139,11 +139,11 @@ class _RowLinear(Function):
         mb = ctx.mb
         dy = dy.contiguous()  # [L, out]
         if ctx.has_bias:
-            dbias = canonical.token_block_sum(dy, mb.num_token_blocks)
+            dbias = kernels.token_block_sum(dy, mb.num_token_blocks)
             mb.gradients.push(_bias_name(ctx.gradient), mb.index, dbias)
         dy = mb.mesh.gather_tokens(dy)  # [T, out]
-        mb.gradients.push(ctx.gradient, mb.index, canonical.gemm(dy, x, transpose_a=True))
-        return canonical.gemm(dy, weight, out_dtype=dy.dtype), None, None, None, None
+        mb.gradients.push(ctx.gradient, mb.index, kernels.gemm(dy, x, transpose_a=True))
+        return kernels.gemm(dy, weight, out_dtype=dy.dtype), None, None, None, None
 
 
 _row_linear: Callable[..., Tensor] = _RowLinear.apply
@@ -180,7 +180,7 @@ class _LayerNorm(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, name: str, mb: Microbatch
     ) -> Tensor:
-        y, mean, rstd = canonical.layer_norm(x, weight, bias, eps)
+        y, mean, rstd = kernels.layer_norm(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.name, ctx.mb = name, mb
         return y
@@ -189,7 +189,7 @@ class _LayerNorm(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         name, mb = ctx.name, ctx.mb
-        dx, dweight, dbias = canonical.layer_norm_backward(
+        dx, dweight, dbias = kernels.layer_norm_backward(
             dy.contiguous(), x, mean, rstd, weight, mb.num_token_blocks
         )
         mb.gradients.push(f"{name}.weight", mb.index, dweight)
@@ -221,12 +221,12 @@ class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return canonical.gelu(x)
+        return kernels.gelu(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return canonical.gelu_backward(dy.contiguous(), x)
+        return kernels.gelu_backward(dy.contiguous(), x)
 
 
 _gelu: Callable[..., Tensor] = _Gelu.apply
@@ -243,12 +243,12 @@ class _DropoutAdd(Function):
         ctx: Any, y: Tensor, residual: Tensor, probability: float, key: int, token_ids: Tensor
     ) -> Tensor:
         ctx.probability, ctx.key, ctx.token_ids = probability, key, token_ids
-        return canonical.dropout_add(y, residual, probability, key, token_ids)
+        return kernels.dropout_add(y, residual, probability, key, token_ids)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dout = dout.contiguous()
-        dy = canonical.dropout(dout, ctx.probability, ctx.key, ctx.token_ids)
+        dy = kernels.dropout(dout, ctx.probability, ctx.key, ctx.token_ids)
         return dy, dout, None, None, None
 
 

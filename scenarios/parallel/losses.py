@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_PARTS
 
 
@@ -34,7 +34,7 @@ class Loss:
         values = self.values
         if self.counted is not None:
             values = torch.where(self.counted, values, 0.0)
-        total = canonical.tree_sum(canonical.token_block_sum(values[:, None], self.num_blocks))
+        total = kernels.tree_sum(kernels.token_block_sum(values[:, None], self.num_blocks))
         return (total / torch.tensor(float(self.num_counted))).reshape(())
 
     def gradient(self, scale: float, num_microbatches: int) -> Tensor:

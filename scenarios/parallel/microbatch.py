@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_PARTS
 from scenarios.parallel.mesh import Mesh
 from scenarios.parallel.random_keys import random_key
@@ -97,13 +97,13 @@ class Microbatch:
             heads_per_part: see there.
             scale: factor of the scores.
         """
-        return canonical.causal_softmax(scores, scale)
+        return kernels.causal_softmax(scores, scale)
 
     def softmax_backward(
         self, dprobs: Tensor, probs: Tensor, heads_per_part: int, scale: float
     ) -> Tensor:
         """The gradient of ``softmax``."""
-        return canonical.causal_softmax_backward(dprobs, probs, scale)
+        return kernels.causal_softmax_backward(dprobs, probs, scale)
 
     def dropout_key(self, layer: int | str, site: str) -> int:
         """The key of one dropout site."""

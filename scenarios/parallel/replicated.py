@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_PARTS, NUM_SLICES
 from scenarios.parallel.layers import Layer
 from scenarios.parallel.microbatch import Microbatch
@@ -29,20 +29,20 @@ class _ReplicatedLinear(Function):
         ctx.save_for_backward(x, weight)
         ctx.bias_numel, ctx.name, ctx.num_blocks, ctx.mb = bias.numel(), name, num_blocks, mb
         used = bias[: len(weight)]
-        return canonical.gemm(x, weight, transpose_b=True, bias=used, out_dtype=x.dtype)
+        return kernels.gemm(x, weight, transpose_b=True, bias=used, out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         name, mb, num_blocks = ctx.name, ctx.mb, ctx.num_blocks
         dy = dy.contiguous()  # [T, out]
-        dbias = canonical.token_block_sum(dy, num_blocks)
+        dbias = kernels.token_block_sum(dy, num_blocks)
         dbias = functional.pad(dbias, (0, ctx.bias_numel - dy.shape[1]))
         mb.gradients.push(f"{name}.bias", mb.index, dbias)
         dy_blocks, x_blocks = (t.view(num_blocks, -1, t.shape[1]) for t in (dy, x))
-        dweight = canonical.gemm(dy_blocks, x_blocks, transpose_a=True)
+        dweight = kernels.gemm(dy_blocks, x_blocks, transpose_a=True)
         mb.gradients.push(f"{name}.weight", mb.index, dweight)
-        dx = canonical.gemm(dy, weight, out_dtype=dy.dtype)
+        dx = kernels.gemm(dy, weight, out_dtype=dy.dtype)
         return dx, None, None, None, None, None
 
 
@@ -106,7 +106,7 @@ class ReplicatedLinear(Layer):
 class _Tanh(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = canonical.tanh(x.float()).to(x.dtype)
+        y = kernels.tanh(x.float()).to(x.dtype)
         ctx.save_for_backward(y)
         return y
 
@@ -129,12 +129,12 @@ class _GeluErf(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return canonical.gelu_erf(x)
+        return kernels.gelu_erf(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return canonical.gelu_erf_backward(dy.contiguous(), x)
+        return kernels.gelu_erf_backward(dy.contiguous(), x)
 
 
 _gelu_erf: Callable[..., Tensor] = _GeluErf.apply
@@ -174,14 +174,14 @@ def first_tokens(x: Tensor, mb: Microbatch) -> Tensor:
 class _ClassEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        loss, maximum, sum_exp = canonical.cross_entropy(logits[None], targets)
+        loss, maximum, sum_exp = kernels.cross_entropy(logits[None], targets)
         ctx.save_for_backward(logits, targets, maximum, sum_exp)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, maximum, sum_exp = ctx.saved_tensors
-        dlogits = canonical.cross_entropy_backward(
+        dlogits = kernels.cross_entropy_backward(
             logits[None], targets, maximum, sum_exp, dloss.contiguous()
         )
         return dlogits[0], None

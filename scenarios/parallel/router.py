@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_PARTS
 from scenarios.layout import Layout
 from scenarios.parallel.layers import Layer
@@ -38,13 +38,13 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _softmax(shifted: Tensor) -> Tensor:
     """[T, n] of which the largest is 0 -> exp / tree(exp)."""
-    e = canonical.exp(shifted.contiguous())
-    return e / canonical.row_sum(e)[:, None]
+    e = kernels.exp(shifted.contiguous())
+    return e / kernels.row_sum(e)[:, None]
 
 
 def _softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
     """p * (dp - tree(p * dp)), of [T, n]."""
-    return probs * (dprobs - canonical.row_sum(probs * dprobs)[:, None])
+    return probs * (dprobs - kernels.row_sum(probs * dprobs)[:, None])
 
 
 class _Route(Function):
@@ -52,7 +52,7 @@ class _Route(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, router: "Router", mb: Microbatch
     ) -> tuple[Tensor, Tensor]:
-        logits = canonical.gemm(x, weight, transpose_b=True)  # [T, E]
+        logits = kernels.gemm(x, weight, transpose_b=True)  # [T, E]
         experts, probs = top_k(logits, router.topk)
         scores = _softmax(logits - logits.amax(dim=-1, keepdim=True))
         counts, aux_loss = router.balance(experts, scores, mb)
@@ -72,9 +72,9 @@ class _Route(Function):
         dlogits = _softmax_backward(dscores, scores)
         dlogits.scatter_add_(1, experts, _softmax_backward(dprobs, probs))
         by_block = [value.view(mb.num_token_blocks, -1, value.shape[1]) for value in (dlogits, x)]
-        dweight = canonical.gemm(*by_block, transpose_a=True)  # [token blocks, E, h]
+        dweight = kernels.gemm(*by_block, transpose_a=True)  # [token blocks, E, h]
         mb.gradients.push(router.weight_name, mb.index, dweight)
-        return canonical.gemm(dlogits, weight, out_dtype=x.dtype), None, None, None
+        return kernels.gemm(dlogits, weight, out_dtype=x.dtype), None, None, None
 
 
 _route: Callable[..., tuple[Tensor, Tensor]] = _Route.apply
@@ -91,7 +91,7 @@ def mean_aux_loss(losses: Tensor, layout: Layout) -> float:
     """
     by_axis = losses.view(layout.pp, layout.dp, layout.tp, *losses.shape[1:])[:, :, 0]
     by_layer = by_axis.permute(1, 2, 0, 3).reshape(layout.dp * losses.shape[1], -1).contiguous()
-    total = canonical.tree_sum(canonical.tree_sum(by_layer))
+    total = kernels.tree_sum(kernels.tree_sum(by_layer))
     return (total / torch.tensor(float(by_layer.numel()))).item()
 
 
@@ -160,9 +160,9 @@ class Router(Layer):
         switch_load_balancing_loss_func.
         """
         counts = torch.bincount(experts.flatten(), minlength=self.num_experts).float()
-        sums = canonical.token_block_sum(scores, mb.num_token_blocks)
+        sums = kernels.token_block_sum(scores, mb.num_token_blocks)
         gathered = mb.mesh.gather_tokens(torch.cat((counts[None], sums))[None])
         counts = gathered[:, 0].sum(dim=0)  # whole numbers: any order is exact
         sums = gathered[:, 1:].reshape(NUM_PARTS, self.num_experts).contiguous()
-        total = canonical.row_sum(counts * canonical.tree_sum(sums))
+        total = kernels.row_sum(counts * kernels.tree_sum(sums))
         return counts, total * torch.tensor(self.balance_factor(mb))

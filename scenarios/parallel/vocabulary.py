@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from primitives import canonical
+from primitives.arithmetic import kernels
 from primitives.layout import NUM_PARTS
 from scenarios.parallel.layers import Layer, column_linear
 from scenarios.parallel.mesh import Stage
@@ -38,16 +38,16 @@ class _Embedding(Function):
         if types is not None and token_types is not None:
             ctx.token_types = token_types[mb.local_slice]
             x += types[ctx.token_types]
-        return canonical.dropout(x, probability, ctx.key, ctx.token_ids)
+        return kernels.dropout(x, probability, ctx.key, ctx.token_ids)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         name, mb = ctx.name, ctx.mb
-        dx = canonical.dropout(dx.contiguous(), ctx.probability, ctx.key, ctx.token_ids)
+        dx = kernels.dropout(dx.contiguous(), ctx.probability, ctx.key, ctx.token_ids)
         by_position = dx.view(-1, mb.num_samples, dx.shape[-1]).transpose(0, 1).contiguous()
         dpositions = torch.zeros(ctx.positions_shape)
         # + 0.0: the zeros of other ranks' positions turn -0 into +0 with sequence parallelism.
-        dpositions[_local_positions(mb)] = canonical.tree_sum(by_position) + 0.0
+        dpositions[_local_positions(mb)] = kernels.tree_sum(by_position) + 0.0
         mb.gradients.push(f"{name}.position_embeddings.weight", mb.index, dpositions)
         if ctx.types_shape is not None:
             dtypes = _type_gradient(dx, ctx.token_types, ctx.types_shape, mb.num_token_blocks)
@@ -79,7 +79,7 @@ def _rows_here(shape: torch.Size, mb: Microbatch) -> tuple[Tensor, Tensor]:
 def _look_up(words: Tensor, mb: Microbatch) -> Tensor:
     """[local tokens, h]: a sum over tp ranks, of which one is not zero."""
     rows, here = _rows_here(words.shape, mb)
-    x = canonical.embedding(rows, words).masked_fill_(~here[:, None], 0.0)
+    x = kernels.embedding(rows, words).masked_fill_(~here[:, None], 0.0)
     # + 0.0: as the zeros of other ranks do, turn -0 into +0 when there are none.
     return mb.mesh.sum_over_tp(x) + 0.0
 
@@ -88,14 +88,14 @@ def _look_up_backward(dx: Tensor, shape: torch.Size, mb: Microbatch) -> Tensor:
     """dx [T, h] -> [parts, V / C, h] fp32, this rank's rows."""
     rows, here = _rows_here(shape, mb)
     vocab_shape = (shape[0], shape[1], shape[2])
-    return canonical.embedding_backward(dx[here], rows[here], vocab_shape)
+    return kernels.embedding_backward(dx[here], rows[here], vocab_shape)
 
 
 def _type_gradient(dx: Tensor, types: Tensor, shape: torch.Size, num_blocks: int) -> Tensor:
     """dx [L, h], types [L] -> [blocks, types, h] fp32: a partial sum for each run of tokens."""
     runs = zip(dx.chunk(num_blocks), types.chunk(num_blocks), strict=True)
     vocab_shape = (1, shape[0], shape[1])
-    return torch.cat([canonical.embedding_backward(dy, ids, vocab_shape) for dy, ids in runs])
+    return torch.cat([kernels.embedding_backward(dy, ids, vocab_shape) for dy, ids in runs])
 
 
 class WordTable(Layer):
@@ -217,22 +217,22 @@ class _CrossEntropy(Function):
         tp = mb.mesh.tp
         first = tp.rank * logits.shape[0] * logits.shape[2]
         vocab_size = NUM_PARTS * logits.shape[2]
-        maximum = canonical.vocabulary_max(logits)
+        maximum = kernels.vocabulary_max(logits)
         tp.all_reduce(maximum, dist.ReduceOp.MAX)
         # One collective for both: the tree over ranks ends that over parts; one target is not 0.
         sums = torch.stack(
-            canonical.cross_entropy_sums(logits, mb.labels, maximum, first, vocab_size)
+            kernels.cross_entropy_sums(logits, mb.labels, maximum, first, vocab_size)
         )
         tp.all_reduce(sums)
         sum_exp, target_logit = sums.unbind()
         ctx.save_for_backward(logits, maximum, sum_exp)
         ctx.labels, ctx.first, ctx.vocab_size = mb.labels, first, vocab_size
-        return canonical.cross_entropy_loss(maximum, sum_exp, target_logit)
+        return kernels.cross_entropy_loss(maximum, sum_exp, target_logit)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, maximum, sum_exp = ctx.saved_tensors
-        dlogits = canonical.cross_entropy_backward(
+        dlogits = kernels.cross_entropy_backward(
             logits, ctx.labels, maximum, sum_exp, dloss.contiguous(), ctx.first, ctx.vocab_size
         )
         return dlogits, None

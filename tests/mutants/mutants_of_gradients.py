@@ -102,8 +102,8 @@ GRADIENTS = (
         (
             Edit(
                 OPTIMIZER,
-                "[canonical.sum_of_squares(s.grad).view(-1) for s in self.shards]",
-                "[canonical.sum_of_squares(s.grad).view(-1)"
+                "[kernels.sum_of_squares(s.grad).view(-1) for s in self.shards]",
+                "[kernels.sum_of_squares(s.grad).view(-1)"
                 ' * float(s.spec.name != "decoder.final_layernorm.bias") for s in self.shards]',
             ),
         ),

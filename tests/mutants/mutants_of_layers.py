@@ -16,7 +16,7 @@ LAYERS = (
             Edit(
                 LAYERS_FILE,
                 "return sum_parts(partials, mb.mesh, x.dtype, bias)",
-                "return canonical.tree_sum(partials, bias=bias, out_dtype=x.dtype)",
+                "return kernels.tree_sum(partials, bias=bias, out_dtype=x.dtype)",
             ),
         ),
     ),
@@ -27,8 +27,8 @@ LAYERS = (
         (
             Edit(
                 LAYERS_FILE,
-                "dx = sum_parts(canonical.gemm(dy, weight), mb.mesh, dy.dtype)",
-                "dx = canonical.tree_sum(canonical.gemm(dy, weight), out_dtype=dy.dtype)",
+                "dx = sum_parts(kernels.gemm(dy, weight), mb.mesh, dy.dtype)",
+                "dx = kernels.tree_sum(kernels.gemm(dy, weight), out_dtype=dy.dtype)",
             ),
         ),
     ),
@@ -51,8 +51,8 @@ LAYERS = (
         (
             Edit(
                 LAYERS_FILE,
-                "total = mesh.sum_over_tp(canonical.tree_sum(partials))",
-                "total = mesh.sum_over_tp(canonical.tree_sum(partials, out_dtype=dtype).float())",
+                "total = mesh.sum_over_tp(kernels.tree_sum(partials))",
+                "total = mesh.sum_over_tp(kernels.tree_sum(partials, out_dtype=dtype).float())",
             ),
         ),
     ),
@@ -63,8 +63,8 @@ LAYERS = (
         (
             Edit(
                 LAYERS_FILE,
-                "total = mesh.sum_over_tp(canonical.tree_sum(partials))",
-                "total = mesh.sum_over_tp(canonical.tree_sum(partials.roll(1, 0).contiguous()))",
+                "total = mesh.sum_over_tp(kernels.tree_sum(partials))",
+                "total = mesh.sum_over_tp(kernels.tree_sum(partials.roll(1, 0).contiguous()))",
             ),
         ),
     ),
@@ -102,8 +102,8 @@ LAYERS = (
         (
             Edit(
                 VOCABULARY,
-                "canonical.tree_sum(by_position) + 0.0",
-                "canonical.tree_sum(by_position) * float(mb.mesh.tp.rank == 0)",
+                "kernels.tree_sum(by_position) + 0.0",
+                "kernels.tree_sum(by_position) * float(mb.mesh.tp.rank == 0)",
             ),
         ),
     ),
