@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 from scenarios.commands import golden_of
+from scenarios.compare import compare_strict
 from scenarios.failures import RunFailed
-from scenarios.golden import Golden, Metric
-from scenarios.runner import LaunchOptions, check_golden, make_out_dir, play
+from scenarios.golden import Metric
+from scenarios.runner import LaunchOptions, make_out_dir, play
 from scenarios.schema import load_scenario
+from scenarios.verdict import Check
 
 SAVED_STEP = 10
 LAST_STEP = 12
@@ -46,7 +48,8 @@ def main(case: str, layout: str, out: str) -> int:
     except RunFailed as error:
         detail, code = str(error), 3
     else:
-        checks = (*played.checks, check_golden(Golden(metrics, golden.provenance), played.metrics))
+        against = Check.of("golden", compare_strict(metrics, played.metrics))
+        checks = (*played.checks, against)
         for check in checks:
             if not check.passed:
                 differences += check.as_json()["differences"]
