@@ -1,7 +1,9 @@
 """The kernels of native arithmetic: those of canonical arithmetic, one by one, to rounding."""
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +161,14 @@ def test_native_runs_none_of_the_canonical_kernels(monkeypatch: pytest.MonkeyPat
         call(native)
     with pytest.raises(AssertionError, match="a canonical kernel ran"):
         canonical.exp(torch.ones(1))
+
+
+def test_training_code_takes_its_kernels_from_the_arithmetic_in_use() -> None:
+    """A layer that imports canonical kernels would train canonically in native arithmetic, too."""
+    root = Path(__file__).parent.parent / "scenarios"
+    files = [
+        f for folder in ("engines", "models", "parallel") for f in (root / folder).glob("*.py")
+    ]
+    assert len(files) > 20
+    wrong = [f.name for f in files if re.search(r"import canonical\b|_C\b", f.read_text())]
+    assert wrong == []
