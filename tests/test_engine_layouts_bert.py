@@ -54,7 +54,7 @@ def test_layout_changes_no_bit(runs: dict[str, Metrics], other: str) -> None:
     assert runs[other] == runs["dp1"]
 
 
-@pytest.mark.parametrize(("saved", "resumed"), itertools.permutations(SAVED, 2))
+@pytest.mark.parametrize(("saved", "resumed"), [*itertools.permutations(SAVED, 2)])
 def test_resume_in_another_layout_changes_no_bit(
     runs: dict[str, Metrics], saved: str, resumed: str
 ) -> None:
