@@ -1,7 +1,8 @@
 """Which kernels training uses: canonical ones, or the library's. This is the one place that knows.
 
 Code that trains imports ``kernels`` from here. It stands for ``primitives.canonical``, or inside
-``use("native")`` for ``primitives.native``, which has the same functions.
+``use("native")`` for ``primitives.native``, which has the functions that
+training uses.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
 """Native arithmetic: the kernels of ``primitives.canonical`` by operators of torch (MKL, oneDNN).
 
-Same functions, shapes, dtypes and formulas, and the same precision: fp32 inside, one rounding at
-the end. Orders of sums and approximations of elementary functions are the library's, so bits
-depend on its version, on the CPU and on the layout. What is defined by position or exact in any
-order (dropout, random numbers, counts) is canonical's own, so that both arithmetics drop the same
-elements and start from the same weights.
+The functions that training uses: same shapes, dtypes and formulas, and the same precision, fp32
+inside and one rounding at the end. Orders of sums and approximations of elementary functions are
+the library's, so bits depend on its version, on the CPU and on the layout. What is defined by
+position or exact in any order (dropout, random numbers, counts) is canonical's own, so that both
+arithmetics drop the same elements and start from the same weights.
 
 Docstrings say only what differs from the function of the same name there.
 """

@@ -14,15 +14,19 @@ import torch
 
 from primitives import arithmetic, backend
 from scenarios.engines.builtin import Trainer
-from scenarios.layout import Layout
 from scenarios.scenario import Scenario
 from tests.engine_ranks import BUGS as ENGINE_BUGS
 from tests.engine_ranks import NUM_STEPS, Player, play
-from tests.engine_scenarios import tiny_moe_scenario, tiny_scenario
+from tests.engine_scenarios import tiny_scenario
 
 NUM_RANKS = 4
-LAYOUTS = ["dp1", "dp4", "tp2,pp2,sp"]
-MOE_LAYOUTS = ["dp1", "tp2,ep2,etp2,dp2,sp"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "bert": {"family": "bert", "precision": "bf16"},
+    "moe": {"family": "moe", "precision": "bf16"},
+}
+LAYOUTS = {"gpt": ["dp4", "tp2,pp2,sp"], "bert": ["tp2,pp2"], "moe": ["tp2,ep2,etp2,dp2,sp"]}
+"""In which each family is trained beside dp1."""
 Bug = tuple[str, Callable[[Trainer], Any]]
 
 
@@ -72,14 +76,13 @@ def main() -> None:
     torch.set_num_threads(1)
     backend.register()
     player = NativePlayer(Path(sys.argv[1]), int(sys.argv[2]))
-    player.play("canonical", tiny_scenario("dp1"), None)
-    player.play("canonical moe", tiny_moe_scenario(Layout.parse("dp1")), None)
+    for family, how in FAMILIES.items():
+        player.play(f"{family} canonical", tiny_scenario("dp1", **how), None)
     with arithmetic.use("native"):
-        for layout in LAYOUTS:
-            player.play(layout, tiny_scenario(layout), None)
-        for layout in MOE_LAYOUTS:
-            player.play(f"{layout} moe", tiny_moe_scenario(Layout.parse(layout)), None)
-        player.play("dp1 again", tiny_scenario("dp1"), None)
+        for family, how in FAMILIES.items():
+            for layout in ("dp1", *LAYOUTS[family]):
+                player.play(f"{family} {layout}", tiny_scenario(layout, **how), None)
+        player.play("gpt dp1 again", tiny_scenario("dp1"), None)
         for name, (layout, bug) in {**SEEN, **UNSEEN}.items():
             player.play(name, tiny_scenario(layout), bug)
 

@@ -1,7 +1,9 @@
 """The kernels of native arithmetic: those of canonical arithmetic, one by one, to rounding."""
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,14 +102,24 @@ def stepped(module: Any, grad: Tensor) -> list[Tensor]:
     return state
 
 
-@pytest.mark.parametrize("name", canonical.__all__)
+def training_files() -> list[Path]:
+    root = Path(__file__).parent.parent / "scenarios"
+    return [f for folder in ("engines", "models", "parallel") for f in (root / folder).glob("*.py")]
+
+
+def test_all_kernels_that_training_uses_are_there() -> None:
+    used = {name for f in training_files() for name in re.findall(r"kernels\.(\w+)", f.read_text())}
+    assert len(used) > 20
+    assert used <= set(native.__all__)
+
+
+@pytest.mark.parametrize("name", native.__all__)
 def test_same_functions_with_the_same_signatures(name: str) -> None:
-    assert name in native.__all__
     assert inspect.signature(getattr(native, name)) == inspect.signature(getattr(canonical, name))
 
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
-@pytest.mark.parametrize("name", canonical.__all__)
+@pytest.mark.parametrize("name", native.__all__)
 def test_results_agree_to_rounding(name: str, dtype: torch.dtype) -> None:
     """Same shapes and dtypes; apart by what fp32 sums and one rounding may do."""
     call = calls(dtype)[name]
@@ -159,3 +171,11 @@ def test_native_runs_none_of_the_canonical_kernels(monkeypatch: pytest.MonkeyPat
         call(native)
     with pytest.raises(AssertionError, match="a canonical kernel ran"):
         canonical.exp(torch.ones(1))
+
+
+def test_training_code_takes_its_kernels_from_the_arithmetic_in_use() -> None:
+    """A layer that imports canonical kernels would train canonically in native arithmetic, too."""
+    files = training_files()
+    assert len(files) > 20
+    wrong = [f.name for f in files if re.search(r"import canonical\b|_C\b", f.read_text())]
+    assert wrong == []

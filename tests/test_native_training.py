@@ -5,12 +5,10 @@ import pytest
 from scenarios.compare import Comparison
 from scenarios.golden import Metrics as GoldenMetrics
 from scenarios.golden import metrics_from_steps
-from scenarios.layout import Layout
-from scenarios.scenario import Scenario
 from scenarios.tolerance import compare_golden
 from tests.engine_ranks import Metrics, play_cases
-from tests.engine_scenarios import tiny_moe_scenario, tiny_scenario
-from tests.native_ranks import LAYOUTS, MOE_LAYOUTS, NUM_RANKS, SEEN, UNSEEN
+from tests.engine_scenarios import tiny_scenario
+from tests.native_ranks import FAMILIES, LAYOUTS, NUM_RANKS, SEEN, UNSEEN
 
 
 @pytest.fixture(scope="module")
@@ -28,44 +26,37 @@ def logged(run: Metrics) -> GoldenMetrics:
     return metrics_from_steps(dict(enumerate(steps, 1)))
 
 
-def native(scenario: Scenario) -> Scenario:
-    return scenario.model_copy(update={"arithmetic": "native"})
-
-
 def near(runs: dict[str, Metrics], golden: str, actual: str) -> Comparison:
-    moe = golden.endswith("moe")
-    scenario = tiny_moe_scenario(Layout.parse("dp1")) if moe else tiny_scenario("dp1")
-    return compare_golden(native(scenario), logged(runs[golden]), logged(runs[actual]))
+    family = golden.split()[0]
+    scenario = tiny_scenario("dp1", **FAMILIES[family]).model_copy(update={"arithmetic": "native"})
+    return compare_golden(scenario, logged(runs[golden]), logged(runs[actual]))
 
 
 def test_the_same_run_again_is_the_same_bits(runs: dict[str, Metrics]) -> None:
-    assert runs["dp1"] == runs["dp1 again"]
+    assert runs["gpt dp1"] == runs["gpt dp1 again"]
 
 
-def test_native_is_not_canonical(runs: dict[str, Metrics]) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_is_not_canonical(runs: dict[str, Metrics], family: str) -> None:
     """Else this file would test nothing."""
-    assert runs["dp1"] != runs["canonical"]
-    assert runs["dp1 moe"] != runs["canonical moe"]
+    assert runs[f"{family} dp1"] != runs[f"{family} canonical"]
 
 
-@pytest.mark.parametrize("other", [*LAYOUTS[1:], "canonical"])
-def test_other_layouts_and_kernels_are_near(runs: dict[str, Metrics], other: str) -> None:
-    comparison = near(runs, "dp1", other)
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [(family, other) for family in FAMILIES for other in (*LAYOUTS[family], "canonical")],
+)
+def test_other_layouts_and_kernels_are_near(
+    runs: dict[str, Metrics], family: str, other: str
+) -> None:
+    comparison = near(runs, f"{family} dp1", f"{family} {other}")
     assert comparison.passed, comparison.differences
     assert "within derived tolerances (the nearest, " in comparison.summary
 
 
-@pytest.mark.parametrize("other", [f"{MOE_LAYOUTS[1]} moe", "canonical moe"])
-def test_other_layouts_and_kernels_are_near_with_experts(
-    runs: dict[str, Metrics], other: str
-) -> None:
-    comparison = near(runs, "dp1 moe", other)
-    assert comparison.passed, comparison.differences
-
-
 @pytest.mark.parametrize("bug", SEEN)
 def test_comparison_sees_a_bug(runs: dict[str, Metrics], bug: str) -> None:
-    assert not near(runs, "dp1", bug).passed
+    assert not near(runs, "gpt dp1", bug).passed
 
 
 @pytest.mark.parametrize("bug", UNSEEN)
@@ -73,5 +64,5 @@ def test_comparison_misses_what_is_smaller_than_rounding(
     runs: dict[str, Metrics], bug: str
 ) -> None:
     """What docs/comparison.md admits; bit for bit these runs differ."""
-    assert near(runs, "dp1", bug).passed
-    assert runs[bug] != runs["dp1"]
+    assert near(runs, "gpt dp1", bug).passed
+    assert runs[bug] != runs["gpt dp1"]

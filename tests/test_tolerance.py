@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from scenarios import commands
 from scenarios.compare_files import compare_files
 from scenarios.golden import Golden, Metrics, Value, metrics_from_steps, read_golden, write_golden
-from scenarios.layout import Layout
 from scenarios.machine import KEYS, machine_key
 from scenarios.scenario import Scenario
 from scenarios.schema import load_scenario
 from scenarios.tolerance import Noise, bounds, compare_golden, describe_cost
 from scenarios.worker import Job
-from tests.engine_scenarios import tiny_moe_scenario, tiny_scenario
+from tests.engine_scenarios import tiny_scenario
 
 NUM_STEPS = 6
 NATIVE = {"arithmetic": "native"}
@@ -29,7 +28,7 @@ def native(**how: Any) -> Scenario:
 
 
 def native_moe() -> Scenario:
-    return tiny_moe_scenario(Layout.parse("dp1")).model_copy(update=NATIVE)
+    return native(family="moe", precision="bf16")
 
 
 def values_of(step: int) -> dict[str, Value]:
