@@ -22,7 +22,7 @@ EXPERTS = (
     Mutant(
         "router-counts-of-a-rank",
         "with sp each rank balances by the choices of its own tokens",
-        Play("S2", "tp2,sp"),
+        Play("S2", "tp2,sp,etp2"),
         (
             Edit(
                 ROUTER,

@@ -130,7 +130,7 @@ GRADIENTS = (
     Mutant(
         "overflow-without-agreement",
         "a rank skips a step when its own gradients overflow, whatever the others do",
-        Play("S1", "tp2", 10),
+        Play("S1", "pp4", 7),
         (
             Edit(
                 BUILTIN,
