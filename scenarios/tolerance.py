@@ -79,7 +79,7 @@ def bounds(scenario: Scenario, golden: Metrics) -> dict[str, dict[int, float]]:
     """
     noise = Noise.of(scenario)
     found: dict[str, dict[int, float]] = {}
-    norms = _numbers(golden, "grad-norm")
+    norms, zeros = _numbers(golden, "grad-norm"), _numbers(golden, "num-zeros")
     slope = max(norms.values(), default=0.0)
     drift = rate_before = 0.0
     for step, rate in _numbers(golden, "learning-rate").items():
@@ -91,10 +91,10 @@ def bounds(scenario: Scenario, golden: Metrics) -> dict[str, dict[int, float]]:
             drift += noise.gradient * max(rate, rate_before)
         if step in norms:
             found.setdefault("grad-norm", {})[step] = SAFETY * noise.gradient * norms[step]
-            num_zeros = _numbers(golden, "num-zeros")[step]
+        if step in zeros:
             # Zeros come in rows, as of a word whose tokens have no gradient.
             width = scenario.model.hidden_size
-            of_rows = width * math.sqrt(1 + num_zeros / width)
+            of_rows = width * math.sqrt(1 + zeros[step] / width)
             found.setdefault("num-zeros", {})[step] = SAFETY * of_rows
         found.setdefault("params-norm", {})[step] = SAFETY * drift
         rate_before = rate
