@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean mutants torch-suite properties soak sanitize-address sanitize-thread
+.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite properties soak sanitize-address sanitize-thread
 
 setup build:
 	@python3 bootstrap.py
@@ -25,6 +25,11 @@ test: lint
 # PyTorch's own distributed tests, all of them (tests/test_torch_suite.py runs a sample).
 torch-suite: setup
 	$(BIN)/python tests/torch_suite/run.py
+
+# Every scenario in every layout of up to 8 ranks against its golden, the first STEPS steps of it.
+STEPS := 4
+layouts: setup
+	for case in S1 S2 S4; do $(BIN)/testbed run $$case --layouts all --steps $(STEPS) || exit 1; done
 
 # Small edits of the code, each of which a run must be judged failed for; some minutes on 2 cores.
 mutants: setup
