@@ -1,44 +1,18 @@
 """A model with experts, bit for bit, in every layout and resume point."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.engine_ranks import SAVED_AT
+from tests.engine_ranks import SAVED_AT, Metrics, play_cases
 from tests.moe_ranks import BUGS, LAYOUTS, NUM_RANKS, SAVED
-
-ROOT = Path(__file__).parent.parent
-Metrics = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Metrics]:
     """All cases of moe_ranks, by name."""
     folder = tmp_path_factory.mktemp("moe")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(NUM_RANKS):
-        with (folder / f"rank{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", "tests.moe_ranks", str(folder), str(rank)]
-            ranks.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-                )
-            )
-    try:
-        codes = [process.wait(timeout=280) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(NUM_RANKS))
-    assert codes == [0] * NUM_RANKS, logs
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return play_cases("tests.moe_ranks", NUM_RANKS, folder)
 
 
 def test_the_run_is_worth_comparing(runs: dict[str, Metrics]) -> None:

@@ -9,7 +9,7 @@ from scenarios.data import Batch
 from scenarios.models.bert_microbatch import BertMicrobatch
 from scenarios.models.gpt import WORD_TABLE, TransformerLayer
 from scenarios.models.model import Model
-from scenarios.parallel.layers import LayerNorm
+from scenarios.parallel.layers import LayerNorm, gelu_erf
 from scenarios.parallel.losses import Loss
 from scenarios.parallel.mesh import Stage
 from scenarios.parallel.microbatch import Microbatch
@@ -17,7 +17,6 @@ from scenarios.parallel.replicated import (
     ReplicatedLinear,
     class_entropy,
     first_tokens,
-    gelu_erf,
     tanh,
 )
 from scenarios.parallel.vocabulary import Embedding, OutputBias, WordTable, biased_head_loss

@@ -5,9 +5,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from scenarios.parallel.layers import ColumnLinear, RowLinear, gelu
+from scenarios.parallel.layers import ColumnLinear, RowLinear, gelu, gelu_erf
 from scenarios.parallel.microbatch import Microbatch
-from scenarios.parallel.replicated import gelu_erf
 
 
 class Mlp(nn.Module):

@@ -125,26 +125,6 @@ def tanh(x: Tensor) -> Tensor:
     return _tanh(x)
 
 
-class _GeluErf(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return kernels.gelu_erf(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return kernels.gelu_erf_backward(dy.contiguous(), x)
-
-
-_gelu_erf: Callable[..., Tensor] = _GeluErf.apply
-
-
-def gelu_erf(x: Tensor) -> Tensor:
-    """GELU without approximation, of any shape."""
-    return _gelu_erf(x)
-
-
 class _FirstTokens(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mb: Microbatch) -> Tensor:
