@@ -186,8 +186,8 @@ std::string flight_json(const std::string& reason) {
 }
 
 std::string dump_flight(const std::string& folder, const std::string& reason) {
-  static std::mutex
-      one_writer;  // also of what it says: an older state must not replace a newer one
+  // Also over what is written: an older state must not replace a newer one.
+  static std::mutex one_writer;
   std::lock_guard<std::mutex> lock(one_writer);
   const std::string text = flight_json(reason);
   mkdir(folder.c_str(), 0777);
