@@ -138,6 +138,8 @@ class Session:
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not LAUNCHER_VARIABLE.match(k)}
+    for name in ("CI", "BUILD_NUMBER"):  # with which pytest repeats whole reports in its summary
+        kept.pop(name, None)
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return kept | ours | mpi_environment.VARIABLES
 

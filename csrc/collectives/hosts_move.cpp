@@ -192,10 +192,10 @@ void SeveralHosts::recv(void* data, const Envelope& envelope, int src, Milliseco
             return "(" + std::string(of.dtype) + ", " + std::to_string(of.nbytes) + " bytes, tag " +
                    std::to_string(of.tag) + ")";
           };
-          local_->fail(Failure::kMismatch,
-                       "in group '" + options_.name + "' rank " + std::to_string(sent->src) +
-                           " called send" + text(sent->envelope) + ", but rank " +
-                           std::to_string(hosts_.rank) + " called recv" + text(envelope));
+          fail(Failure::kMismatch,
+               "in group '" + options_.name + "' rank " + std::to_string(sent->src) +
+                   " called send" + text(sent->envelope) + ", but rank " +
+                   std::to_string(hosts_.rank) + " called recv" + text(envelope));
         }
         if (envelope.nbytes > 0) {
           wire_->recv(data, envelope.nbytes, sent->src, kPayload + static_cast<int>(sent->id))

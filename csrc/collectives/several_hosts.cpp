@@ -114,6 +114,11 @@ std::string SeveralHosts::describe_rank(int rank) const {
   return "rank " + std::to_string(rank) + " on host '" + hosts_.names[hosts_.of[rank]] + "'";
 }
 
+void SeveralHosts::fail(Failure failure, const std::string& what) {
+  publish(failure, what);
+  local_->fail(failure, what);
+}
+
 // Makes it the failure of this host's part unless that has one already.
 void SeveralHosts::adopt(Failure failure, const std::string& what) {
   try {
@@ -177,15 +182,14 @@ void SeveralHosts::lost(int peer, Clock::time_point deadline, const std::string&
     ranks += (ranks.empty() ? "" : ", ") + std::to_string(r);
   }
   if (late) {
-    local_->fail(
-        Failure::kTimeout,
-        waiting + " passed its deadline; missing: " +
-            (peer == kAnySource ? "any rank"
-                                : describe_rank(peer) + " (that host runs ranks " + ranks + ")"));
+    fail(Failure::kTimeout,
+         waiting + " passed its deadline; missing: " +
+             (peer == kAnySource ? "any rank"
+                                 : describe_rank(peer) + " (that host runs ranks " + ranks + ")"));
   }
-  local_->fail(Failure::kPeerLost, (peer == kAnySource ? "another host" : describe_rank(peer)) +
-                                       " cannot be reached any more; " + waiting +
-                                       " still needs it (" + why + ")");
+  fail(Failure::kPeerLost, (peer == kAnySource ? "another host" : describe_rank(peer)) +
+                               " cannot be reached any more; " + waiting + " still needs it (" +
+                               why + ")");
 }
 
 // ---- messages of one step
@@ -258,7 +262,7 @@ void SeveralHosts::agree(const Call& call, const uint64_t* send_nbytes, const ui
 }
 
 // Every rank compares everything, so every rank throws the same error.
-void SeveralHosts::compare(const char* records, size_t record_nbytes) const {
+void SeveralHosts::compare(const char* records, size_t record_nbytes) {
   const int n = hosts_.world_size();
   std::vector<Record> record(n);
   std::vector<std::vector<uint64_t>> counts(n, std::vector<uint64_t>(2 * n));
@@ -288,7 +292,7 @@ void SeveralHosts::compare(const char* records, size_t record_nbytes) const {
       text += " expecting " + describe(record[r].call, counts[r].data() + n, n);
     }
   }
-  local_->fail(Failure::kMismatch, text);
+  fail(Failure::kMismatch, text);
 }
 
 Milliseconds SeveralHosts::time_left() const {

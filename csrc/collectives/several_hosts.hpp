@@ -12,10 +12,11 @@
 // rounded once) the inputs themselves cross. So the bits are those of one host, however the ranks
 // are spread.
 //
-// [Note: failure over hosts] A failed group fails on this host as it always does. The watch thread
-// of each rank sees that, writes the reason into the store and hangs up. A rank of another host
-// whose wait on the wire so ends finds the reason in the store; without one, as when a process
-// died, the peer is lost. A host that is merely silent is noticed by the deadline.
+// [Note: failure over hosts] A failed group fails on this host as it always does. The rank that
+// found the reason writes it into the store, as does the watch thread of each rank, which then
+// hangs up. A rank of another host whose wait on the wire so ends finds the reason in the store;
+// without one, as when a process died, the peer is lost. A host that is merely silent is noticed by
+// the deadline.
 #pragma once
 
 #include <condition_variable>
@@ -115,7 +116,7 @@ class SeveralHosts final : public Transport {
            Milliseconds timeout, const std::function<void()>& body);
   void agree(const Call& call, const uint64_t* send_nbytes, const uint64_t* recv_nbytes,
              Milliseconds timeout);
-  void compare(const char* records, size_t record_nbytes) const;
+  void compare(const char* records, size_t record_nbytes);
   // Items of this host are there on all its ranks; afterwards all items are.
   void spread(const std::vector<Item>& items);
   void gather_all(const void* in, size_t in_nbytes, const std::vector<Part>& out);
@@ -131,6 +132,8 @@ class SeveralHosts final : public Transport {
   // The peer's message did not come: why, as an error of the group.
   [[noreturn]] void lost(int peer, Clock::time_point deadline, const std::string& what,
                          const std::string& why);
+  // Fails the group on all hosts: the reason is in the store before anybody here can hang up.
+  [[noreturn]] void fail(Failure failure, const std::string& what);
   void adopt(Failure failure, const std::string& what);
   void publish(Failure failure, const std::string& what);
   bool adopt_published();
