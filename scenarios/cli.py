@@ -17,6 +17,7 @@ import click
 
 from primitives.bench import BenchFailed
 from scenarios.bench import bench
+from scenarios.convert_command import convert
 from scenarios.failures import RunFailed
 
 if TYPE_CHECKING:
@@ -385,6 +386,7 @@ def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: b
 
 
 testbed.add_command(bench)
+testbed.add_command(convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,11 +13,12 @@ import pytest
 import torch.distributed as dist
 from transformers import Qwen2Config
 
-from scenarios.convert import MegatronModel, convert
+from scenarios.convert import MegatronModel, ParallelLayout, convert
 
 pytestmark = pytest.mark.usefixtures("world")
 
 TP, PP = 2, 2
+LAYOUT = ParallelLayout(tp=TP, pp=PP)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 PERTURBED = {
     "num_hidden_layers": 24,
@@ -60,7 +61,7 @@ def own_part(model: MegatronModel, rank: int) -> dict[str, tuple[int, set[int]]]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ranks_agree_and_their_parts_make_the_model(name: str) -> None:
     assert dist.get_world_size() == TP * PP
-    model = convert(Qwen2Config(**CONFIGS[name]), tp=TP, pp=PP)
+    model = convert(Qwen2Config(**CONFIGS[name]), layout=LAYOUT)
     models = gathered(model.model_dump_json())
     assert models == [models[0]] * len(models)
     parts = gathered(own_part(model, dist.get_rank()))
@@ -71,7 +72,7 @@ def test_ranks_agree_and_their_parts_make_the_model(name: str) -> None:
 
 
 def test_the_perturbed_model_is_what_the_table_says() -> None:
-    model = convert(Qwen2Config(**PERTURBED), tp=TP, pp=PP)
+    model = convert(Qwen2Config(**PERTURBED), layout=LAYOUT)
     fields = model.transformer
     assert (fields.num_layers, fields.num_query_groups, fields.kv_channels) == (24, 4, 64)
     assert fields.window_size == (511, 0)
@@ -88,7 +89,7 @@ def test_every_rank_refuses_a_layout_that_does_not_divide() -> None:
     with pytest.raises(
         ValueError, match="num_query_groups: got 1, expected a multiple of 2"
     ) as caught:
-        convert(Qwen2Config(num_key_value_heads=1), tp=TP, pp=PP)
+        convert(Qwen2Config(num_key_value_heads=1), layout=LAYOUT)
     messages = gathered(str(caught.value))
     assert messages == [messages[0]] * len(messages)
 
