@@ -93,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_mrope": True}, "multimodal"),
     ({"hidden_size": 60}, "hidden_size: got 60, expected a multiple of the 8 heads"),
     ({"num_key_value_heads": 3}, "num_query_groups: got 3, expected a divisor"),
-    ({"num_key_value_heads": 0}, "num_query_groups: got 0"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads: got 0"),
     ({"num_attention_heads": 0}, "num_attention_heads: got 0"),
     ({"num_hidden_layers": "4"}, "num_hidden_layers: got '4'"),
     ({"vocab_size": 1024.0}, "vocab_size: got 1024.0"),

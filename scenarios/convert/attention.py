@@ -9,8 +9,10 @@ NO_WINDOW = "no layer has a sliding window"
 def heads(hf: HF, fields: Fields) -> None:
     """num_key_value_heads and head_dim, which may be left to be derived."""
     num_heads = whole(hf, "num_attention_heads")
-    groups, head_dim = hf.get("num_key_value_heads"), hf.get("head_dim")
-    if head_dim is None:
+    groups = hf.get("num_key_value_heads")
+    if hf.get("head_dim") is not None:
+        head_dim = whole(hf, "head_dim")
+    else:
         hidden_size = whole(hf, "hidden_size")
         if hidden_size % num_heads:
             raise ValueError(
@@ -21,7 +23,7 @@ def heads(hf: HF, fields: Fields) -> None:
     fields.transformer |= {
         "num_attention_heads": num_heads,
         "kv_channels": head_dim,
-        "num_query_groups": num_heads if groups is None else groups,
+        "num_query_groups": num_heads if groups is None else whole(hf, "num_key_value_heads"),
     }
 
 

@@ -23,6 +23,8 @@ def output_head(hf: HF, fields: Fields) -> None:
     if not isinstance(names, list | tuple) or len(names) > 1:
         raise ValueError(f"architectures: got {names!r}, expected a list of one class name")
     name = str(names[0]) if names else "ForCausalLM"
+    if not names:
+        fields.ignored["architectures"] = "none is named: a language model"
     labels = ("id2label", "label2id", "num_labels", "classifier_dropout")
     if not name.endswith(TOKEN_CLASSIFICATION):
         if not name.endswith(LANGUAGE_MODEL):

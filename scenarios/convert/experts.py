@@ -21,8 +21,9 @@ def sparse_layers(hf: HF, fields: Fields) -> None:
 def dense_first(hf: HF, fields: Fields) -> None:
     """DeepSeek's pattern: the first layers are dense."""
     num_layers, dense = whole(hf, "num_hidden_layers"), whole(hf, "first_k_dense_replace", 0)
-    if hf["moe_layer_freq"] not in (None, 1):
+    if hf["moe_layer_freq"] is not None and whole(hf, "moe_layer_freq") != 1:
         raise ValueError(f"moe_layer_freq: got {hf['moe_layer_freq']!r}, expected 1")
+    fields.ignored["moe_layer_freq"] = "every layer after the dense ones has experts"
     pattern = tuple(int(i >= dense) for i in range(num_layers))
     set_pattern(fields, pattern, f"first_k_dense_replace {dense} leaves no layer of experts")
 

@@ -45,7 +45,7 @@ FAMILY = Family(
         "moe_layer_freq": (None, dense_first),
         "num_nextn_predict_layers": (1, "transformer.mtp_num_layers"),
         "output_router_logits": (False, Ignored("the source adds no balance loss for this family")),
-        **rope_rows(Unsaid(partial=0.5)),
+        **rope_rows(Unsaid(partial=0.5, rotates_parts=True)),
     },
     constants={
         "transformer.normalization": "RMSNorm",

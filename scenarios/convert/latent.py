@@ -2,7 +2,13 @@
 
 from scenarios.convert.family import HF, Fields, whole
 from scenarios.convert.mapping import Copy, Mapped
-from scenarios.convert.rope import Unsaid, check_positive, one_spelling, only_known_parameters
+from scenarios.convert.rope import (
+    Unsaid,
+    check_positive,
+    note_whole_heads,
+    one_spelling,
+    only_known_parameters,
+)
 from scenarios.convert.weight_names import ATTENTION, HF_ATTENTION
 
 LATENT_EPSILON = 1e-6
@@ -51,6 +57,7 @@ def latent_rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
     rope = one_spelling(hf, unsaid)
     if rope.pop("partial_rotary_factor") != 1:
         raise ValueError("partial_rotary_factor: expected 1, qk_rope_head_dim is what is rotated")
+    note_whole_heads(hf, fields, unsaid)
     kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
     check_positive("rope_theta", theta)
     fields.gpt_model["position_embedding_type"] = "rope"

@@ -54,10 +54,12 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(torch.cuda, _CUDA))
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel import random
+        from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils
 
         stack.enter_context(_replaced(random, _RANDOM))
-        # Without Transformer Engine megatron-core 0.16.1 leaves this name out and reads it all the same.
+        # Without Transformer Engine megatron-core 0.16.1 leaves this name out, and reads it.
+        stack.enter_context(_replaced(multi_latent_attention, {"HAVE_TE": False}))
         stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
         stack.enter_context(_CudaMeansCpu())
         stack.enter_context(torch.compiler.set_stance("force_eager"))

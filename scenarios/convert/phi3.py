@@ -29,7 +29,7 @@ FAMILY = Family(
         "attention_dropout": (0.0, "transformer.attention_dropout"),
         "attention_bias": (False, Only((False,), "biases, which the source's class has not")),
         "sliding_window": (None, one_window),
-        **rope_rows(Unsaid()),
+        **rope_rows(Unsaid(rotates_parts=True)),
     },
     constants={
         "transformer.normalization": "RMSNorm",

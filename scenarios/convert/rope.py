@@ -31,6 +31,8 @@ class Unsaid:
     theta: float = 10000.0
     partial: float = 1.0
     """Part of a head that is rotated."""
+    rotates_parts: bool = False
+    """Whether the family's model can rotate another part than all of a head."""
     scaling: Mapping[str, Any] | None = None
     """Type and parameters where there is neither rope_parameters nor rope_scaling."""
 
@@ -49,8 +51,9 @@ def rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
     kind, theta = given.pop("rope_type"), given.pop("rope_theta")
     percent = given.pop("partial_rotary_factor")
     only_known_parameters(kind, given)
+    note_whole_heads(hf, fields, unsaid)
     _set_base(theta, fields)
-    _set_percent(percent, kind, fields)
+    _set_percent(percent, kind, fields, unsaid)
     model = fields.gpt_model
     model["position_embedding_type"] = "rope"
     if kind in ("linear", "llama3"):
@@ -76,7 +79,7 @@ def sectioned_rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
     kind, theta = given.pop("rope_type"), given.pop("rope_theta")
     if kind not in ("default", "mrope"):
         raise ValueError(f"rope type {kind!r}: expected default or mrope, in sections")
-    _set_percent(given.pop("partial_rotary_factor"), kind, fields)
+    _set_percent(given.pop("partial_rotary_factor"), kind, fields, unsaid)
     sections = given.pop("mrope_section", None)
     only_known_parameters("default", given)
     half = fields.transformer["kv_channels"] / 2
@@ -87,6 +90,7 @@ def sectioned_rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
         raise ValueError(
             f"mrope_section: got {sections!r}, expected 3 sizes that sum to half a head, {half:g}"
         )
+    note_whole_heads(hf, fields, unsaid)
     _set_base(theta, fields)
     fields.gpt_model["position_embedding_type"] = "mrope"
     fields.transformer["mrope_section"] = tuple(sections)
@@ -121,12 +125,20 @@ def one_spelling(hf: HF, unsaid: Unsaid) -> dict[str, Any]:
         given = dict(unsaid.scaling)
     for name in ("rope_theta", "partial_rotary_factor"):
         value = hf[name]
+        if value is not None:
+            check_positive(name, value)
         if value is not None and given.setdefault(name, value) != value:
             raise ValueError(f"{name}: got {value} and {given[name]}, expected one value")
     given.setdefault("rope_theta", unsaid.theta)
     given.setdefault("partial_rotary_factor", unsaid.partial)
     given.setdefault("rope_type", "default")
     return given
+
+
+def note_whole_heads(hf: HF, fields: Fields, unsaid: Unsaid) -> None:
+    """A partial_rotary_factor that says what is so in any case changes nothing."""
+    if hf["partial_rotary_factor"] == unsaid.partial:
+        fields.ignored["partial_rotary_factor"] = "the part that the family rotates in any case"
 
 
 def only_known_parameters(kind: Any, given: Mapping[str, Any]) -> None:
@@ -172,10 +184,14 @@ def _set_base(theta: Any, fields: Fields) -> None:
     fields.gpt_model["rotary_base"] = int(theta)
 
 
-def _set_percent(percent: Any, kind: str, fields: Fields) -> None:
+def _set_percent(percent: Any, kind: str, fields: Fields, unsaid: Unsaid) -> None:
     check_positive("partial_rotary_factor", percent)
+    if percent != 1 and not unsaid.rotates_parts:
+        raise ValueError(
+            f"partial_rotary_factor: got {percent}, expected 1: the model rotates whole heads"
+        )
     head_dim = fields.transformer["kv_channels"]
-    rotated = int(head_dim * percent) if isinstance(head_dim, int) else head_dim
+    rotated = int(head_dim * percent)
     if percent > 1 or not rotated or rotated % 2:
         raise ValueError(
             f"partial_rotary_factor: got {percent}, which rotates {rotated} of {head_dim} numbers "
