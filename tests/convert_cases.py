@@ -315,7 +315,9 @@ def _rope(draw: Draw, kinds: tuple[str, ...] = ("none", "linear", "llama3", "yar
         if draw(st.booleans()):
             scaling |= {"mscale": 1.0, "mscale_all_dim": draw(st.sampled_from([1.0, 0.7]))}
     if draw(st.booleans()):
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | (scaling or {})}
+        scaling = {"rope_type": "default", **(scaling or {})}
+        scaling["rope_type"] = scaling.pop("type", scaling["rope_type"])
+        return {"rope_parameters": scaling | {"rope_theta": theta}}
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

@@ -80,6 +80,8 @@ def window_on_even_layers(hf: HF, fields: Fields) -> None:
     end = whole(hf, "max_window_layers", 0)
     layers = range(whole(hf, "num_hidden_layers"))
     derived = [SLIDING if window and i % 2 == 0 and i < end else FULL for i in layers]
+    if end % 2 or end >= len(layers):
+        fields.ignored["max_window_layers"] = f"{end + 1} would mean the same: it counts in twos"
     _layer_types(hf, fields, derived, "use_sliding_window, sliding_window and max_window_layers")
 
 

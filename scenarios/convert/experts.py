@@ -12,6 +12,9 @@ def sparse_layers(hf: HF, fields: Fields) -> None:
     for layer in dense:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise ValueError(f"mlp_only_layers: got {layer!r}, expected a layer below {num_layers}")
+    if any((layer + 1) % step for layer in dense):
+        reason = f"some of its layers are dense by decoder_sparse_step {step} in any case"
+        fields.ignored["mlp_only_layers"] = reason
     pattern = tuple(int(i not in dense and (i + 1) % step == 0) for i in range(num_layers))
     set_pattern(
         fields, pattern, "decoder_sparse_step and mlp_only_layers leave no layer of experts"

@@ -175,7 +175,8 @@ def run(megatron: Any, tokens: Tensor, positions: Tensor) -> Values:
             # Attention and MLP leave their bias to the sum.
             if bias is not None and re.search("attention|mlp", place):
                 value = value + bias
-            seen[place] = value.transpose(0, 1)  # [tokens, sequences, hidden] before
+            # Megatron-LM has tokens first, and adds the residual in place.
+            seen[place] = value.transpose(0, 1).clone()
 
         return hook
 

@@ -1,5 +1,6 @@
 """The source's own model (transformers), small, with random weights: what a proof compares with."""
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ class SourceModel:
         import transformers
         from transformers import AutoConfig
 
-        fields = dict(config)
+        fields = copy.deepcopy(dict(config))  # transformers writes into what it is given
         model_type = fields.pop("model_type")
         kind = "AutoModelForCausalLM"
         if any(name.endswith(TOKEN_CLASSIFICATION) for name in fields.get("architectures") or ()):
@@ -50,6 +51,8 @@ class SourceModel:
             }
         source = AutoConfig.for_model(model_type, **fields)
         auto = getattr(transformers, kind)
+        # The grouped products of the default experts need sizes that small models do not have.
+        source._experts_implementation = "eager"
         self.module = auto.from_config(source, attn_implementation="eager").float().eval()
         randomise(self.module)
 
