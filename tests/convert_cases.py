@@ -454,10 +454,13 @@ def _grouped(draw: Draw, best: int) -> Config:
 
 
 def _deepseek_v2(draw: Draw) -> Config:
+    config = _latent(draw)
+    # The source sees pairs as complex numbers, for which these sizes must be even.
+    config |= {"kv_lora_rank": 2 * draw(st.integers(2, 10))}
+    config |= {"qk_nope_head_dim": 2 * draw(st.integers(1, 5))}
     if draw(st.booleans()):
-        grouped = _grouped(draw, 1) | {"topk_method": "group_limited_greedy"}
-        return _latent(draw) | grouped
-    return _latent(draw) | _experts(draw, "n_routed_experts")
+        return config | _grouped(draw, 1) | {"topk_method": "group_limited_greedy"}
+    return config | _experts(draw, "n_routed_experts")
 
 
 def _deepseek_v3(draw: Draw) -> Config:

@@ -31,7 +31,7 @@ def test_proof(model_type: str, kind: Callable[[str], Config]) -> None:
     config = kind(model_type)
     proven = prove(config)
     assert proven.passed, proven.lines()
-    assert [*proven.errors][0] == "embedding"
+    assert next(iter(proven.errors)) == "embedding"
     assert len(proven.errors) == 3 + 3 * shrink(config).get("num_hidden_layers", 4)
 
 
