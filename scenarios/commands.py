@@ -165,9 +165,11 @@ def record_case(
     changes = None
     if old:
         changes = compare_strict(without_measured(old.metrics), without_measured(played.metrics))
-    write = verdict.passed and not (changes and changes.passed)
+    origin = provenance(command, scale, str(scenario.layout), arithmetic)
+    # The same values are worth writing where the old ones cannot be traced to a commit.
+    traced = bool(old and old.provenance.get("dirty")) and not origin["dirty"]
+    write = verdict.passed and (traced or not (changes and changes.passed))
     if write:
-        origin = provenance(command, scale, str(scenario.layout), arithmetic)
         write_golden(path, scale, Golden(played.metrics, origin))
     return Recording(verdict, path, write, changes)
 

@@ -4,6 +4,7 @@ The bits of every collective over several hosts are in test_backend_bits.py.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -304,6 +305,10 @@ def test_a_fault_is_an_error_on_every_host(
         named = f"rank {victim}" if fault != "message" else "rank 3 called recv(float32, 16 bytes"
         if fault in ("differ", "message"):
             assert named in output, output
+        if fault == "differ":
+            site = r"tests/test_several_hosts.py:\d+ in play_fault"
+            one = rf"rank {victim}: all_reduce\(sum, int64, numel 5\) at {site}"
+            assert re.search(rf"rank 0, 1, 3: all_reduce\(.*?\) at {site}; {one}", output), output
     assert ranks.leftovers() == []
 
 
