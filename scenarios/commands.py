@@ -120,6 +120,8 @@ class Recording:
             return [*lines, f"recorded, for the first time: {self.path}"]
         if not self.written:
             return [*lines, f"unchanged, not written: {self.path}"]
+        if self.changes.passed:
+            return [*lines, f"the same values, recorded from a committed tree now: {self.path}"]
         changed = [f"against the old golden {self.changes.summary}:"]
         return [*lines, *changed, *difference_lines(self.changes, "  "), f"recorded: {self.path}"]
 
