@@ -4,6 +4,7 @@ The bits of every collective over several hosts are in test_backend_bits.py.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -304,6 +305,10 @@ def test_a_fault_is_an_error_on_every_host(
         named = f"rank {victim}" if fault != "message" else "rank 3 called recv(float32, 16 bytes"
         if fault in ("differ", "message"):
             assert named in output, output
+        if fault == "differ":
+            site = r"\S*tests/test_several_hosts.py:\d+ in play_fault"
+            one = rf"rank {victim}: all_reduce\(sum, int64, numel 5\) at {site}"
+            assert re.search(rf"rank 0, 1, 3: all_reduce\(.*?\) at {site}; {one}", output), output
     assert ranks.leftovers() == []
 
 
@@ -368,7 +373,7 @@ def test_ranks_in_threads_see_the_same_mismatch() -> None:
     for error in ranks.errors(call):
         assert isinstance(error, CollectiveMismatch)
         assert "rank 1: barrier" in str(error)
-        assert "rank 0: all_reduce(sum, float32, numel 2)" in str(error)
+        assert "rank 0, 2: all_reduce(sum, float32, numel 2) at " in str(error)
     ranks.close()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-EXIT_PASS, EXIT_MISMATCH = 0, 1
+from scenarios.terminal import EXIT_MISMATCH, EXIT_PASS, echo_json, json_option
 
 
 @click.command()
@@ -40,7 +40,7 @@ EXIT_PASS, EXIT_MISMATCH = 0, 1
 )
 @click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="Converts these.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="New folder.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def convert(
     config: str | None,
     target: str,
@@ -79,7 +79,7 @@ def convert(
     document = _document(model, form, as_json)
     proof = _prove(config, changes) if prove else None
     if as_json:
-        click.echo(json.dumps(document | ({"proof": proof.as_json()} if proof else {})))
+        echo_json(document | ({"proof": proof.as_json()} if proof else {}))
     else:
         click.echo(document["text"].rstrip())
         click.echo("\n".join(proof.lines() if proof else ()), nl=proof is not None, err=True)
@@ -91,7 +91,7 @@ def _to_hugging_face(weights: Path, output: Path, as_json: bool) -> int:
 
     model = to_hugging_face(weights, output)
     if as_json:
-        click.echo(json.dumps({"model_type": model.model_type, "output": str(output)}))
+        echo_json({"model_type": model.model_type, "output": str(output)})
     else:
         click.echo(f"{output}: {model.model_type}")
     return EXIT_PASS
