@@ -278,7 +278,7 @@ def _sizes(draw: Draw) -> Config:
     heads = groups * ratio
     return {
         "vocab_size": draw(st.integers(17, 60)),
-        "hidden_size": heads * draw(st.integers(3, 9)),
+        "hidden_size": heads * draw(st.integers(8, 14)),
         "intermediate_size": draw(st.integers(5, 40)),
         "num_hidden_layers": draw(st.integers(1, 4)),
         "num_attention_heads": heads,
@@ -347,7 +347,7 @@ def _gpt2(draw: Draw) -> Config:
     heads, dropout = draw(st.integers(1, 5)), draw(st.sampled_from([0.0, 0.1]))
     return {
         "vocab_size": draw(st.integers(17, 60)),
-        "n_embd": heads * draw(st.integers(1, 9)),
+        "n_embd": heads * draw(st.integers(8, 15)),
         "n_head": heads,
         "n_layer": draw(st.integers(1, 4)),
         "n_inner": draw(st.none() | st.integers(3, 40)),
@@ -367,7 +367,7 @@ def _llama(draw: Draw) -> Config:
 
 
 def _even_heads(draw: Draw, config: Config) -> Config:
-    return {"hidden_size": config["num_attention_heads"] * 2 * draw(st.integers(1, 6))}
+    return {"hidden_size": config["num_attention_heads"] * 2 * draw(st.integers(4, 9))}
 
 
 def _mistral(draw: Draw) -> Config:

@@ -96,7 +96,9 @@ def test_a_tied_table_lies_on_both_ends_of_the_pipeline(dtype: torch.dtype, tmp_
 
     last["output_layer.weight"] = last["output_layer.weight"] + 1
     save_file(last, tmp_path / "megatron/tp1_pp1/model-00001.safetensors")
-    with pytest.raises(ValueError, match="output_layer.weight: tp1_pp1 and tp1_pp0 hold different"):
+    with pytest.raises(
+        ValueError, match=r"output_layer\.weight: tp1_pp1 and tp1_pp0 hold different"
+    ):
         to_hugging_face(tmp_path / "megatron", tmp_path / "again")
 
 

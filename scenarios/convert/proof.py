@@ -5,6 +5,7 @@ norms differ from 1, biases and sinks from 0, attention is far from uniform. The
 through its own safetensors files, so what is proven is the conversion of files too.
 """
 
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -83,13 +84,17 @@ class Proof:
         """Plain values for ``--json``."""
         return {
             "passed": self.passed,
-            "error": self.error,
+            "error": _plain(self.error),
             "tolerance": TOLERANCE,
             "first_difference": self.first_difference,
-            "errors": self.errors,
+            "errors": {place: _plain(error) for place, error in self.errors.items()},
             "config": self.config,
             "note": self.note,
         }
+
+
+def _plain(error: float) -> float | str:
+    return error if math.isfinite(error) else "infinite"  # which JSON has no number for
 
 
 def prove(config: Any, *, overrides: Mapping[str, Any] | None = None, seed: int = 1) -> Proof:

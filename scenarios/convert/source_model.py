@@ -104,15 +104,16 @@ class SourceModel:
 
 
 def randomise(module: nn.Module) -> None:
-    """Weights that keep activations near 1, and no parameter at a value of no effect."""
+    """Weights that keep activations of the order of 1, and leave no parameter without effect."""
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *_router_biases(module)]:
             noise = torch.randn_like(tensor)
             if tensor.dim() == 1:
                 is_norm = re.search(r"(norm|ln_\w)\.weight$", name) is not None
                 tensor.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                tensor.copy_(noise)
+            elif "embed" in name or "wte" in name:
+                # No token near zero, of which a norm would enlarge the rounding.
+                tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)))
             else:
                 tensor.copy_(1.5 * noise / tensor.shape[-1] ** 0.5)
 
