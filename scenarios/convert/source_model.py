@@ -115,7 +115,7 @@ def randomise(module: nn.Module) -> None:
                 # No token near zero, of which a norm would enlarge the rounding.
                 tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)))
             else:
-                tensor.copy_(1.5 * noise / tensor.shape[-1] ** 0.5)
+                tensor.copy_(noise / tensor.shape[-1] ** 0.5)
 
 
 def _router_biases(module: nn.Module) -> list[tuple[str, Tensor]]:
