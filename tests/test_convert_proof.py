@@ -23,6 +23,7 @@ from tests.convert_cases import DEEPSEEK_YARN, DEFAULT, LLAMA3, default, odd, pu
 
 Config = dict[str, Any]
 CASES = int(env.PROOF_CASES.get())
+SAMPLE = int(env.PROOF_CASES.default)
 
 
 @pytest.mark.parametrize("kind", [default, published])
@@ -37,7 +38,12 @@ def test_proof(model_type: str, kind: Callable[[str], Config]) -> None:
 
 @pytest.mark.parametrize("model_type", DEFAULT)
 def test_proof_of_odd_models(model_type: str) -> None:
-    @settings(max_examples=CASES, suppress_health_check=[*HealthCheck], print_blob=True)
+    @settings(
+        max_examples=CASES,
+        derandomize=CASES <= SAMPLE,
+        suppress_health_check=[*HealthCheck],
+        print_blob=True,
+    )
     @given(odd(model_type), st.integers(0, 1000))
     def check(config: Config, seed: int) -> None:
         proven = prove(config, seed=seed)

@@ -16,6 +16,9 @@ def sparse_layers(hf: HF, fields: Fields) -> None:
         reason = f"some of its layers are dense by decoder_sparse_step {step} in any case"
         fields.ignored["mlp_only_layers"] = reason
     pattern = tuple(int(i not in dense and (i + 1) % step == 0) for i in range(num_layers))
+    if step > 1 and sum(pattern) == num_layers - len({*dense}):
+        reason = "the layers that it would leave dense are in mlp_only_layers"
+        fields.ignored["decoder_sparse_step"] = reason
     set_pattern(
         fields, pattern, "decoder_sparse_step and mlp_only_layers leave no layer of experts"
     )

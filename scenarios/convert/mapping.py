@@ -67,6 +67,11 @@ class Stacked:
         return list(tensor.chunk(len(self.sources)))
 
 
+def _in_groups(tensor: Tensor, shape: Shape) -> Tensor:
+    """[rows, ...] as [groups, rows of a group, ...]."""
+    return tensor.reshape(shape.num_query_groups, -1, *tensor.shape[1:])
+
+
 @dataclass(frozen=True)
 class QKV:
     """Query, key and value; Megatron-LM keeps the heads of a group together.
@@ -78,14 +83,14 @@ class QKV:
 
     def join(self, tensors: list[Tensor], shape: Shape) -> Tensor:
         """Hugging Face -> Megatron."""
-        groups = [tensor.unflatten(0, (shape.num_query_groups, -1)) for tensor in tensors]
+        groups = [_in_groups(tensor, shape) for tensor in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)  # [(heads + 2 groups) * kv_channels, ...]
 
     def split(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
         """Megatron -> Hugging Face."""
-        groups = tensor.unflatten(0, (shape.num_query_groups, -1))
         query = shape.num_attention_heads // shape.num_query_groups * shape.kv_channels
-        parts = groups.split([query, shape.kv_channels, shape.kv_channels], dim=1)
+        sizes = [query, shape.kv_channels, shape.kv_channels]
+        parts = torch.split(_in_groups(tensor, shape), sizes, dim=1)
         return [part.flatten(0, 1) for part in parts]
 
 
@@ -100,7 +105,8 @@ class FusedQKV(Copy):
         """Hugging Face -> Megatron."""
         rows = tensors[0].T if self.transposed else tensors[0]
         keys = shape.num_query_groups * shape.kv_channels
-        parts = rows.split([shape.num_attention_heads * shape.kv_channels, keys, keys])
+        sizes = [shape.num_attention_heads * shape.kv_channels, keys, keys]
+        parts = torch.split(rows, sizes)
         return _QKV.join(list(parts), shape)
 
     def split(self, tensor: Tensor, shape: Shape) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
         stack.enter_context(_CudaMeansCpu())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel()
         stack.callback(parallel_state.destroy_model_parallel)

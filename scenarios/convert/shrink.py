@@ -41,18 +41,18 @@ def shrink(config: Any) -> dict[str, Any]:
         ValueError: the configuration cannot be read.
     """
     family, given = read_config(config)
-    hf = {name: given.get(name, default) for name, (default, _) in rows_of(family).items()}
+    hf: dict[str, Any] = {
+        name: given.get(name, default) for name, (default, _) in rows_of(family).items()
+    }
     hf |= {"model_type": family.model_type, "dtype": "float32", "pad_token_id": None}
-    windows = bool(hf.get("use_sliding_window"))
-    if not windows or hf.get("max_window_layers") is None:
-        hf.pop("max_window_layers", None)
+    no_layer_has_a_window = (hf.get("max_window_layers") or 0) >= hf.get("num_hidden_layers", 0)
     _heads(hf)
     _experts(hf)
     for name, limit in LIMITS.items():
         value = hf.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and value > limit:
             hf[name] = limit
-    if "max_window_layers" in hf and hf["max_window_layers"] == given.get("num_hidden_layers"):
+    if "max_window_layers" in hf and no_layer_has_a_window:
         hf["max_window_layers"] = hf["num_hidden_layers"]
     if hf.get("layer_types") is not None:
         # Derived anew from the fields above where the family does that.
