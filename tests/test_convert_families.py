@@ -128,6 +128,12 @@ def test_no_field_of_an_odd_model_is_lost(config: Config) -> None:
     assert lost(config) == []
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "deepseek_v3"])
+def test_no_field_is_lost_where_one_mscale_says_nothing(model_type: str) -> None:
+    yarn = DEEPSEEK_YARN | {"mscale": 0.7}
+    assert lost(published(model_type) | {"rope_theta": 10000.0, "rope_scaling": yarn}) == []
+
+
 def test_the_search_finds_a_converter_that_loses_fields() -> None:
     def careless(config: Config) -> MegatronModel:
         kept = {name: item for name, item in config.items() if name != "rope_scaling"}

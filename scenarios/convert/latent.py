@@ -5,6 +5,7 @@ from scenarios.convert.mapping import Copy, Mapped
 from scenarios.convert.rope import (
     Unsaid,
     check_positive,
+    note_single_mscale,
     note_whole_heads,
     one_spelling,
     only_known_parameters,
@@ -69,19 +70,21 @@ def latent_rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
         raise ValueError(f"rope type {kind!r}: expected default or yarn for latent attention")
     for name in ("factor", "original_max_position_embeddings"):
         check_positive(f"rope {name}", rope.get(name))
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if rope.get(name):
+            check_positive(f"rope {name}", rope[name])
     if rope.get("truncate", True) is not True or "attention_factor" in rope:
         raise ValueError(
             "rope truncate and attention_factor: Megatron-LM's latent attention has neither; "
             f"got {rope}"
         )
+    note_single_mscale(hf, fields, rope)
     mscale, all_dim = rope.get("mscale") or 0, rope.get("mscale_all_dim") or 0
     if all_dim and not mscale:
         raise ValueError(
             f"rope mscale_all_dim: got {all_dim} without mscale, by which the source scales the "
             "softmax only; Megatron-LM would also scale the rotation"
         )
-    if not isinstance(mscale, int | float) or not isinstance(all_dim, int | float):
-        raise ValueError(f"rope mscale and mscale_all_dim: got {mscale!r}, {all_dim!r}")
     fields.mla |= {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(rope["factor"]),

@@ -70,6 +70,7 @@ def rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
         model |= {"rope_scaling": True, "rope_scaling_factor": float(given["factor"])}
     elif kind == "yarn":
         model["position_embedding_type"] = "yarn"
+        note_single_mscale(hf, fields, given)
         fields.transformer |= _yarn(hf, given)
 
 
@@ -139,6 +140,14 @@ def note_whole_heads(hf: HF, fields: Fields, unsaid: Unsaid) -> None:
     """A partial_rotary_factor that says what is so in any case changes nothing."""
     if hf["partial_rotary_factor"] == unsaid.partial:
         fields.ignored["partial_rotary_factor"] = "the part that the family rotates in any case"
+
+
+def note_single_mscale(hf: HF, fields: Fields, given: Mapping[str, Any]) -> None:
+    """The source reads mscale and mscale_all_dim only together."""
+    if bool(given.get("mscale")) != bool(given.get("mscale_all_dim")):
+        reason = "of mscale and mscale_all_dim only one is given: the source reads neither"
+        names = [name for name in ("rope_parameters", "rope_scaling") if hf[name] is not None]
+        fields.ignored |= dict.fromkeys(names, reason)
 
 
 def only_known_parameters(kind: Any, given: Mapping[str, Any]) -> None:
