@@ -39,6 +39,7 @@ def transformer_config(model: MegatronModel, **settings: Any) -> "TransformerCon
         for name in OWN_FORM - {"activation_func"}
         if (value := getattr(fields, name)) is not None
     }
+    values["mtp_num_layers"] = fields.mtp_num_layers or None
     values["activation_func"] = _activation(fields.activation_func)
     if fields.bf16 or fields.fp16:
         values["params_dtype"] = values["pipeline_dtype"] = _dtype(model)
