@@ -236,6 +236,21 @@ def test_families_that_megatron_cannot_express(model_type: str) -> None:
         convert(AutoConfig.for_model(model_type))
 
 
+def test_ties_of_a_text_model_inside_a_larger_one() -> None:
+    config = published("qwen2_5_vl")
+
+    def tied(outer: bool, inner: bool, version: str) -> bool:
+        around = {"tie_word_embeddings": outer, "transformers_version": version}
+        text = {"text_config": {"tie_word_embeddings": inner}}
+        return convert(config | around | text).gpt_model.share_embeddings_and_output_weights
+
+    assert not tied(True, False, "4.57.1"), "transformers 4 reads the text model's"
+    assert tied(False, True, "4.57.1")
+    assert tied(False, True, "5.23.0")
+    with pytest.raises(ValueError, match="tie_word_embeddings: got True, and False in text_config"):
+        tied(True, False, "5.23.0")
+
+
 def test_token_classification() -> None:
     config = published("qwen2") | {
         "architectures": ["Qwen2ForTokenClassification"],

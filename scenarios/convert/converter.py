@@ -159,6 +159,10 @@ def _override(fields: Fields, overrides: Mapping[str, Any]) -> None:
 def _merged(whole: dict[str, Any], text: dict[str, Any], part: str) -> dict[str, Any]:
     """The text model's fields, and those of the larger model around it."""
     text.pop("model_type", None)
+    tied = text.get("tie_word_embeddings")
+    if tied or str(whole.get("transformers_version")).startswith("4."):
+        # transformers 4 ties by the text model alone; 5 also where the larger model says so.
+        whole = {**whole, "tie_word_embeddings": tied}
     for name in text.keys() & whole.keys() - {"architectures", "transformers_version"}:
         if _plain(text[name]) != _plain(whole[name]) and None not in (text[name], whole[name]):
             raise ValueError(

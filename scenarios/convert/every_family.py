@@ -4,6 +4,7 @@ from scenarios.convert.family import HF, Fields, Ignored, Only, Row, whole
 
 _GENERATION = Ignored("a setting of text generation")
 _OUTPUT = Ignored("what a call of the model returns besides its numbers")
+_TENSORFLOW = Ignored("a setting of TensorFlow models")
 _TOKEN = Ignored("a token's number, known to the tokenizer")
 TOKEN_CLASSIFICATION = "ForTokenClassification"
 LANGUAGE_MODEL = ("ForCausalLM", "Model", "LMHeadModel", "ForConditionalGeneration")
@@ -75,6 +76,9 @@ EVERY_FAMILY: dict[str, Row] = {
     "chunk_size_feed_forward": (None, Ignored("computes the same numbers in pieces")),
     "pretraining_tp": (None, Ignored("computes the same numbers in pieces")),
     "problem_type": (None, Ignored("which loss a classification head gets")),
+    "torchscript": (None, Ignored("how the model is exported")),
+    "finetuning_task": (None, Ignored("what the model was trained for")),
+    **dict.fromkeys(("tf_legacy_loss", "use_bfloat16"), (None, _TENSORFLOW)),
     "use_cache": (None, _GENERATION),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"), (None, _TOKEN)),
     "pad_token_id": (None, Ignored("a token's number; Megatron-LM masks padding in its loss")),
