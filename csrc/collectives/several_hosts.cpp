@@ -74,12 +74,10 @@ SeveralHosts::SeveralHosts(std::unique_ptr<Meeting> meeting, GroupOptions option
   round_ =
       "hosts" + std::to_string(meeting_->add("hosts/" + std::to_string(options.rank), 1)) + "/";
   const auto& ranks = hosts_.local();
-  std::string names;
-  for (int r : ranks) names += (names.empty() ? "" : ", ") + std::to_string(r);
   options.rank = hosts_.position(hosts_.rank);
   options.world_size = static_cast<int>(ranks.size());
-  options.name += " on host " + hosts_.names[hosts_.mine] + ", whose first rank of " + names +
-                  " counts as 0 here";
+  options.name += " on host " + hosts_.names[hosts_.mine];
+  options.numbers = ranks;
   PrefixedMeeting here(*meeting_, round_ + std::to_string(hosts_.mine) + "/");
   for (size_t i = 0; !options_.members.empty() && i < ranks.size(); i++) {
     options.members[i] = options_.members[ranks[i]];  // ascending, so none is overwritten early
