@@ -45,6 +45,30 @@ def test_file_and_object_are_one_model(model_type: str, kind: Callable[[str], Co
     assert from_object == convert(as_object(config).to_dict())
 
 
+# What PretrainedConfig.to_dict() of transformers 4.57.1 writes for every model.
+OF_TRANSFORMERS_4: Config = {
+    **dict.fromkeys(("torchscript", "tf_legacy_loss", "use_bfloat16", "is_decoder"), False),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), False),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "output_scores"), False),
+    **dict.fromkeys(("finetuning_task", "task_specific_params", "problem_type", "prefix"), None),
+    **dict.fromkeys(("tokenizer_class", "sep_token_id", "cross_attention_hidden_size"), None),
+    **dict.fromkeys(("decoder_start_token_id", "architectures", "dtype"), None),
+    "return_dict": True,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "id2label": {0: "LABEL_0", 1: "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "_name_or_path": "",
+    "transformers_version": "4.57.1",
+}
+
+
+@pytest.mark.parametrize("model_type", DEFAULT)
+def test_what_transformers_4_writes_changes_nothing(model_type: str) -> None:
+    model, same = convert(published(model_type)), convert(OF_TRANSFORMERS_4 | published(model_type))
+    assert without_reasons(model) == without_reasons(same)
+
+
 @pytest.mark.parametrize("model_type", DEFAULT)
 def test_the_table_knows_every_field_of_the_source(model_type: str) -> None:
     source = as_object(default(model_type)).to_dict()
