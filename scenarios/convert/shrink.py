@@ -14,7 +14,7 @@ LIMITS = {
     "n_positions": 64,
     "sliding_window": 7,
     "max_window_layers": 2,
-    "decoder_sparse_step": NUM_LAYERS // 2,
+    "decoder_sparse_step": NUM_LAYERS,
     "first_k_dense_replace": 1,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -59,9 +59,16 @@ def shrink(config: Any) -> dict[str, Any]:
         keep = "use_sliding_window" not in hf
         hf["layer_types"] = list(hf["layer_types"][:NUM_LAYERS]) if keep else None
     if hf.get("mlp_only_layers"):
-        hf["mlp_only_layers"] = [i for i in hf["mlp_only_layers"] if i < NUM_LAYERS]
+        hf["mlp_only_layers"] = _dense_layers(hf)
     said = {*given, "pad_token_id"}
     return {name: value for name, value in hf.items() if value is not None or name in said}
+
+
+def _dense_layers(hf: dict[str, Any]) -> list[int]:
+    """The layers of mlp_only_layers that are still there; none, if no experts would be left."""
+    step, layers = hf["decoder_sparse_step"], range(hf["num_hidden_layers"])
+    dense = [layer for layer in hf["mlp_only_layers"] if layer in layers]
+    return dense if any((i + 1) % step == 0 and i not in dense for i in layers) else []
 
 
 def _heads(hf: dict[str, Any]) -> None:
