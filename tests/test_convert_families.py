@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -325,7 +326,8 @@ def test_neither_help_nor_conversion_imports_transformers_or_megatron() -> None:
         "bad = [m for m in sys.modules if m.split('.')[0] in ('transformers', 'megatron')]; "
         "assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=root)
 
 
 LAYOUTS = ["tp2", "pp4", "tp2,pp2", "pp2,vpp2", "pp4,first5,last3", "cp2", "pp3", "tp2,sp", "ep4"]
