@@ -59,7 +59,7 @@ def one_window(hf: HF, fields: Fields) -> None:
 def switched_window(hf: HF, fields: Fields) -> None:
     """sliding_window on all layers, if use_sliding_window says so."""
     if not switch(hf, "use_sliding_window"):
-        names = {"use_sliding_window", "sliding_window", "max_window_layers"} & hf.keys()
+        names = ("use_sliding_window", "sliding_window")
         fields.ignored |= dict.fromkeys(names, NO_WINDOW)
         return
     one_window(hf, fields)

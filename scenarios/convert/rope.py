@@ -115,7 +115,7 @@ def one_spelling(hf: HF, unsaid: Unsaid) -> dict[str, Any]:
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{name}: got {value!r}, expected an object")
     new, old = _typed(new or {}), _typed(old or {})
-    for name in new.keys() & old.keys():
+    for name in sorted(new.keys() & old.keys()):
         if new[name] != old[name]:
             raise ValueError(
                 f"rope_parameters and rope_scaling contradict each other: {name} {new[name]!r} "
