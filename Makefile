@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite properties soak sanitize-address sanitize-thread
+.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs properties soak sanitize-address sanitize-thread
 
 setup build:
 	@python3 bootstrap.py
@@ -56,6 +56,11 @@ bench: setup
 bench-mpi: setup
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/mpich mpich==5.0.2
 	$(BIN)/pip install -q --no-deps --ignore-installed --prefix .mpi/impi impi_rt==2021.19.0
+
+# Every model family's conversion from Hugging Face to Megatron-LM, proven by logits on 50 random
+# configurations each.
+convert-proofs: setup
+	. $(BIN)/activate && PRIMITIVES_PROOF_CASES=50 pytest --timeout 1800 tests/test_convert_proof.py
 
 # 10,000 random collectives and 300 random programs against primitives.reference.
 properties: setup

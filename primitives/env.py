@@ -44,6 +44,11 @@ CHECK = Variable(
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
 )
+PROOF_CASES = Variable(
+    "PRIMITIVES_PROOF_CASES",
+    "2",
+    "Tests: random configurations of each model family whose conversion is proven in one run.",
+)
 HOST_ID = Variable(
     "PRIMITIVES_HOST_ID",
     "",

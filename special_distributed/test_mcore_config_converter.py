@@ -2,22 +2,41 @@
 
 A result that depended on the rank or on hash order would build parts that do not fit together. So
 each rank converts for the layout and cuts out its own part; the parts must add up to the whole
-model. The search for lost fields, one conversion for each changed field, is shared out over the
-ranks.
+model. With CP2 the layout has 8 ranks, of which each of the four plays two. The search for lost
+fields, one conversion for each changed field, is shared out over the ranks.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from transformers import Qwen2Config
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    DeepseekV3Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-from scenarios.convert import MegatronModel, convert
+from scenarios.convert import MegatronModel, ParallelLayout, convert
+from scenarios.convert.shrink import shrink
+from scenarios.convert.source_model import SourceModel
+from scenarios.convert.tensor_files import TensorFolder
+from scenarios.convert.weight_files import to_megatron
+from scenarios.convert.weights import Parameter, join_parts, parameters
 
 pytestmark = pytest.mark.usefixtures("world")
 
 TP, PP = 2, 2
+LAYOUT = ParallelLayout(tp=TP, pp=PP)
+EXPERTS = ParallelLayout(tp=TP, pp=PP, ep=2, etp=1, sp=True)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 PERTURBED = {
     "num_hidden_layers": 24,
@@ -30,7 +49,21 @@ PERTURBED = {
     "dtype": "bfloat16",
     "rope_parameters": YARN | {"rope_theta": 1000000.0},
 }
-CONFIGS = {"default": {}, "perturbed": PERTURBED}
+CONFIGS: dict[str, tuple[type, dict[str, Any], ParallelLayout]] = {
+    "default": (Qwen2Config, {}, LAYOUT),
+    "perturbed": (Qwen2Config, PERTURBED, LAYOUT),
+    "llama": (LlamaConfig, {"num_key_value_heads": 8}, LAYOUT),
+    "qwen3": (Qwen3Config, {}, LAYOUT),
+    "qwen2_moe": (Qwen2MoeConfig, {}, EXPERTS),
+    "qwen3_moe": (Qwen3MoeConfig, {}, EXPERTS),
+    "deepseek_v3": (DeepseekV3Config, {}, EXPERTS.model_copy(update={"first": 30, "last": 31})),
+}
+
+
+def config_of(name: str) -> Any:
+    """The configuration as transformers holds it."""
+    kind, fields, _ = CONFIGS[name]
+    return kind(**fields)
 
 
 def gathered(item: object) -> list[Any]:
@@ -42,36 +75,86 @@ def gathered(item: object) -> list[Any]:
 
 def own_part(model: MegatronModel, rank: int) -> dict[str, tuple[int, set[int]]]:
     """What one rank builds: name -> (size of the whole, this rank's indices of it)."""
-    tp_rank, pp_rank = rank % TP, rank // TP
+    tp_rank, pp_rank = rank % TP, rank // TP % PP
     fields = model.transformer
 
     def cut(numel: int, index: int, degree: int) -> tuple[int, set[int]]:
         return numel, set(range(index * numel // degree, (index + 1) * numel // degree))
 
+    layers = fields.stages()[pp_rank][0]
     return {
-        "layers": cut(fields.num_layers, pp_rank, PP),
+        "layers": (fields.num_layers, set(layers)),
         "heads": cut(fields.num_attention_heads, tp_rank, TP),
         "query_groups": cut(fields.num_query_groups, tp_rank, TP),
         "ffn": cut(fields.ffn_hidden_size, tp_rank, TP),
         "vocabulary": cut(model.gpt_model.vocab_size, tp_rank, TP),
+        "experts": cut(fields.num_moe_experts or 2, tp_rank, 2),
     }
 
 
+@pytest.mark.parametrize("cp", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ranks_agree_and_their_parts_make_the_model(name: str) -> None:
+def test_ranks_agree_and_their_parts_make_the_model(name: str, cp: int) -> None:
     assert dist.get_world_size() == TP * PP
-    model = convert(Qwen2Config(**CONFIGS[name]), tp=TP, pp=PP)
+    layout = CONFIGS[name][2].model_copy(update={"cp": cp})
+    model = convert(config_of(name), layout=layout)
     models = gathered(model.model_dump_json())
     assert models == [models[0]] * len(models)
-    parts = gathered(own_part(model, dist.get_rank()))
+    played = range(dist.get_rank(), TP * PP * cp, TP * PP)
+    parts = [part for own in gathered([own_part(model, rank) for rank in played]) for part in own]
+    assert len(parts) == TP * PP * cp
     for key, (numel, _) in parts[0].items():
         pieces = [part[key][1] for part in parts]
         assert set.union(*pieces) == set(range(numel)), key
-        assert len({len(piece) for piece in pieces}) == 1, f"{key}: equal parts"
+        assert sum(map(len, pieces)) == numel * len(parts) // 2, key
+
+
+def test_the_files_of_all_ranks_make_the_source() -> None:
+    """Rank 0 converts; every rank reads its own folder, and all together hold the source's bits."""
+    config = shrink(AutoConfig.for_model("qwen3", tie_word_embeddings=False).to_dict())
+    rank = dist.get_rank()
+    with tempfile.TemporaryDirectory() as own:
+        folders = gathered(own)
+        root = Path(folders[0])
+        if rank == 0:
+            torch.manual_seed(3)
+            SourceModel(config).save(root / "hf")
+            to_megatron(root / "hf", root / "megatron", config, layout=LAYOUT)
+        dist.barrier()
+        mine = TensorFolder(root / "megatron" / f"tp{rank % TP}_pp{rank // TP}")
+        states = gathered({name: mine.read(name) for name in mine})
+        source = load_file(root / "hf" / "model.safetensors")
+        dist.barrier()
+    model = convert(config, layout=LAYOUT)
+    for parameter in parameters(model):
+        parts = _parts(model, parameter, states)
+        whole = join_parts(parts, parameter.cut)
+        if parameter.name.endswith("mlp.linear_fc1.weight"):
+            names = [f"model.layers.{parameter.layer}.mlp.{n}_proj.weight" for n in ("gate", "up")]
+            assert torch.equal(whole, torch.cat([source[name] for name in names]))
+        elif parameter.name == "output_layer.weight":
+            assert torch.equal(whole, source["lm_head.weight"])
+    assert sum(t.numel() for state in states for t in state.values()) >= sum(
+        t.numel() for t in source.values()
+    )
+
+
+def _parts(
+    model: MegatronModel, parameter: Parameter, states: list[dict[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """A parameter's parts, by tp rank, from the states of all ranks."""
+    stages = [parts[0] for parts in model.transformer.stages()]
+    if parameter.layer is None:
+        stage = 0 if parameter.name.startswith("embedding") else PP - 1
+        name = parameter.name
+    else:
+        stage = next(i for i, layers in enumerate(stages) if parameter.layer in layers)
+        name = parameter.pattern.format(layer=stages[stage].index(parameter.layer))
+    return [states[stage * TP + tp_rank][name] for tp_rank in range(TP)]
 
 
 def test_the_perturbed_model_is_what_the_table_says() -> None:
-    model = convert(Qwen2Config(**PERTURBED), tp=TP, pp=PP)
+    model = convert(config_of("perturbed"), layout=LAYOUT)
     fields = model.transformer
     assert (fields.num_layers, fields.num_query_groups, fields.kv_channels) == (24, 4, 64)
     assert fields.window_size == (511, 0)
@@ -88,7 +171,7 @@ def test_every_rank_refuses_a_layout_that_does_not_divide() -> None:
     with pytest.raises(
         ValueError, match="num_query_groups: got 1, expected a multiple of 2"
     ) as caught:
-        convert(Qwen2Config(num_key_value_heads=1), tp=TP, pp=PP)
+        convert(Qwen2Config(num_key_value_heads=1), layout=LAYOUT)
     messages = gathered(str(caught.value))
     assert messages == [messages[0]] * len(messages)
 
@@ -119,15 +202,22 @@ def effect(
         after = translate(config | {name: value})
     except ValueError:
         return "refused"
-    if (after.transformer, after.gpt_model) != (before.transformer, before.gpt_model):
+    if (after.transformer, after.gpt_model, after.mla) != (
+        *(before.transformer, before.gpt_model, before.mla),
+    ):
         return "changed"
-    return "ignored" if name in after.ignored else "lost"
+    return "ignored" if name in after.ignored or name in before.ignored else "lost"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_field_is_lost(name: str) -> None:
-    config = Qwen2Config(**CONFIGS[name]).to_dict()
-    cases = [(field, new) for field in sorted(config) for new in changes(config[field])]
+    config = config_of(name).to_dict()
+    cases = [
+        (field, new)
+        for field in sorted(config)
+        for new in changes(config[field])
+        if new != config[field]
+    ]
     own = cases[dist.get_rank() :: dist.get_world_size()]
     effects = [(field, new, effect(config, field, new)) for field, new in own]
     found = [item for items in gathered(effects) for item in items]

@@ -1,33 +1,35 @@
 """From a Hugging Face configuration to Megatron-LM's fields, by the table of its family."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scenarios.convert import qwen2
-from scenarios.convert.family import Family, Fields, Only
-from scenarios.convert.megatron import GPTModelArguments, MegatronModel, TransformerFields
+from scenarios.convert.every_family import EVERY_ALIAS, EVERY_FAMILY
+from scenarios.convert.families import family_of
+from scenarios.convert.family import Family, Fields, Ignored, Only, Row
+from scenarios.convert.layout import ParallelLayout
+from scenarios.convert.megatron import (
+    GPTModelArguments,
+    LatentFields,
+    MegatronModel,
+    TokenClassificationHead,
+    TransformerFields,
+)
 from scenarios.flags import close_match
-
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen2.FAMILY,)}
 
 
 def convert(
     config: Any,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    cp: int = 1,
+    layout: ParallelLayout | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> MegatronModel:
     """Convert a model's configuration.
 
     Args:
         config: a mapping, the path of a config.json, or a transformers configuration object.
-        tp: tensor parallel ranks.
-        pp: pipeline stages.
-        cp: context parallel ranks.
+        layout: how the model will be cut over ranks; none: not at all.
         overrides: fields of TransformerConfig or arguments of GPTModel to set instead.
     Returns:
         The model for that layout.
@@ -35,80 +37,142 @@ def convert(
         ValueError: an unknown family, field or override, a contradiction, a feature Megatron-LM has
             no counterpart for, or a layout that does not divide the model.
     """
-    hf = _as_mapping(config)
-    model_type = hf.pop("model_type", None)
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type: got {model_type!r}, expected one of {sorted(FAMILIES)}")
-    family = FAMILIES[model_type]
+    family, hf = read_config(config)
+    table = rows_of(family)
+    unknown = [name for name in hf if name not in table]
+    if unknown:
+        name = unknown[0]
+        raise ValueError(
+            f"{family.model_type}: unknown field {name!r} = {hf[name]!r}{close_match(name, table)}"
+        )
     fields = Fields()
-    _apply_rules(family, hf, fields)
-    complete = {**family.defaults, **hf}
     for target, value in family.constants.items():
-        _set(fields, target, value)
-    _check_counts(family, complete)
-    family.combine(complete, fields)
-    fields.transformer |= {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "context_parallel_size": cp,
-    }
+        fields.put(target, value)
+    try:
+        _apply(table, hf, fields)
+    except ValueError as error:
+        raise ValueError(f"{family.model_type}: {error}") from None
+    fields.transformer |= (layout or ParallelLayout()).fields()
     _override(fields, overrides or {})
     return MegatronModel.build(
+        model_type=family.model_type,
         transformer=TransformerFields.build(**fields.transformer),
         gpt_model=GPTModelArguments.build(**fields.gpt_model),
+        mla=LatentFields.build(**fields.mla) if fields.mla else None,
+        head=TokenClassificationHead.build(**fields.head) if fields.head else None,
         ignored=fields.ignored,
     )
 
 
-def _apply_rules(family: Family, hf: Mapping[str, Any], fields: Fields) -> None:
-    known = frozenset(family.rules) | frozenset(family.irrelevant)
-    for name, value in hf.items():
-        if name in family.irrelevant:
-            fields.ignored[name] = family.irrelevant[name]
-        elif name not in family.rules:
+def read_config(config: Any) -> tuple[Family, dict[str, Any]]:
+    """The table of a configuration, and its fields under the table's names.
+
+    Raises:
+        ValueError: it cannot be read, its family is not converted, or two spellings of a field
+            contradict each other.
+    """
+    content = _as_mapping(config)
+    family = family_of(content.pop("model_type", None))
+    text = content.pop(family.text_part, None) if family.text_part else None
+    if text is not None:
+        content = _merged(content, _as_mapping(text), str(family.text_part))
+    for alias, name in (EVERY_ALIAS | dict(family.aliases)).items():
+        if alias not in content:
+            continue
+        value = content.pop(alias)
+        if (
+            value is not None
+            and content.get(name) is not None
+            and _plain(content[name]) != _plain(value)
+        ):
             raise ValueError(
-                f"{family.model_type}: unknown field {name!r} = {value!r}{close_match(name, known)}"
+                f"{name} and {alias}, two spellings of one field, contradict each other: "
+                f"got {content[name]!r} and {value!r}"
             )
-    for name, rule in family.rules.items():
-        value = hf.get(name, family.defaults.get(name))
+        if content.get(name) is None:
+            content[name] = value
+    return family, content
+
+
+def rows_of(family: Family) -> dict[str, Row]:
+    """Every field that a configuration of the family may have."""
+    return {**family.table, **{k: v for k, v in EVERY_FAMILY.items() if k not in family.table}}
+
+
+def _apply(table: Mapping[str, Row], hf: Mapping[str, Any], fields: Fields) -> None:
+    complete = {name: hf.get(name, default) for name, (default, _) in table.items()}
+    for name, (default, _) in table.items():
+        _check_kind(name, complete[name], default)
+    done: list[Callable[..., None]] = []
+    for name, (_, rule) in table.items():
+        value = complete[name]
         if isinstance(rule, str):
-            _set(fields, rule, value)
-        elif isinstance(rule, Only) and name in hf and value not in rule.values:
-            raise ValueError(
-                f"{family.model_type}: {name}: got {value!r}, which asks for {rule.meaning}; "
-                f"expected {' or '.join(map(repr, rule.values))}"
-            )
+            fields.put(rule, value)
+        elif isinstance(rule, Ignored):
+            if name in hf:
+                fields.ignored[name] = rule.reason
+        elif isinstance(rule, Only):
+            if not any(type(value) is type(one) and value == one for one in rule.values):
+                raise ValueError(
+                    f"{name}: got {value!r}, which asks for {rule.meaning}; "
+                    f"expected {' or '.join(map(repr, rule.values))}"
+                )
+            if value != table[name][0]:
+                fields.ignored[name] = f"{value!r} means here what {table[name][0]!r} means"
+        elif rule not in done:
+            done.append(rule)
+            rule(complete, fields)
 
 
-def _check_counts(family: Family, hf: Mapping[str, Any]) -> None:
-    """What is computed with before the fields are checked must be sane."""
-    for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"):
-        value = hf[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{family.model_type}: {name}: got {value!r}, expected 1 or more")
-    for name, default in family.defaults.items():
-        value = hf[name]
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{family.model_type}: {name}: got {value!r}, expected true or false")
-        whole = isinstance(default, int) and not isinstance(default, bool) and value is not None
-        if whole and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"{family.model_type}: {name}: got {value!r}, expected an integer")
-
-
-def _set(fields: Fields, target: str, value: Any) -> None:
-    section, name = target.split(".")
-    getattr(fields, section)[name] = value
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """A field has the type of its default; what has no default, its rule checks."""
+    if isinstance(default, bool):
+        right, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int) and value is not None:
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        expected = "an integer"
+    elif isinstance(default, float):
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+        expected = "a number"
+    else:
+        return
+    if not right:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _override(fields: Fields, overrides: Mapping[str, Any]) -> None:
-    sections = {
-        **dict.fromkeys(TransformerFields.model_fields, fields.transformer),
-        **dict.fromkeys(GPTModelArguments.model_fields, fields.gpt_model),
-    }
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for model, section in (
+        (TransformerFields, fields.transformer),
+        (GPTModelArguments, fields.gpt_model),
+        *(((LatentFields, fields.mla),) if fields.mla else ()),
+    ):
+        for name in model.model_fields:
+            sections.setdefault(name, []).append(section)
     for name, value in overrides.items():
         if name not in sections:
             raise ValueError(f"override {name!r} is no Megatron field{close_match(name, sections)}")
-        sections[name][name] = value
+        for section in sections[name]:
+            section[name] = value
+
+
+def _merged(whole: dict[str, Any], text: dict[str, Any], part: str) -> dict[str, Any]:
+    """The text model's fields, and those of the larger model around it."""
+    text.pop("model_type", None)
+    tied = text.get("tie_word_embeddings")
+    if tied or str(whole.get("transformers_version")).startswith("4."):
+        # transformers 4 ties by the text model alone; 5 also where the larger model says so.
+        whole = {**whole, "tie_word_embeddings": tied}
+    for name in sorted(text.keys() & whole.keys() - {"architectures", "transformers_version"}):
+        if _plain(text[name]) != _plain(whole[name]) and None not in (text[name], whole[name]):
+            raise ValueError(
+                f"{name}: got {whole[name]!r}, and {text[name]!r} in {part}; expected one value"
+            )
+    return whole | {name: v for name, v in text.items() if v is not None or name not in whole}
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if "dtype" in type(value).__name__ else value
 
 
 def _as_mapping(config: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scenarios.convert.mapping import Mapped
+
 
 @dataclass
 class Fields:
@@ -11,7 +13,14 @@ class Fields:
 
     transformer: dict[str, Any] = field(default_factory=dict)
     gpt_model: dict[str, Any] = field(default_factory=dict)
+    mla: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+
+    def put(self, target: str, value: Any) -> None:
+        """Set "section.name"."""
+        section, name = target.split(".")
+        getattr(self, section)[name] = value
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,19 @@ class Only:
 
 
 @dataclass(frozen=True)
-class Together:
-    """A field that ``Family.combine`` reads along with others."""
+class Ignored:
+    """A field that says nothing about the model's numbers."""
+
+    reason: str
 
 
-Rule = str | Only | Together
+HF = Mapping[str, Any]
+Together = Callable[[HF, Fields], None]
+"""Reads several fields at once; stands at each of them and runs once."""
+Rule = str | Only | Ignored | Together
 """A text is the target: "transformer.num_layers" or "gpt_model.vocab_size"; the value is copied."""
+Row = tuple[Any, Rule]
+"""What the source's own class assumes for a field that its file leaves out, and the rule."""
 
 
 @dataclass(frozen=True)
@@ -37,57 +53,55 @@ class Family:
     """How one ``model_type`` is converted."""
 
     model_type: str
-    defaults: Mapping[str, Any]
-    """What the source's own class assumes for a field its file leaves out."""
-    rules: Mapping[str, Rule]
-    irrelevant: Mapping[str, str]
-    """Field -> why it says nothing about the model's numbers."""
+    table: Mapping[str, Row]
+    """Field -> its row, in the order in which rules run."""
     constants: Mapping[str, Any]
     """Target -> value that every model of the family has."""
-    combine: Callable[[Mapping[str, Any], Fields], None]
-    """Converts the fields marked Together."""
+    weights: Mapping[str, Mapped]
+    """Name of a Megatron parameter, with {layer} and {expert} -> where its numbers come from."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other spelling of a field -> the one in the table."""
+    text_part: str | None = None
+    """Field that holds the configuration of the text model, if that is a part of a larger one."""
+    bases: tuple[str, ...] = ("model.", "")
+    """What {base} in a tensor's name may stand for."""
+    other_tensors: tuple[str, ...] = ()
+    """How names of tensors begin that are not the converted model's."""
+    note: str = ""
+    """What the proof does not cover, for the output."""
 
 
-_GENERATION = "a setting of text generation"
-_OUTPUT = "what a call of the model returns besides its numbers"
-_LABELS = "a setting of classification heads, which are refused"
+def whole(hf: HF, name: str, minimum: int = 1) -> int:
+    """The field as an integer that can be counted with.
 
-IRRELEVANT: dict[str, str] = {
-    "_name_or_path": "where the file came from",
-    "transformers_version": "which library wrote the file",
-    "_attn_implementation_autoset": "the kernel, not the model",
-    "tokenizer_class": "a setting of the tokenizer",
-    "chunk_size_feed_forward": "computes the same numbers in pieces",
-    "use_cache": _GENERATION,
-    "bos_token_id": "a token's number, known to the tokenizer",
-    "eos_token_id": "a token's number, known to the tokenizer",
-    "pad_token_id": "a token's number; Megatron-LM masks padding by the loss mask",
-    **dict.fromkeys(("id2label", "label2id", "problem_type"), _LABELS),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), _OUTPUT),
-    **dict.fromkeys(("output_scores", "return_dict_in_generate"), _OUTPUT),
-    **dict.fromkeys(
-        (
-            *("temperature", "top_k", "top_p", "typical_p", "do_sample", "early_stopping"),
-            *("num_beams", "num_beam_groups", "num_return_sequences", "max_length", "min_length"),
-            *("repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size"),
-            *("encoder_no_repeat_ngram_size", "bad_words_ids", "remove_invalid_values"),
-            *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "prefix"),
-            *("begin_suppress_tokens", "exponential_decay_length_penalty"),
-            *("decoder_start_token_id", "sep_token_id"),
-        ),
-        _GENERATION,
-    ),
-}
-"""Fields that every Hugging Face configuration has and none of which changes a number."""
+    Raises:
+        ValueError: it is something else, or less than ``minimum``.
+    """
+    value = hf[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of {minimum} or more")
+    return value
 
-ONLY: dict[str, Only] = {
-    "is_encoder_decoder": Only((False,), "an encoder"),
-    "is_decoder": Only((False, True), "something else than a decoder"),
-    "add_cross_attention": Only((False,), "cross attention"),
-    "tie_encoder_decoder": Only((False,), "an encoder"),
-    "cross_attention_hidden_size": Only((None,), "cross attention"),
-    "pruned_heads": Only((None, {}), "pruned heads"),
-    "quantization_config": Only((None,), "quantized weights"),
-    "auto_map": Only((None, {}), "code of its own"),
-}
-"""Fields that every Hugging Face configuration may have and that must not ask for anything."""
+
+def number(hf: HF, name: str) -> float:
+    """The field as a finite number.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = hf[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise ValueError(f"{name}: got {value!r}, expected a number")
+    return float(value)
+
+
+def switch(hf: HF, name: str) -> bool:
+    """The field as true or false.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = hf[name]
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected true or false")
+    return value

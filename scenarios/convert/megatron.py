@@ -6,11 +6,13 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
+from scenarios.convert.layout import stages
 from scenarios.frozen import Frozen
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -26,6 +28,7 @@ class TransformerFields(_Strict):
     """Fields of megatron.core.transformer.TransformerConfig, under its names."""
 
     num_layers: PositiveInt
+    mtp_num_layers: NonNegativeInt | None = None
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -37,18 +40,41 @@ class TransformerFields(_Strict):
     attention_dropout: Probability
     hidden_dropout: Probability = 0.0
     normalization: Literal["RMSNorm", "LayerNorm"] = "LayerNorm"
-    activation_func: Literal["silu", "gelu"] = "gelu"
+    activation_func: Literal["silu", "gelu", "openai_gelu", "quick_gelu"] = "gelu"
     """Name of the function; TransformerConfig takes the function itself."""
+    activation_func_clamp_value: PositiveFloat | None = None
     gated_linear_unit: bool = False
+    glu_linear_offset: float = 0.0
     add_bias_linear: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    softmax_type: Literal["vanilla", "learnable"] = "vanilla"
+    """learnable: a sink for each head."""
+    multi_latent_attention: bool = False
     bf16: bool = False
     fp16: bool = False
-    window_size: tuple[int, int] | None = None
+    window_size: tuple[NonNegativeInt, int] | None = None
     """Tokens a position sees to the left and to the right of itself."""
     window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
     """1 for each layer with the window, 0 for each with full attention."""
+    mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """Pairs of a head that time, height and width rotate."""
+    num_moe_experts: PositiveInt | None = None
+    moe_ffn_hidden_size: PositiveInt | None = None
+    moe_layer_freq: tuple[Literal[0, 1], ...] | None = None
+    """1 for each layer with experts, 0 for each dense one; none: experts in all."""
+    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    moe_shared_expert_gate: bool = False
+    moe_router_topk: PositiveInt = 2
+    moe_router_pre_softmax: bool = False
+    """Weights are a softmax over all experts, and not over the chosen ones."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_enable_expert_bias: bool = False
+    moe_router_topk_scaling_factor: PositiveFloat | None = None
+    moe_router_num_groups: PositiveInt | None = None
+    moe_router_group_topk: PositiveInt | None = None
+    moe_router_dtype: Literal["fp32"] | None = None
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
     yarn_rotary_scaling_factor: PositiveFloat | None = None
     """This and the other yarn fields are attributes that GPTModel looks up in its config."""
     yarn_original_max_position_embeddings: PositiveInt | None = None
@@ -59,7 +85,13 @@ class TransformerFields(_Strict):
     yarn_correction_range_round_to_int: bool | None = None
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -68,15 +100,66 @@ class TransformerFields(_Strict):
                 f"num_query_groups: got {self.num_query_groups}, "
                 f"expected a divisor of num_attention_heads = {self.num_attention_heads}"
             )
-        cuts = {
-            "num_attention_heads": self.tensor_model_parallel_size,
-            "num_query_groups": self.tensor_model_parallel_size,
-            "ffn_hidden_size": self.tensor_model_parallel_size,
-            "num_layers": self.pipeline_model_parallel_size,
-        }
-        for name, degree in cuts.items():
+        tp, etp = self.tensor_model_parallel_size, self.expert_tensor_parallel_size
+        for name, degree in {
+            "num_attention_heads": tp,
+            "num_query_groups": tp,
+            "ffn_hidden_size": tp,
+            "moe_shared_expert_intermediate_size": tp,
+            "moe_ffn_hidden_size": etp,
+            "num_moe_experts": self.expert_model_parallel_size,
+        }.items():
             _check_divisible(name, getattr(self, name), degree)
+        if self.num_moe_experts is None and self.expert_model_parallel_size > 1:
+            raise ValueError(
+                f"ep: got {self.expert_model_parallel_size}, expected 1: the model has no experts"
+            )
+        if self.num_moe_experts is not None and tp > 1 and not self.sequence_parallel:
+            raise ValueError(
+                f"tp {tp} with experts: Megatron-LM trains that with sequence parallelism only; "
+                "add sp to the layout"
+            )
+        self.stages()
         return self
+
+    def stages(self) -> list[list[range]]:
+        """The layers of each pipeline stage's virtual parts.
+
+        Raises:
+            ValueError: the layers cannot be dealt out as the layout says.
+        """
+        return stages(
+            self.num_layers,
+            pp=self.pipeline_model_parallel_size,
+            vpp=self.virtual_pipeline_model_parallel_size or 1,
+            first=self.num_layers_in_first_pipeline_stage,
+            last=self.num_layers_in_last_pipeline_stage,
+        )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer, counted from 0, is a mixture of experts."""
+        if self.num_moe_experts is None:
+            return False
+        return self.moe_layer_freq is None or bool(self.moe_layer_freq[layer])
+
+
+class LatentFields(_Strict):
+    """Fields that megatron.core.transformer.MLATransformerConfig has besides."""
+
+    q_lora_rank: PositiveInt | None
+    """None: queries are projected in one step."""
+    kv_lora_rank: PositiveInt
+    qk_head_dim: PositiveInt
+    qk_pos_emb_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    rope_type: Literal["rope", "yarn"]
+    rotary_base: PositiveFloat
+    rotary_scaling_factor: PositiveFloat = 1.0
+    original_max_position_embeddings: PositiveInt = 4096
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: PositiveFloat = 1.0
+    mscale_all_dim: NonNegativeFloat = 0.0
 
 
 class GPTModelArguments(_Strict):
@@ -85,7 +168,7 @@ class GPTModelArguments(_Strict):
     vocab_size: PositiveInt
     max_sequence_length: PositiveInt
     share_embeddings_and_output_weights: bool
-    position_embedding_type: Literal["rope", "yarn", "learned_absolute"] = "learned_absolute"
+    position_embedding_type: Literal["rope", "yarn", "mrope", "learned_absolute"]
     rotary_base: PositiveInt = 10000
     rotary_percent: PositiveFloat = 1.0
     rope_scaling: bool = False
@@ -94,12 +177,22 @@ class GPTModelArguments(_Strict):
     seq_len_interpolation_factor: PositiveFloat | None = None
 
 
+class TokenClassificationHead(_Strict):
+    """What takes the place of GPTModel's output_layer: dropout, then a linear layer with a bias."""
+
+    num_labels: PositiveInt
+    dropout: Probability
+
+
 class MegatronModel(_Strict):
     """One converted model for one layout."""
 
+    model_type: str
     transformer: TransformerFields
     gpt_model: GPTModelArguments
-    ignored: dict[str, str]
+    mla: LatentFields | None = None
+    head: TokenClassificationHead | None = None
+    ignored: dict[str, str] = Field(default_factory=dict)
     """Field of the source -> why it changes nothing in this model."""
 
     @model_validator(mode="after")
@@ -112,64 +205,7 @@ class MegatronModel(_Strict):
         )
         return self
 
-    def flags(self) -> dict[str, bool | int | float | str]:
-        """The model as Megatron-LM's command-line flags.
 
-        Returns:
-            Flag -> value, True for a switch.
-        Raises:
-            ValueError: the model needs a field that has no flag.
-        """
-        fields, model = self.transformer, self.gpt_model
-        if model.position_embedding_type == "yarn":
-            raise ValueError(
-                "position_embedding_type yarn has no flags; build TransformerConfig instead"
-            )
-        factor = model.seq_len_interpolation_factor
-        if factor is not None and not factor.is_integer():
-            raise ValueError(
-                f"seq_len_interpolation_factor: got {factor}, the flag takes integers only"
-            )
-        window, pattern = fields.window_size, fields.window_attn_skip_freq
-        flags: dict[str, bool | int | float | str | None] = {
-            "--num-layers": fields.num_layers,
-            "--hidden-size": fields.hidden_size,
-            "--ffn-hidden-size": fields.ffn_hidden_size,
-            "--num-attention-heads": fields.num_attention_heads,
-            "--group-query-attention": fields.num_query_groups != fields.num_attention_heads,
-            "--num-query-groups": fields.num_query_groups,
-            "--kv-channels": fields.kv_channels,
-            "--norm-epsilon": fields.layernorm_epsilon,
-            "--init-method-std": fields.init_method_std,
-            "--attention-dropout": fields.attention_dropout,
-            "--hidden-dropout": fields.hidden_dropout,
-            "--normalization": fields.normalization,
-            "--swiglu": fields.gated_linear_unit and fields.activation_func == "silu",
-            "--disable-bias-linear": not fields.add_bias_linear,
-            "--add-qkv-bias": fields.add_qkv_bias,
-            "--qk-layernorm": fields.qk_layernorm,
-            "--bf16": fields.bf16,
-            "--fp16": fields.fp16,
-            "--window-size": None if window is None else f"{window[0]},{window[1]}",
-            "--window-attn-skip-freq": None if pattern is None else str([*pattern]),
-            "--tensor-model-parallel-size": fields.tensor_model_parallel_size,
-            "--pipeline-model-parallel-size": fields.pipeline_model_parallel_size,
-            "--context-parallel-size": fields.context_parallel_size,
-            "--vocab-size": model.vocab_size,
-            "--max-position-embeddings": model.max_sequence_length,
-            "--untie-embeddings-and-output-weights": not model.share_embeddings_and_output_weights,
-            "--position-embedding-type": model.position_embedding_type,
-            "--rotary-base": model.rotary_base,
-            "--rotary-percent": model.rotary_percent,
-            "--use-rope-scaling": model.rope_scaling,
-            "--rope-scaling-factor": model.rope_scaling_factor if model.rope_scaling else None,
-            "--rotary-seq-len-interpolation-factor": None if factor is None else int(factor),
-        }
-        return {
-            flag: value for flag, value in flags.items() if value is not None and value is not False
-        }
-
-
-def _check_divisible(name: str, got: int, degree: int) -> None:
-    if got % degree:
+def _check_divisible(name: str, got: int | None, degree: int) -> None:
+    if got is not None and got % degree:
         raise ValueError(f"{name}: got {got}, expected a multiple of {degree} for this layout")

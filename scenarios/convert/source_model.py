@@ -1,0 +1,141 @@
+"""The source's own model (transformers), small, with random weights: what a proof compares with."""
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scenarios.convert.every_family import TOKEN_CLASSIFICATION
+
+TINY_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "fullatt_block_indexes": [0],
+}
+"""A vision model has to be there for the text model's sake; it is never run."""
+
+
+class SourceModel:
+    """A model of transformers, in fp32, eager and for evaluation."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Build it, with weights from torch's generator.
+
+        Args:
+            config: a small configuration, as ``shrink`` gives it.
+        Raises:
+            ModuleNotFoundError: transformers is not installed.
+        """
+        import transformers
+        from transformers import AutoConfig
+
+        fields = copy.deepcopy(dict(config))  # transformers writes into what it is given
+        model_type = fields.pop("model_type")
+        kind = "AutoModelForCausalLM"
+        if any(name.endswith(TOKEN_CLASSIFICATION) for name in fields.get("architectures") or ()):
+            kind = "AutoModelForTokenClassification"
+        if model_type == "qwen2_5_vl":
+            kind = "AutoModelForImageTextToText"
+            vision = TINY_VISION | {"out_hidden_size": fields["hidden_size"]}
+            fields = {
+                "text_config": {k: v for k, v in fields.items() if k != "vision_config"},
+                "vision_config": vision,
+                "tie_word_embeddings": fields["tie_word_embeddings"],
+                "dtype": "float32",
+            }
+        source = AutoConfig.for_model(model_type, **fields)
+        auto = getattr(transformers, kind)
+        # The grouped products of the default experts need sizes that small models do not have.
+        source._experts_implementation = "eager"
+        self.module = auto.from_config(source, attn_implementation="eager").float().eval()
+        randomise(self.module)
+
+    def run(self, tokens: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Values at every place of the model, [sequences, tokens, ...], in order."""
+        seen: dict[str, Tensor] = {}
+
+        def note(place: str) -> Any:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                seen[place] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        def note_input(module: Any, args: Any, kwargs: Any) -> None:
+            seen["embedding"] = args[0] if args else kwargs["hidden_states"]
+
+        handles = []
+        layers = _layers(self.module)
+        handles.append(layers[0].register_forward_pre_hook(note_input, with_kwargs=True))
+        for index, layer in enumerate(layers):
+            children = dict(layer.named_children())
+            attention = children.get("self_attn", children.get("attn"))
+            mlp = children.get("mlp", children.get("block_sparse_moe"))
+            assert attention is not None, [*children]
+            assert mlp is not None, [*children]
+            handles.append(attention.register_forward_hook(note(f"layer {index} attention")))
+            handles.append(mlp.register_forward_hook(note(f"layer {index} mlp")))
+            handles.append(layer.register_forward_hook(note(f"layer {index}")))
+        handles.append(_final_norm(self.module).register_forward_hook(note("final norm")))
+        with torch.no_grad():
+            seen["logits"] = self.module(
+                input_ids=tokens, position_ids=positions, use_cache=False
+            ).logits
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as the source publishes them."""
+        from transformers.utils import logging
+
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            self.module.save_pretrained(folder)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+
+
+def randomise(module: nn.Module) -> None:
+    """Weights that keep activations of the order of 1, and leave no parameter without effect."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *_router_biases(module)]:
+            noise = torch.randn_like(tensor)
+            if tensor.dim() == 1:
+                is_norm = re.search(r"(norm|ln_\w)\.weight$", name) is not None
+                tensor.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise)
+            elif "embed" in name or "wte" in name:
+                # No token near zero, of which a norm would enlarge the rounding.
+                tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)))
+            else:
+                tensor.copy_(noise / tensor.shape[-1] ** 0.5)
+
+
+def _router_biases(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, b) for n, b in module.named_buffers() if n.endswith("e_score_correction_bias")]
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    named = [
+        child
+        for name, child in module.named_modules()
+        if re.search(r"(^|\.)(layers|h)\.\d+$", name) and "visual" not in name
+    ]
+    assert named, "no decoder layers"
+    return named
+
+
+def _final_norm(module: nn.Module) -> nn.Module:
+    names = [
+        name
+        for name, _ in module.named_modules()
+        if re.search(r"(^|\.)(norm|ln_f)$", name) and "layers." not in name and "visual" not in name
+    ]
+    return module.get_submodule(names[0])

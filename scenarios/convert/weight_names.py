@@ -1,0 +1,47 @@
+"""Hugging Face's names of a decoder's tensors, as most families write them."""
+
+from scenarios.convert.mapping import QKV, Copy, Mapped, Stacked
+
+LAYER, HF_LAYER = "decoder.layers.{layer}.", "{base}layers.{layer}."
+ATTENTION, HF_ATTENTION = f"{LAYER}self_attention.", f"{HF_LAYER}self_attn."
+
+HEAD: dict[str, Mapped] = {
+    "embedding.word_embeddings.weight": Copy("{base}embed_tokens.weight"),
+    "decoder.final_layernorm.weight": Copy("{base}norm.weight"),
+    "output_layer.weight": Copy("lm_head.weight"),
+}
+TOKEN_CLASSIFICATION: dict[str, Mapped] = {
+    "output_layer.weight": Copy("score.weight"),
+    "output_layer.bias": Copy("score.bias"),
+}
+NORMS: dict[str, Mapped] = {
+    f"{LAYER}input_layernorm.weight": Copy(f"{HF_LAYER}input_layernorm.weight"),
+    f"{LAYER}pre_mlp_layernorm.weight": Copy(f"{HF_LAYER}post_attention_layernorm.weight"),
+}
+QUERY_KEY_NORMS: dict[str, Mapped] = {
+    f"{ATTENTION}q_layernorm.weight": Copy(f"{HF_ATTENTION}q_norm.weight"),
+    f"{ATTENTION}k_layernorm.weight": Copy(f"{HF_ATTENTION}k_norm.weight"),
+}
+
+
+def attention(kind: str = "weight") -> dict[str, Mapped]:
+    """The four projections: their weights, or their biases."""
+    names = [f"{HF_ATTENTION}{letter}_proj.{kind}" for letter in "qkv"]
+    return {
+        f"{ATTENTION}linear_qkv.{kind}": QKV((names[0], names[1], names[2])),
+        f"{ATTENTION}linear_proj.{kind}": Copy(f"{HF_ATTENTION}o_proj.{kind}"),
+    }
+
+
+def gated_mlp(megatron: str = "mlp.", hf: str = "mlp.", kind: str = "weight") -> dict[str, Mapped]:
+    """Gate, up and down projections of the MLP below these names."""
+    names = [f"{HF_LAYER}{hf}{part}_proj.{kind}" for part in ("gate", "up", "down")]
+    return {
+        f"{LAYER}{megatron}linear_fc1.{kind}": Stacked((names[0], names[1])),
+        f"{LAYER}{megatron}linear_fc2.{kind}": Copy(names[2]),
+    }
+
+
+ROUTER: dict[str, Mapped] = {f"{LAYER}mlp.router.weight": Copy(f"{HF_LAYER}mlp.gate.weight")}
+EXPERTS = ROUTER | gated_mlp("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.")
+DENSE_DECODER = HEAD | NORMS | attention() | gated_mlp()

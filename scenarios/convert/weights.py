@@ -1,0 +1,162 @@
+"""Which parameters a converted model has, how a layout cuts them, and where they come from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scenarios.convert.families import family_of
+from scenarios.convert.family import Family
+from scenarios.convert.mapping import Mapped
+from scenarios.convert.megatron import MegatronModel
+from scenarios.convert.weight_names import LAYER, TOKEN_CLASSIFICATION
+
+Cut = Literal["none", "rows", "columns", "gated rows"]
+"""What tp cuts: nothing, dimension 0, dimension 1, or dimension 0 of gate and of up."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the whole model, layers and experts counted over all ranks."""
+
+    name: str
+    """Megatron-LM's, as its local specification has it."""
+    pattern: str
+    """The name with {layer} and {expert}."""
+    cut: Cut
+    layer: int | None = None
+    """None: before or after the layers."""
+    expert: int | None = None
+
+
+def parameters(model: MegatronModel) -> Iterator[Parameter]:
+    """Every parameter of the model, in the order of its layers.
+
+    A router's expert bias, which Megatron-LM keeps as a buffer, counts as one.
+    """
+    gpt = model.gpt_model
+    yield _outer("embedding.word_embeddings.weight", "rows")
+    if gpt.position_embedding_type == "learned_absolute":
+        yield _outer("embedding.position_embeddings.weight")
+    for layer in range(model.transformer.num_layers):
+        has_experts = model.transformer.has_experts(layer)
+        body = {**_norms(model), **_attention(model), **(_sparse if has_experts else _dense)(model)}
+        for short, cut in body.items():
+            pattern = LAYER + short
+            count = model.transformer.num_moe_experts or 0
+            for expert in range(count) if "{expert}" in short else (None,):
+                name = pattern.format(layer=layer, expert=expert)
+                yield Parameter(name, pattern, cut, layer, expert)
+    yield from (_outer(f"decoder.final_layernorm.{kind}") for kind in _norm_kinds(model))
+    if model.head is not None:
+        yield from (_outer(name) for name in TOKEN_CLASSIFICATION)
+    elif not gpt.share_embeddings_and_output_weights:
+        yield _outer("output_layer.weight", "rows")
+
+
+def mapped(model: MegatronModel, parameter: Parameter) -> Mapped:
+    """Where the parameter comes from, with {base} still in the names."""
+    table = family_of(model.model_type).weights
+    if model.head is not None:
+        table = {**table, **TOKEN_CLASSIFICATION}
+    return table[parameter.pattern]
+
+
+def source_names(family: Family, form: Mapped, parameter: Parameter, base: str) -> list[str]:
+    """The Hugging Face names of one parameter."""
+    return [
+        name.format(base=base, layer=parameter.layer, expert=parameter.expert)
+        for name in form.sources
+    ]
+
+
+def cut_part(tensor: Tensor, cut: Cut, rank: int, degree: int) -> Tensor:
+    """The part of a whole parameter that one of ``degree`` ranks holds."""
+    if cut == "none" or degree == 1:
+        return tensor
+    if cut == "gated rows":
+        return torch.cat([half.chunk(degree)[rank] for half in tensor.chunk(2)])
+    return tensor.chunk(degree, dim=0 if cut == "rows" else 1)[rank]
+
+
+def join_parts(parts: list[Tensor], cut: Cut) -> Tensor:
+    """The whole parameter from the parts of all ranks; the opposite of ``cut_part``."""
+    if cut == "none" or len(parts) == 1:
+        return parts[0]
+    if cut == "gated rows":
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+    return torch.cat(parts, dim=0 if cut == "rows" else 1)
+
+
+def _outer(name: str, cut: Cut = "none") -> Parameter:
+    return Parameter(name, name, cut)
+
+
+def _norm_kinds(model: MegatronModel) -> tuple[str, ...]:
+    return ("weight",) if model.transformer.normalization == "RMSNorm" else ("weight", "bias")
+
+
+def _norms(model: MegatronModel) -> dict[str, Cut]:
+    names = ("input_layernorm", "pre_mlp_layernorm")
+    return {f"{name}.{kind}": "none" for name in names for kind in _norm_kinds(model)}
+
+
+def _attention(model: MegatronModel) -> dict[str, Cut]:
+    fields, at = model.transformer, "self_attention."
+    if model.mla is not None:
+        two_steps = model.mla.q_lora_rank is not None
+        queries: dict[str, Cut] = {f"{at}linear_q_proj.weight": "rows"}
+        if two_steps:
+            queries = {
+                f"{at}linear_q_down_proj.weight": "none",
+                f"{at}q_layernorm.weight": "none",
+                f"{at}linear_q_up_proj.weight": "rows",
+            }
+        return {
+            **queries,
+            f"{at}linear_kv_down_proj.weight": "none",
+            f"{at}kv_layernorm.weight": "none",
+            f"{at}linear_kv_up_proj.weight": "rows",
+            f"{at}linear_proj.weight": "columns",
+        }
+    cuts: dict[str, Cut] = {f"{at}linear_qkv.weight": "rows"}
+    if fields.add_qkv_bias or fields.add_bias_linear:
+        cuts[f"{at}linear_qkv.bias"] = "rows"
+    if fields.qk_layernorm:
+        cuts |= {f"{at}{name}_layernorm.weight": "none" for name in "qk"}
+    if fields.softmax_type == "learnable":
+        cuts[f"{at}core_attention.softmax_offset"] = "rows"
+    cuts[f"{at}linear_proj.weight"] = "columns"
+    if fields.add_bias_linear:
+        cuts[f"{at}linear_proj.bias"] = "none"
+    return cuts
+
+
+def _mlp(model: MegatronModel, at: str, bias: bool) -> dict[str, Cut]:
+    first: Cut = "gated rows" if model.transformer.gated_linear_unit else "rows"
+    cuts: dict[str, Cut] = {f"{at}linear_fc1.weight": first, f"{at}linear_fc2.weight": "columns"}
+    if bias:
+        cuts |= {f"{at}linear_fc1.bias": first, f"{at}linear_fc2.bias": "none"}
+    return cuts
+
+
+def _dense(model: MegatronModel) -> dict[str, Cut]:
+    return _mlp(model, "mlp.", model.transformer.add_bias_linear)
+
+
+def _sparse(model: MegatronModel) -> dict[str, Cut]:
+    fields = model.transformer
+    cuts: dict[str, Cut] = {"mlp.router.weight": "none"}
+    if fields.add_bias_linear:
+        cuts["mlp.router.bias"] = "none"
+    if fields.moe_router_enable_expert_bias:
+        cuts["mlp.router.expert_bias"] = "none"
+    cuts |= _mlp(model, "mlp.experts.local_experts.{expert}.", fields.add_bias_linear)
+    if fields.moe_shared_expert_intermediate_size is not None:
+        cuts |= _mlp(model, "mlp.shared_experts.", False)
+        if fields.moe_shared_expert_gate:
+            cuts["mlp.shared_experts.gate_weight"] = "none"
+    return cuts
