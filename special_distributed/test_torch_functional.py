@@ -75,7 +75,7 @@ def evaluate(
     return results[0].detach(), results[1].detach(), leaf.grad
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def groups(world: dist.ProcessGroup) -> dict[str, dist.ProcessGroup]:
     """Four ranks and two, of this backend and of gloo."""
     rank = dist.get_rank()

@@ -53,8 +53,9 @@ const Argument& rows(const Argument& x) {
 
 Logits logits_of(const Argument& x, int64_t segment_length, int num_segments, double scale) {
   const auto input = rows(x).input();
-  return {input.data,     input.dtype,  x.tensor.stride(0),       x.tensor.size(1),
-          segment_length, num_segments, static_cast<float>(scale)};
+  static const bool prefetch = !__builtin_cpu_is("amd");
+  return {input.data,     input.dtype,  x.tensor.stride(0),        x.tensor.size(1),
+          segment_length, num_segments, static_cast<float>(scale), prefetch};
 }
 
 Labels labels_of(const char* function, const OptionalTensor& labels, int64_t num_tokens,

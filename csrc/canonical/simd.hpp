@@ -107,7 +107,7 @@ CANONICAL_FN void narrow_words(uint16_t* p, UVec x) {
 #endif
 
 // How an element is stored. load widens exactly; store rounds once to nearest even and writes one
-// NaN.
+// NaN; store_number is for what is no NaN.
 struct Float32 {
   using Storage = float;
   static CANONICAL_FN Vec load(const float* p) {
@@ -115,21 +115,21 @@ struct Float32 {
     memcpy(&x, p, sizeof x);
     return x;
   }
-  static CANONICAL_FN void store(float* p, Vec x) {
-    x = canonical_nan(x);
-    memcpy(p, &x, sizeof x);
-  }
+  static CANONICAL_FN void store(float* p, Vec x) { store_number(p, canonical_nan(x)); }
+  static CANONICAL_FN void store_number(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 };
 struct Float16 {
   using Storage = uint16_t;
   static CANONICAL_FN Vec load(const uint16_t* p) { return widen_float16(p); }
-  static CANONICAL_FN void store(uint16_t* p, Vec x) { narrow_float16(p, canonical_nan(x)); }
+  static CANONICAL_FN void store(uint16_t* p, Vec x) { store_number(p, canonical_nan(x)); }
+  static CANONICAL_FN void store_number(uint16_t* p, Vec x) { narrow_float16(p, x); }
 };
 struct BFloat16 {
   using Storage = uint16_t;
   static CANONICAL_FN Vec load(const uint16_t* p) { return widen_bfloat16(p); }
-  static CANONICAL_FN void store(uint16_t* p, Vec x) {
-    const UVec bits = reinterpret_cast<UVec>(canonical_nan(x));
+  static CANONICAL_FN void store(uint16_t* p, Vec x) { store_number(p, canonical_nan(x)); }
+  static CANONICAL_FN void store_number(uint16_t* p, Vec x) {
+    const UVec bits = reinterpret_cast<UVec>(x);
     narrow_words(p, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
 };

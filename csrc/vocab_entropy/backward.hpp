@@ -3,16 +3,17 @@
 
 #include "canonical/dispatch.hpp"
 #include "vocab_entropy/definition.hpp"
+#include "vocab_entropy/group.hpp"
 #include "vocab_entropy/kernels.hpp"
 
 namespace primitives::vocab_entropy {
 namespace {
 
-// Stores a whole vector around the caches; p is aligned to the vector's bytes in memory.
+// Stores numbers around the caches; p is aligned to the vector's bytes in memory.
 template <class T>
 CANONICAL_FN void stream(typename T::Storage* p, Vec x) {
   alignas(64) typename T::Storage lanes[kWidth];
-  T::store(lanes, x);
+  T::store_number(lanes, x);
   constexpr int kNbytes = sizeof lanes;
 #if CANONICAL_WIDTH == 16
   if constexpr (kNbytes == 64) {
@@ -35,11 +36,12 @@ CANONICAL_FN void stream(typename T::Storage* p, Vec x) {
   }
 }
 
-template <class T, bool kStream>
+// kFast: scale is 1 and the gradients are numbers. kStream: around the caches, kFast only.
+template <class T, bool kFast, bool kStream>
 inline void gradient_of_row(const typename T::Storage* z, typename T::Storage* out, int64_t n,
                             const Slope& slope, float scale) {
   using S = typename T::Storage;
-  constexpr int kStep = 4 * kWidth, kLine = 64 / sizeof(S);
+  constexpr int kStep = kGroup * kWidth, kLine = 64 / sizeof(S);
   constexpr int kPrefetchNbytes = 2048;
   int64_t i = 0;
   if (kStream) {  // up to the first aligned element
@@ -51,19 +53,19 @@ inline void gradient_of_row(const typename T::Storage* z, typename T::Storage* o
     });
   }
   for (; i + kStep <= n; i += kStep) {
-    Vec g[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) g[j] = gradient_of(load<T>(z + i + j * kWidth), slope, scale);
+    const Group g = gradient_of<!kFast>(load_group<T>(z + i), slope, scale);
 #pragma GCC unroll 4
     for (int j = 0; j < kStep; j += kLine) {
       __builtin_prefetch(reinterpret_cast<const char*>(z + i + j) + kPrefetchNbytes);
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < kGroup; j++) {
       if (kStream) {
-        stream<T>(out + i + j * kWidth, g[j]);
+        stream<T>(out + i + j * kWidth, g.v[j]);
+      } else if (kFast) {
+        T::store_number(out + i + j * kWidth, g.v[j]);
       } else {
-        store<T>(out + i + j * kWidth, g[j]);
+        store<T>(out + i + j * kWidth, g.v[j]);
       }
     }
   }
@@ -101,10 +103,13 @@ inline void backward(const Logits& logits, const Labels& labels, const float* qu
       if (own) {  // before its logit may be overwritten
         at_target = gradient_of(load<T>(z + target, 1), slope, logits.scale) + slope.at_target;
       }
-      if (streams) {
-        gradient_of_row<T, true>(z, row, n, slope, logits.scale);
+      const bool fast = logits.scale == 1.0f && gives_numbers(slope);
+      if (fast && streams) {
+        gradient_of_row<T, true, true>(z, row, n, slope, logits.scale);
+      } else if (fast) {
+        gradient_of_row<T, true, false>(z, row, n, slope, logits.scale);
       } else {
-        gradient_of_row<T, false>(z, row, n, slope, logits.scale);
+        gradient_of_row<T, false, false>(z, row, n, slope, logits.scale);
       }
       if (own) store<T>(row + target, at_target, 1);
     }

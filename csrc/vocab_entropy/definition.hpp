@@ -98,9 +98,18 @@ CANONICAL_FN Slope slope_of(const Quad& quad, const Upstream& g, float scale) {
           -g.entropy * inverse, g.log_prob * scale};
 }
 
-template <class F>
+// Whether gradients are numbers for every finite or -inf logit: no 0 * inf, no NaN in the quad.
+CANONICAL_FN bool gives_numbers(const Slope& slope) {
+  const float largest =
+      fma(slope.b < 0.0f ? -slope.b : slope.b, 87.5f, slope.a < 0.0f ? -slope.a : slope.a);
+  return largest < __builtin_inff() && slope.shift == slope.shift;
+}
+
+template <bool kScaled = true, class F>
 CANONICAL_FN F gradient_of(F z, const Slope& slope, float scale) {
-  const F d = clamp_exponent((z - slope.shift) * scale);
+  F d = z - slope.shift;
+  if (kScaled) d = d * scale;
+  d = clamp_exponent(d);
   return exp_of_clamped(d) * fma(set<F>(slope.b), d, set<F>(slope.a));
 }
 

@@ -22,6 +22,7 @@ struct Logits {
   int64_t segment_length;
   int num_segments;  // a power of two
   float scale;       // by which logits are multiplied: 1 / temperature
+  bool prefetch;     // see [Note: prefetch] in forward.hpp
 };
 
 // Columns of the full vocabulary; data may be null: no token has a target.
