@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from primitives import _C
 from primitives.bench.vocab_contestants import Function, contestants
@@ -36,7 +37,8 @@ class Case:
     @property
     def nbytes(self) -> int:
         """Of the logits."""
-        return self.num_tokens * self.vocab_size * getattr(torch, self.dtype).itemsize
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return self.num_tokens * self.vocab_size * itemsize
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def group_of_one() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

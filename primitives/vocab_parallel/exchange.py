@@ -4,7 +4,7 @@ A message is a header of four int64 and the quads [tokens, 4] of the rank's colu
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,8 @@ class Ranks:
         """The group of this name; none for an empty one."""
         if not group_name:
             return Ranks(None)
-        resolve = dist.distributed_c10d._resolve_process_group
-        return Ranks(cast(dist.ProcessGroup, resolve(group_name)))  # type: ignore[no-untyped-call,redundant-cast]
+        c10d: Any = dist.distributed_c10d  # as functional collectives find their group
+        return Ranks(c10d._resolve_process_group(group_name))
 
     @property
     def rank(self) -> int:
@@ -48,7 +48,8 @@ def new_message(num_tokens: int, device: torch.device) -> Tensor:
 
 def quads_of(message: Tensor) -> Tensor:
     """The quads in a message: [tokens, 4]; or of all ranks: [ranks, tokens, 4]."""
-    return message[..., HEADER:].unflatten(-1, ((message.shape[-1] - HEADER) // 4, 4))
+    num_tokens = (message.shape[-1] - HEADER) // 4
+    return message[..., HEADER:].view(*message.shape[:-1], num_tokens, 4)
 
 
 def write_header(

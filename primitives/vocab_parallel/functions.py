@@ -150,7 +150,8 @@ def _results(
             "inplace_backward: expected contiguous logits that are no leaf of autograd, got "
             + ("a leaf" if logits.is_leaf else f"strides {logits.stride()}")
         )
-    return vocab_entropy(
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = vocab_entropy(
         logits, labels, "" if group is None else group.group_name, vocab_size, ignore_index,
         temperature, inplace,
     )  # fmt: skip
+    return results

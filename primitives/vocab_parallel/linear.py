@@ -97,4 +97,7 @@ def _results(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     name = "" if group is None else group.group_name
-    return linear_vocab_entropy(hidden, weight, labels, name, vocab_size, ignore_index, temperature)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = linear_vocab_entropy(
+        hidden, weight, labels, name, vocab_size, ignore_index, temperature
+    )
+    return results

@@ -131,7 +131,8 @@ def linear_vocab_entropy_backward(
     ranks = Ranks.named(group_name)
     shard = _check(hidden, weight, labels, vocab_size, ranks)
     scale, rows, targets = scale_of(temperature), _rows(hidden), flat(labels)
-    gradients = [flat(g) for g in (grad_entropy, grad_log_prob, grad_log_sum_exp)]
+    by_entropy, by_log_prob = flat(grad_entropy), flat(grad_log_prob)
+    by_log_sum_exp = flat(grad_log_sum_exp)
     segments = _Segments(rows, weight, shard)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     partial = rows.new_zeros(shard.num_segments, *rows.shape)
@@ -140,7 +141,7 @@ def linear_vocab_entropy_backward(
         dlogits = segments.logits(segment)
         _C.vocab_entropy_backward(
             dlogits, targets, ignore_index, shard.first + begin, scale, quads.view(len(rows), 4),
-            *gradients, dlogits,
+            by_entropy, by_log_prob, by_log_sum_exp, dlogits,
         )  # fmt: skip
         torch.mm(dlogits.T, rows, out=grad_weight[begin:end])
         torch.mm(dlogits, weight[begin:end], out=partial[segment])

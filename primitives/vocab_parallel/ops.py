@@ -119,9 +119,11 @@ def _write_gradient(
 ) -> None:
     shard = check(logits, labels, vocab_size, Ranks.named(group_name))
     num_tokens = math.prod(logits.shape[:-1])
+    by_entropy, by_log_prob, by_log_sum_exp = map(flat, gradients)
     _C.vocab_entropy_backward(
         rows_of(logits), flat(labels), ignore_index, shard.first, scale_of(temperature),
-        quads.view(num_tokens, 4), *map(flat, gradients), out.view(num_tokens, logits.shape[-1]),
+        quads.view(num_tokens, 4), by_entropy, by_log_prob, by_log_sum_exp,
+        out.view(num_tokens, logits.shape[-1]),
     )  # fmt: skip
 
 
