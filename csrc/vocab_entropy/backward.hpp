@@ -9,6 +9,8 @@
 namespace primitives::vocab_entropy {
 namespace {
 
+constexpr int kGradientPrefetchNbytes = 2048;  // see [Note: prefetch] in forward.hpp
+
 // Stores numbers around the caches; p is aligned to the vector's bytes in memory.
 template <class T>
 CANONICAL_FN void stream(typename T::Storage* p, Vec x) {
@@ -39,10 +41,9 @@ CANONICAL_FN void stream(typename T::Storage* p, Vec x) {
 // kFast: scale is 1 and the gradients are numbers. kStream: around the caches, kFast only.
 template <class T, bool kFast, bool kStream>
 inline void gradient_of_row(const typename T::Storage* z, typename T::Storage* out, int64_t n,
-                            const Slope& slope, float scale) {
+                            const Slope& slope, float scale, bool prefetch) {
   using S = typename T::Storage;
   constexpr int kStep = kGroup * kWidth, kLine = 64 / sizeof(S);
-  constexpr int kPrefetchNbytes = 2048;
   int64_t i = 0;
   if (kStream) {  // up to the first aligned element
     const auto past = reinterpret_cast<uintptr_t>(out) % 64 / sizeof(S);
@@ -54,9 +55,11 @@ inline void gradient_of_row(const typename T::Storage* z, typename T::Storage* o
   }
   for (; i + kStep <= n; i += kStep) {
     const Group g = gradient_of<!kFast>(load_group<T>(z + i), slope, scale);
+    if (prefetch) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kStep; j += kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(z + i + j) + kPrefetchNbytes);
+      for (int j = 0; j < kStep; j += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(z + i + j) + kGradientPrefetchNbytes);
+      }
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kGroup; j++) {
@@ -105,11 +108,11 @@ inline void backward(const Logits& logits, const Labels& labels, const float* qu
       }
       const bool fast = logits.scale == 1.0f && gives_numbers(slope);
       if (fast && streams) {
-        gradient_of_row<T, true, true>(z, row, n, slope, logits.scale);
+        gradient_of_row<T, true, true>(z, row, n, slope, logits.scale, logits.prefetch);
       } else if (fast) {
-        gradient_of_row<T, true, false>(z, row, n, slope, logits.scale);
+        gradient_of_row<T, true, false>(z, row, n, slope, logits.scale, logits.prefetch);
       } else {
-        gradient_of_row<T, false, false>(z, row, n, slope, logits.scale);
+        gradient_of_row<T, false, false>(z, row, n, slope, logits.scale, logits.prefetch);
       }
       if (own) store<T>(row + target, at_target, 1);
     }
