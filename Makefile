@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite properties vocab-bits soak sanitize-address sanitize-thread
+.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite properties soak sanitize-address sanitize-thread
 
 setup build:
 	@python3 bootstrap.py
@@ -59,10 +59,6 @@ bench-mpi: setup
 properties: setup
 	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
 	  tests/test_collective_properties.py tests/test_collective_machine.py
-
-# The vocabulary entropy of all families, sizes and dtypes: tp 1 to 8 on every instruction set.
-vocab-bits: setup
-	. $(BIN)/activate && PRIMITIVES_VOCAB_CASES_EVERY=1 pytest --timeout 3000 -s tests/test_vocab_isa.py
 
 # A million collectives and messages on 8 processes: right, and nothing grows.
 soak: setup

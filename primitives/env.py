@@ -44,12 +44,6 @@ CHECK = Variable(
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
 )
-VOCAB_CASES_EVERY = Variable(
-    "PRIMITIVES_VOCAB_CASES_EVERY",
-    "12",
-    "Tests: every how many-th case of the vocabulary entropy is compared between tp and "
-    "instruction sets.",
-)
 HOST_ID = Variable(
     "PRIMITIVES_HOST_ID",
     "",
