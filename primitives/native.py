@@ -42,6 +42,8 @@ __all__ = [
     "padded_softmax_backward",
     "random_normal",
     "row_sum",
+    "softmax",
+    "softmax_backward",
     "sqrt",
     "sum_of_squares",
     "tanh",
@@ -173,6 +175,19 @@ def gelu_erf_backward(dy: Tensor, x: Tensor) -> Tensor:
     return _tensor(torch.ops.aten.gelu_backward(dy, x))
 
 
+def softmax(scores: Tensor, scale: float = 1.0) -> Tensor:
+    """``torch.softmax`` in float32."""
+    return (scores.float() * scale).softmax(-1).to(scores.dtype)
+
+
+def softmax_backward(dprobs: Tensor, probs: Tensor, scale: float = 1.0) -> Tensor:
+    """torch's _softmax_backward_data in float32."""
+    dscores = torch.ops.aten._softmax_backward_data(
+        dprobs.float(), probs.float(), -1, torch.float32
+    )
+    return _tensor(dscores.mul_(scale).to(probs.dtype))
+
+
 def causal_softmax(scores: Tensor, scale: float) -> Tensor:
     """``torch.softmax`` in float32 over masked scores."""
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1)
@@ -180,11 +195,8 @@ def causal_softmax(scores: Tensor, scale: float) -> Tensor:
 
 
 def causal_softmax_backward(dprobs: Tensor, probs: Tensor, scale: float) -> Tensor:
-    """torch's _softmax_backward_data in float32."""
-    dscores = torch.ops.aten._softmax_backward_data(
-        dprobs.float(), probs.float(), -1, torch.float32
-    )
-    return _tensor(dscores.mul_(scale).to(probs.dtype))
+    """As ``softmax_backward``; hidden columns have probability 0."""
+    return softmax_backward(dprobs, probs, scale)
 
 
 def padded_softmax(scores: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -194,8 +206,8 @@ def padded_softmax(scores: Tensor, visible: Tensor, scale: float) -> Tensor:
 
 
 def padded_softmax_backward(dprobs: Tensor, probs: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """torch's _softmax_backward_data in float32; hidden columns have probability 0."""
-    return causal_softmax_backward(dprobs, probs, scale)
+    """As ``softmax_backward``; hidden columns have probability 0."""
+    return softmax_backward(dprobs, probs, scale)
 
 
 def _masked_softmax(scores: Tensor, hidden: Tensor, scale: float) -> Tensor:

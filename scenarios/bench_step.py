@@ -1,6 +1,5 @@
 """``testbed bench step``: a training step in canonical and in native arithmetic, from one run."""
 
-import os
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -48,7 +47,6 @@ def measure(case: str, *, num_steps: int, warmup: int) -> StepRow:
             checkpoint_dir=str(Path(folder) / "checkpoints"),
             resume=False,
             engine=ENGINE,
-            parent=os.getpid(),
         )
         launch(job, world_size=scenario.layout.world_size)
         steps = read_steps(Path(folder) / "metrics.jsonl")

@@ -1,7 +1,7 @@
 """What the commands of ``testbed`` do, without how it is shown."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from scenarios.compare import Comparison, compare_strict
 from scenarios.failures import RunFailed
 from scenarios.golden import (
     Golden,
+    first_steps,
     read_golden,
     read_golden_file,
     without_measured,
@@ -41,6 +42,8 @@ def judge_case(
     layout: str | None,
     resume_layout: str | None,
     data: Path | None,
+    num_steps: int | None = None,
+    with_golden: bool = True,
     out: Path | None,
     options: LaunchOptions,
 ) -> Verdict:
@@ -49,6 +52,9 @@ def judge_case(
     Args:
         case, scale, arithmetic, layout, data: as for ``load_scenario``.
         resume_layout: of run 2; None: that of run 1.
+        num_steps: train and judge only the first steps, without resume unless ``resume_layout`` is
+            given; None: all.
+        with_golden: False judges the invariants only; own data has no golden anyway.
         out: new or empty folder; None: one in ``runs/``.
         options: how the ranks are started.
 
@@ -63,8 +69,21 @@ def judge_case(
         resumed = load_scenario(case, layout=resume_layout, **choices)
         if scenario.test_type != "ckpt-resume":
             raise ValueError(f"--resume-layout: {case} is a {scenario.test_type} test: no resume")
-    golden = None if scenario.data.prefix else golden_of(scenario, case)
-    note = "" if golden else "own data has no golden: only the invariants were judged"
+    golden, note = None, "without a golden: only the invariants were judged"
+    if scenario.data.prefix:
+        note = "own data has no golden: only the invariants were judged"
+    elif with_golden:
+        golden, note = golden_of(scenario, case), ""
+    if num_steps is not None:
+        train_iters = scenario.training.train_iters
+        if num_steps > train_iters:
+            raise ValueError(
+                f"--steps: got {num_steps}, expected at most train_iters = {train_iters}"
+            )
+        note = f"the first {num_steps} of {train_iters} steps" + (f"; {note}" if note else "")
+        scenario = scenario.first_steps(num_steps, resume=resumed is not None)
+        resumed = resumed.first_steps(num_steps, resume=True) if resumed else None
+        golden = replace(golden, metrics=first_steps(golden.metrics, num_steps)) if golden else None
     check_port(options.master_port)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options, resumed)
@@ -101,6 +120,8 @@ class Recording:
             return [*lines, f"recorded, for the first time: {self.path}"]
         if not self.written:
             return [*lines, f"unchanged, not written: {self.path}"]
+        if self.changes.passed:
+            return [*lines, f"the same values, recorded from a committed tree now: {self.path}"]
         changed = [f"against the old golden {self.changes.summary}:"]
         return [*lines, *changed, *difference_lines(self.changes, "  "), f"recorded: {self.path}"]
 
@@ -146,9 +167,11 @@ def record_case(
     changes = None
     if old:
         changes = compare_strict(without_measured(old.metrics), without_measured(played.metrics))
-    write = verdict.passed and not (changes and changes.passed)
+    origin = provenance(command, scale, str(scenario.layout), arithmetic)
+    # The same values are worth writing where the old ones cannot be traced to a commit.
+    traced = bool(old and old.provenance.get("dirty")) and not origin["dirty"]
+    write = verdict.passed and (traced or not (changes and changes.passed))
     if write:
-        origin = provenance(command, scale, str(scenario.layout), arithmetic)
         write_golden(path, scale, Golden(played.metrics, origin))
     return Recording(verdict, path, write, changes)
 

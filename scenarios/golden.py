@@ -82,6 +82,16 @@ def metrics_from_steps(steps: dict[int, dict[str, Value]], *, measured: bool = F
     return {name: Metric(min(v), max(v), 1, v) for name, v in sorted(by_name.items())}
 
 
+def first_steps(metrics: Metrics, num_steps: int) -> Metrics:
+    """The metrics up to a step; one that has no value until then is left out."""
+    cut = {}
+    for name, metric in metrics.items():
+        values = {step: value for step, value in metric.values.items() if step <= num_steps}
+        if values:
+            cut[name] = Metric(min(values), max(values), metric.step_interval, values)
+    return cut
+
+
 def without_measured(metrics: Metrics) -> Metrics:
     """The metrics that are computed and not measured."""
     return {name: metric for name, metric in metrics.items() if name not in MEASURED}

@@ -8,19 +8,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from primitives.env import FLIGHT_DIR, SHM_DIR
 from scenarios.failures import RankFailure, RunFailed, signal_name
+from scenarios.fork_server import ForkServer
 from scenarios.golden import Value
 from scenarios.metrics_file import MetricsTail
 from scenarios.worker import Job, failure_path
@@ -40,6 +39,7 @@ def launch(
     master_port: int = 0,
     timeout_s: float = 300.0,
     on_step: OnStep = lambda step, metrics: None,
+    server: ForkServer | None = None,
 ) -> None:
     """Runs a job on ``world_size`` new processes and returns when all have ended well.
 
@@ -49,6 +49,7 @@ def launch(
         master_port: port of the rendezvous store on 127.0.0.1; 0 takes a free one.
         timeout_s: hang limit: the longest time between steps; ``STARTUP_S`` more for the first.
         on_step: called with each step that rank 0 logs.
+        server: starts the ranks; several runs may share one. None: one for this run.
 
     Raises:
         ValueError: the port is taken.
@@ -56,14 +57,18 @@ def launch(
     """
     listener = _listen(master_port)
     ranks: list[_Rank] = []
-    with listener, _signals() as received:
+    with (
+        listener,
+        nullcontext(server) if server else ForkServer() as starter,
+        _signals() as received,
+    ):
         port = listener.getsockname()[1]
         path = job.write()
         (Path(job.run_dir) / "logs").mkdir()
         run_id = uuid.uuid4().hex
         try:
             for rank in range(world_size):
-                ranks.append(_Rank(job, path, rank, world_size, port, run_id))
+                ranks.append(_Rank(starter, job, path, rank, world_size, port, run_id))
             store = _hold_store(listener)
             _watch(job, ranks, timeout_s, on_step, received)
             del store
@@ -78,7 +83,14 @@ class _Rank:
     """One rank's process, its log and how it ended."""
 
     def __init__(
-        self, job: Job, path: Path, rank: int, world_size: int, port: int, run_id: str
+        self,
+        server: ForkServer,
+        job: Job,
+        path: Path,
+        rank: int,
+        world_size: int,
+        port: int,
+        run_id: str,
     ) -> None:
         self.rank = rank
         self.run_dir = Path(job.run_dir)
@@ -92,27 +104,15 @@ class _Rank:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": run_id,
             "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
             FLIGHT_DIR.name: FLIGHT_DIR.get() or str(self.run_dir / "flight"),
         }
-        with self.log.open("xb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "scenarios.worker", str(path)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-
-    def send(self, number: int) -> None:
-        """Signals the rank's whole process group."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
+        self.process = server.start(
+            "scenarios.worker:main", str(path), environment=environment, log=self.log
+        )
 
     def kill(self) -> None:
-        """Ends the rank now, if it still runs, and reaps it."""
-        self.send(signal.SIGKILL)
+        """Ends the rank now, if it still runs."""
+        self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def failure(self, last_step: int | None) -> RankFailure | None:
@@ -184,7 +184,9 @@ def _watch(
         limit_s = timeout_s if last_step is not None else timeout_s + STARTUP_S
         if time.monotonic() - last_progress > limit_s:
             for rank in ranks:
-                rank.send(signal.SIGUSR1)  # Python stacks of all threads into the log.
+                rank.process.send_signal(
+                    signal.SIGUSR1
+                )  # Python stacks of all threads into the log.
             time.sleep(0.5)
             _stop(ranks, signal.SIGTERM, ("hung", "hung"), received)
             raise RunFailed(
@@ -205,7 +207,7 @@ def _stop(
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.stopped = why
-            rank.send(number)
+            rank.process.send_signal(number)
     deadline = time.monotonic() + GRACE_S
     while any(rank.process.poll() is None for rank in ranks):
         # A second Ctrl-C ends the patience.

@@ -1,11 +1,14 @@
-"""One case in many layouts, each held against the one golden: ``testbed run CASE --layouts``."""
+"""One case in many layouts, each held against the one golden: ``testbed run CASE --layouts``.
+
+``LAYOUT>OTHER`` saves in the one half-way and resumes in the other.
+"""
 
 import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +16,8 @@ from scenarios.case_files import find_case
 from scenarios.commands import golden_of
 from scenarios.compare import Comparison
 from scenarios.failures import RunFailed
-from scenarios.golden import Metric, Metrics, write_atomically
+from scenarios.fork_server import ForkServer
+from scenarios.golden import Metrics, first_steps, write_atomically
 from scenarios.launch import check_port
 from scenarios.layout import Layout
 from scenarios.runner import LaunchOptions, make_out_dir, play
@@ -22,6 +26,8 @@ from scenarios.tolerance import compare_golden
 
 MAX_RANKS = 8
 """Of the layouts that ``all`` stands for."""
+NUM_PAIRS = 12
+"""Of layouts, that ``pairs`` stands for."""
 DEGREES = {"tp": (1, 2, 4, 8), "pp": (1, 2, 4), "dp": (1, 2, 4, 8), "ep": (1, 2, 4), "etp": (1, 2)}
 
 Outcome = Literal["same", "differs", "refused", "failed"]
@@ -41,7 +47,7 @@ class Row:
 
     def line(self) -> str:
         """The row as text."""
-        return f"{self.outcome:8} {self.layout:26} {self.wall_s:6.1f} s  {self.detail}".rstrip()
+        return f"{self.outcome:8} {self.layout:36} {self.wall_s:6.1f} s  {self.detail}".rstrip()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; all differences."""
@@ -114,7 +120,7 @@ def judge_layouts(
 
     Args:
         case: as for ``load_scenario``.
-        layouts: ``all``, or layouts separated by semicolons.
+        layouts: ``all``, ``pairs``, or layouts and ``LAYOUT>OTHER`` separated by semicolons.
         scale: ``ci`` or ``full``.
         arithmetic: ``canonical`` or ``native``.
         num_steps: train and judge only so many steps; None: all.
@@ -134,17 +140,17 @@ def judge_layouts(
     num_steps = num_steps or train_iters
     if num_steps > train_iters:
         raise ValueError(f"--steps: got {num_steps}, expected at most train_iters = {train_iters}")
-    expected = _first_steps(golden.metrics, num_steps)
-    given = working_layouts(case, scale) if layouts == "all" else layouts.split(";")
-    names = dict.fromkeys(name.strip() for name in given)
+    expected = first_steps(golden.metrics, num_steps)
+    names = _names(case, scale, layouts)
     check_port(options.master_port)
     out_dir = make_out_dir(out, base.name)
-    quiet = LaunchOptions(io.StringIO(), options.master_port, options.timeout_s)
     rows = []
-    for name in names:
-        row = _judge(case, name, base, num_steps, expected, out_dir, quiet)
-        rows.append(row)
-        on_row(row)
+    with ForkServer() as server:
+        quiet = replace(options, progress=io.StringIO(), server=server)
+        for name in names:
+            row = _judge(case, name, base, num_steps, expected, out_dir, quiet)
+            rows.append(row)
+            on_row(row)
     matrix = Matrix(
         f"{base.family}/{base.name}", scale, num_steps, train_iters, tuple(rows), out_dir
     )
@@ -169,42 +175,57 @@ def working_layouts(case: str, scale: str) -> Iterator[str]:
                 yield layout
 
 
+def resume_pairs(layouts: Sequence[str]) -> Iterator[str]:
+    """``NUM_PAIRS`` changes of layout, spread evenly; saved in far other ones than resumed."""
+    num = len(layouts)
+    for i in range(min(NUM_PAIRS, num if num > 1 else 0)):
+        at = i * num // min(NUM_PAIRS, num)
+        yield f"{layouts[at]}>{layouts[(at + num // 2) % num]}"
+
+
+def _names(case: str, scale: str, layouts: str) -> list[str]:
+    match layouts:
+        case "all":
+            return list(working_layouts(case, scale))
+        case "pairs":
+            return list(resume_pairs(list(working_layouts(case, scale))))
+    return list(dict.fromkeys(name.replace(" ", "") for name in layouts.split(";")))
+
+
 def _judge(
     case: str,
-    layout: str,
+    name: str,
     base: Scenario,
     num_steps: int,
     expected: Metrics,
     out_dir: Path,
     options: LaunchOptions,
 ) -> Row:
+    layout, _, other = name.partition(">")
+
+    def load(layout: str) -> Scenario:
+        choices: dict[str, Any] = {"scale": base.scale, "arithmetic": base.arithmetic}
+        loaded = load_scenario(case, layout=layout, **choices)
+        return loaded.first_steps(num_steps, resume=">" in name)
+
     try:
-        scenario = load_scenario(case, scale=base.scale, layout=layout, arithmetic=base.arithmetic)
-        scenario = scenario.first_steps(num_steps)
+        scenario = load(layout)
+        resumed = load(other) if ">" in name else None
     except ValueError as error:
-        return Row(layout, "refused", detail=str(error).removeprefix(f"{find_case(case)}: "))
-    folder = out_dir / layout
+        return Row(name, "refused", detail=str(error).removeprefix(f"{find_case(case)}: "))
+    folder = out_dir / name
     folder.mkdir()
     start = time.monotonic()
     try:
-        played = play(scenario, folder, options)
+        played = play(scenario, folder, options, resumed)
     except RunFailed as error:
         if error.interrupted:
             raise
-        return Row(layout, "failed", time.monotonic() - start, str(error))
+        return Row(name, "failed", time.monotonic() - start, str(error))
     wall_s = time.monotonic() - start
     comparison = compare_golden(scenario, expected, played.metrics)
     broken = [check for check in played.checks if not check.passed]
     if comparison.passed and not broken:
-        return Row(layout, "same", wall_s, comparison=comparison)
+        return Row(name, "same", wall_s, comparison=comparison)
     first = str(comparison.differences[0]) if comparison.differences else broken[0].detail
-    return Row(layout, "differs", wall_s, f"{comparison.summary}: {first}", comparison)
-
-
-def _first_steps(metrics: Metrics, num_steps: int) -> Metrics:
-    cut = {}
-    for name, metric in metrics.items():
-        values = {step: value for step, value in metric.values.items() if step <= num_steps}
-        if values:
-            cut[name] = Metric(min(values), max(values), metric.step_interval, values)
-    return cut
+    return Row(name, "differs", wall_s, f"{comparison.summary}: {first}", comparison)

@@ -6,14 +6,14 @@ and trains to the end. Run 1 is held against the golden, run 2 against run 1, bi
 arithmetic has tolerances against its golden and in another layout (``scenarios.tolerance``).
 """
 
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 from scenarios.compare import compare_strict
+from scenarios.fork_server import ForkServer
 from scenarios.golden import Golden, Metrics, Value, is_finite, metrics_from_steps
 from scenarios.launch import launch
 from scenarios.metrics_file import read_steps
@@ -35,6 +35,8 @@ class LaunchOptions:
     progress: TextIO
     master_port: int = 0
     timeout_s: float = 300.0
+    server: ForkServer | None = None
+    """Starts the ranks; None: one for each scenario."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def play(
     Raises:
         RunFailed: a run crashed, hung or was interrupted.
     """
+    if options.server is None:
+        with ForkServer() as server:
+            return play(scenario, out_dir, replace(options, server=server), resumed)
     (out_dir / "scenario.json").write_text(scenario.model_dump_json(indent=1) + "\n")
     last = scenario.training.train_iters
     first, wall_s = _train(scenario, out_dir, "run1", 1, options)
@@ -162,7 +167,6 @@ def _train(
         checkpoint_dir=str(out_dir / "checkpoints"),
         resume=first_step > 1,
         engine=ENGINE,
-        parent=os.getpid(),
     )
     label = "run 1" if first_step == 1 else f"run 2 (resumed at {first_step - 1})"
     start = time.monotonic()
@@ -173,5 +177,6 @@ def _train(
             master_port=options.master_port,
             timeout_s=options.timeout_s,
             on_step=on_step,
+            server=options.server,
         )
     return read_steps(run_dir / "metrics.jsonl"), time.monotonic() - start

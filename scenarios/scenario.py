@@ -251,13 +251,25 @@ class Scenario(Frozen):
         key = "canonical" if self.arithmetic == "canonical" else machine_key()
         return golden / self.family / self.name / f"golden_values_{key}.json"
 
-    def first_steps(self, num_steps: int) -> "Scenario":
-        """This scenario without checkpoints, for the first steps; no number of theirs changes."""
+    def first_steps(self, num_steps: int, resume: bool = False) -> "Scenario":
+        """This scenario over the first steps; no number of theirs changes.
+
+        Args:
+            num_steps: at least 1, with ``resume`` 2.
+            resume: after half of them; without it nothing is saved.
+
+        Raises:
+            ValueError: one step has no half.
+        """
+        if resume and num_steps < 2:
+            raise ValueError(f"steps: got {num_steps}, expected at least 2 to resume between them")
         return self.model_copy(
             update={
-                "test_type": "regular",
+                "test_type": "ckpt-resume" if resume else "regular",
                 "training": self.training.model_copy(update={"train_iters": num_steps}),
-                "checkpoint": self.checkpoint.model_copy(update={"save_interval": None}),
+                "checkpoint": self.checkpoint.model_copy(
+                    update={"save_interval": num_steps // 2 if resume else None}
+                ),
             }
         )
 

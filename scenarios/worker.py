@@ -1,10 +1,9 @@
-"""One rank: ``python -m scenarios.worker JOB_JSON``, started by ``scenarios.launch``.
+"""One rank, a process that ``scenarios.launch`` starts.
 
 It joins the process group, trains, and on any error leaves ``failure_rank_N.json`` in the run's
-folder. It dies with the process that started it.
+folder.
 """
 
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -22,8 +21,6 @@ from scenarios.golden import write_atomically
 from scenarios.metrics_file import MetricsWriter
 from scenarios.run_context import RunContext
 
-PR_SET_PDEATHSIG = 1
-
 
 @dataclass(frozen=True)
 class Job:
@@ -36,8 +33,6 @@ class Job:
     resume: bool
     engine: str
     """``module:function``, called as ``function(scenario, run)``."""
-    parent: int
-    """Process id of the launcher."""
 
     def write(self) -> Path:
         """Writes ``job.json`` and returns its path."""
@@ -49,13 +44,6 @@ class Job:
 def failure_path(run_dir: Path, rank: int) -> Path:
     """Where a rank leaves the report of its error."""
     return run_dir / f"failure_rank_{rank}.json"
-
-
-def die_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent dies, also when that happened already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_rank(job: Job) -> None:
@@ -111,24 +99,16 @@ def run_rank(job: Job) -> None:
         raise
 
 
-def main() -> None:
-    """Runs the rank and leaves at once on an error, so that the peers see it lost."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    die_with(job.parent)
-    # The launcher stops ranks by these; Python's handlers would wait for native code to return.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def main(path: str) -> None:
+    """Runs the rank of a ``job.json``; leaves at once on an error: the peers see it lost."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     try:
-        run_rank(job)
+        run_rank(Job(**json.loads(Path(path).read_text(encoding="utf-8"))))
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         # An orderly exit would wait in native code for peers that will never come.
         os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -36,5 +36,8 @@ def mpi() -> Iterator[Any]:
         pytest.skip(f"MPI.COMM_WORLD has {MPI.COMM_WORLD.size} ranks, this job {NUM_RANKS}")
     assert MPI.COMM_WORLD.rank == info.rank
     yield MPI
-    # Collective: at exit it would wait for rank 0, which waits for the others to leave lockstep.
+    # Finalize is collective. At exit it would wait for rank 0, which waits for the others to leave
+    # lockstep; and it keeps the GIL, which the thread that tells the others to come here needs: so
+    # all meet in a barrier first, which does not.
+    MPI.COMM_WORLD.Barrier()
     MPI.Finalize()

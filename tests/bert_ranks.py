@@ -1,9 +1,5 @@
-"""Four ranks that play the cases of test_engine_layouts_bert.py: one start serves all of them.
+"""Four ranks that play the cases of test_engine_layouts_bert.py: one start serves all of them."""
 
-Run as ``python -m tests.bert_ranks FOLDER RANK``.
-"""
-
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,10 +42,11 @@ BUGS = {
 }
 
 
-def main() -> None:
+def main(folder: str, rank: str) -> None:
+    """The life of a rank."""
     torch.set_num_threads(1)
     backend.register()
-    player = Player(Path(sys.argv[1]), int(sys.argv[2]), **HOW)
+    player = Player(Path(folder), int(rank), **HOW)
     for layout in LAYOUTS:
         player.train(layout, layout)
     for saved in SAVED:
@@ -61,7 +58,3 @@ def main() -> None:
         with player.world("dp1") as inside, inject():
             if inside:
                 player.write(bug, play(player.trainer("dp1"), NUM_STEPS))
-
-
-if __name__ == "__main__":
-    main()

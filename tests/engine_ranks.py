@@ -1,14 +1,12 @@
 """Eight ranks that play the cases of test_engine_layouts.py: one start serves all of them.
 
-Run as ``python -m tests.engine_ranks FOLDER RANK``. The ranks of a case's layout form a world of
+The ranks of a case's layout form a world of
 their own; its rank 0 writes the metrics as JSON.
 """
 
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from primitives.checkpoint import CheckpointManager
 from primitives.rank_group import RankGroup
 from scenarios.engines.builtin import Trainer
 from scenarios.engines.training_state import KINDS
+from scenarios.fork_server import ForkServer
 from scenarios.layout import Layout
 from scenarios.parallel import gradient_reduce
 from scenarios.parallel.buckets import Bucket
@@ -59,24 +58,17 @@ SAVED = ["dp4", "tp2,pp2,dp2,sp", "pp4,dp2", "tp2,dp4,sp,zero0"]
 
 def play_cases(module: str, num_ranks: int, folder: Path) -> dict[str, Metrics]:
     """Starts the ranks of this module or one like it; what they wrote, by the name of the case."""
-    root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(num_ranks):
-        with (folder / f"rank{rank}.log").open("w") as log:
-            command = [sys.executable, "-m", module, str(folder), str(rank)]
-            ranks.append(
-                subprocess.Popen(
-                    command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT
-                )
+    logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with ForkServer() as server:
+        ranks = [
+            server.start(
+                f"{module}:main", str(folder), str(r), environment=environment, log=logs[r]
             )
-    try:
-        codes = [process.wait(timeout=280) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(num_ranks))
-    assert codes == [0] * num_ranks, logs
+            for r in range(num_ranks)
+        ]
+        codes = [process.wait() for process in ranks]
+    assert codes == [0] * num_ranks, "\n".join(log.read_text() for log in logs)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -228,10 +220,11 @@ class Player:
                         self.write(bug, [{"error": str(error)}])
 
 
-def main() -> None:
+def main(folder: str, rank: str) -> None:
+    """The life of a rank."""
     torch.set_num_threads(1)
     backend.register()
-    player = Player(Path(sys.argv[1]), int(sys.argv[2]))
+    player = Player(Path(folder), int(rank))
     for layout in LAYOUTS:
         player.train(layout, layout)
     player.train("no overlap, one bucket per parameter", "tp2,dp2", 1, overlap=False)
@@ -246,7 +239,3 @@ def main() -> None:
                 player.resume(saved, layout)
     for bug in BUGS:
         player.err(bug)
-
-
-if __name__ == "__main__":
-    main()

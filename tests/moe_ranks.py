@@ -1,9 +1,5 @@
-"""Eight ranks that play the cases of test_engine_layouts_moe.py: one start serves all of them.
+"""Eight ranks that play the cases of test_engine_layouts_moe.py: one start serves all of them."""
 
-Run as ``python -m tests.moe_ranks FOLDER RANK``.
-"""
-
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,10 +100,11 @@ BUGS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-def main() -> None:
+def main(folder: str, rank: str) -> None:
+    """The life of a rank."""
     torch.set_num_threads(1)
     backend.register()
-    player = Player(Path(sys.argv[1]), int(sys.argv[2]), **HOW)
+    player = Player(Path(folder), int(rank), **HOW)
     for layout in LAYOUTS:
         player.train(layout, layout)
     player.train("one bucket per parameter", "dp4,ep2", 1, overlap=False)
@@ -123,7 +120,3 @@ def main() -> None:
                     player.write(bug, play(player.trainer(layout), NUM_STEPS))
                 except ReplicasDiffer as error:
                     player.write(bug, [{"error": str(error)}])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,8 @@
 """Four ranks that play the cases of test_native_training.py, in native arithmetic but for one.
 
-Run as ``python -m tests.native_ranks FOLDER RANK``; see ``tests.engine_ranks``.
+See ``tests.engine_ranks``.
 """
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -72,10 +71,11 @@ class NativePlayer(Player):
                 self.write(name, play(trainer, NUM_STEPS))
 
 
-def main() -> None:
+def main(folder: str, rank: str) -> None:
+    """The life of a rank."""
     torch.set_num_threads(1)
     backend.register()
-    player = NativePlayer(Path(sys.argv[1]), int(sys.argv[2]))
+    player = NativePlayer(Path(folder), int(rank))
     for family, how in FAMILIES.items():
         player.play(f"{family} canonical", tiny_scenario("dp1", **how), None)
     with arithmetic.use("native"):
@@ -85,7 +85,3 @@ def main() -> None:
         player.play("gpt dp1 again", tiny_scenario("dp1"), None)
         for name, (layout, bug) in {**SEEN, **UNSEEN}.items():
             player.play(name, tiny_scenario(layout), bug)
-
-
-if __name__ == "__main__":
-    main()

@@ -152,7 +152,7 @@ def test_native_arithmetic_has_goldens_of_its_own(
 
 @pytest.mark.usefixtures("in_process")
 def test_one_ulp_in_the_golden_is_found_and_recorded_anew(
-    testbed: Testbed, golden_path: Path, tmp_path: Path
+    testbed: Testbed, golden_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert testbed("record", "S1", "--layout", "dp1", "--out", "first")[0] == 0
     loss = read_golden(golden_path, "ci").metrics["lm loss"].values[5]
@@ -178,6 +178,16 @@ def test_one_ulp_in_the_golden_is_found_and_recorded_anew(
     code, out, _ = testbed("record", "S1", "--layout", "dp1", "--out", "fourth")
     assert (code, "unchanged, not written" in out) == (0, True)
     assert golden_path.read_bytes() == before
+
+    # Values of changed code that nobody can find again are recorded anew once it is committed.
+    trees = [{"dirty": True}, {"dirty": False}, {"dirty": False}]
+    monkeypatch.setattr(commands, "provenance", lambda *_: trees.pop(0))
+    golden_path.unlink()
+    for written in (True, True, False):
+        out_dir = f"with {len(trees)} trees left"
+        _, out, _ = testbed("record", "S1", "--layout", "dp1", "--out", out_dir, "--json")
+        assert json.loads(out)["written"] == written
+    assert read_golden(golden_path, "ci").provenance == {"dirty": False}
 
 
 @pytest.mark.usefixtures("in_process")

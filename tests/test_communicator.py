@@ -289,7 +289,7 @@ def test_processes_meet_through_a_file_though_a_stale_one_lies_there(tmp_path: P
 
 def test_a_meeting_file_names_who_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "meeting"
-    with pytest.raises(CollectiveTimeout, match=r"rank 1, 2 did not come within 300 ms"):
+    with pytest.raises(CollectiveTimeout, match=r"rank 1, rank 2 did not come within 300 ms"):
         Communicator.from_file(path, 0, 3, timeout_s=0.3)
     assert not path.exists()
     path.write_text(json.dumps({"port": 1, "pid": os.getpid(), "start": 17}))

@@ -1,7 +1,6 @@
 """Real rank processes: a lost, failing or hanging rank ends the run in time and is named."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -39,7 +38,6 @@ def toy_job(folder: Path, engine: str) -> Job:
         checkpoint_dir=str(folder / "checkpoints"),
         resume=False,
         engine=f"tests.toy_engine:{engine}",
-        parent=os.getpid(),
     )
 
 
@@ -53,14 +51,14 @@ def alive(pid: int) -> bool:
 
 
 def ranks_of(run_dir: Path) -> list[int]:
-    """Processes of this machine that were started with this run's job file."""
+    """Processes of this machine that write this run's logs."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
+            output = (folder / "fd" / "1").readlink()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if str(run_dir / "job.json").encode() in words and alive(int(folder.name)):
+        if output.parent == run_dir / "logs" and alive(int(folder.name)):
             found.append(int(folder.name))
     return found
 

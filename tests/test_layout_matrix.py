@@ -20,10 +20,13 @@ Play = Callable[..., Played]
 COMPLETE = Check("complete and finite", True, "")
 
 
-def play_golden(scenario: Scenario, out_dir: Path, options: object) -> Played:
+def play_golden(
+    scenario: Scenario, out_dir: Path, options: object, resumed: Scenario | None = None
+) -> Played:
     """What a right engine logs."""
-    assert (scenario.test_type, scenario.checkpoint.save_interval) == ("regular", None)
     last = scenario.training.train_iters
+    saving = (scenario.test_type, scenario.checkpoint.save_interval)
+    assert saving == (("ckpt-resume", last // 2) if resumed else ("regular", None))
     metrics = {
         name: Metric(1, last, 1, {s: v for s, v in metric.values.items() if s <= last})
         for name, metric in read_golden(scenario.golden_path, "ci").metrics.items()
@@ -31,16 +34,18 @@ def play_golden(scenario: Scenario, out_dir: Path, options: object) -> Played:
     return Played(metrics, (COMPLETE,), ())
 
 
-def play_badly(scenario: Scenario, out_dir: Path, options: object) -> Played:
-    """Wrong with tp 2, dead with pp 2, incomplete with dp 8."""
+def play_badly(
+    scenario: Scenario, out_dir: Path, options: object, resumed: Scenario | None = None
+) -> Played:
+    """Wrong with tp 2, dead with pp 2, incomplete with dp 8, or resumed wrongly there."""
     if scenario.layout.pp == 2:
         raise RunFailed(
             [RankFailure(1, "lost", "killed by SIGKILL", None, "SIGKILL", None, "log")],
             last_step=3,
             log_dir=out_dir,
         )
-    played = play_golden(scenario, out_dir, options)
-    if scenario.layout.dp == 8:
+    played = play_golden(scenario, out_dir, options, resumed)
+    if 8 in (scenario.layout.dp, resumed.layout.dp if resumed else 1):
         check = Check("complete and finite", False, "step 2 has no grad-norm")
         return Played(played.metrics, (check,), ())
     if scenario.layout.tp == 2:
@@ -87,6 +92,29 @@ def test_all_layouts_pass(run: Any) -> None:
     assert "the first 6 of 40 steps" in summary
 
 
+def test_pairs_are_twelve_changes_of_layout(run: Any) -> None:
+    code, out, _ = run(play_golden, "--layouts", "pairs", "--steps", "4")
+    *rows, summary = out.splitlines()
+    assert (code, len(rows)) == (0, 12)
+    assert "PASS  12 layouts: 12 same; 28 values each" in summary
+    pairs = [row.split()[1].split(">") for row in rows]
+    working = set(working_layouts("S1", "ci"))
+    assert all(saved != resumed and {saved, resumed} <= working for saved, resumed in pairs)
+    assert len({saved for saved, _ in pairs}) == len({resumed for _, resumed in pairs}) == 12
+    assert len({Layout.parse(saved).tp for saved, _ in pairs}) > 2
+
+
+def test_a_pair_is_judged_by_both_of_its_runs(run: Any) -> None:
+    code, out, _ = run(play_badly, "--layouts", "dp1 > dp4; dp1>dp8; dp1>tp3", "--steps", "2")
+    assert [line.split()[:2] for line in out.splitlines()[:3]] == [
+        ["same", "dp1>dp4"],
+        ["differs", "dp1>dp8"],
+        ["refused", "dp1>tp3"],
+    ]
+    assert code == 2
+    assert "step 2 has no grad-norm" in out
+
+
 def test_rows_say_what_is_wrong_and_the_worst_decides(run: Any, tmp_path: Path) -> None:
     layouts = "dp1; tp2,sp;pp2;dp8;tp3;dp1"
     code, out, err = run(play_badly, "--layouts", layouts, "--json")
@@ -120,9 +148,11 @@ def test_exit_codes(run: Any, layouts: str, code: int) -> None:
     ("arguments", "message"),
     [
         (("--layouts", "all", "--layout", "dp1"), "no --layout"),
-        (("--layouts", "all", "--resume-layout", "dp1"), "no --resume-layout"),
-        (("--layouts", "all", "--data", "x"), "no --data"),
-        (("--steps", "3"), "--steps belongs to --layouts"),
+        (("--layouts", "all", "--resume-layout", "dp1"), "no --layout, --resume-layout or --data"),
+        (("--layouts", "all", "--data", "x"), "no --layout, --resume-layout or --data"),
+        (("--layouts", "all", "--no-golden"), "a CASE with a golden"),
+        (("--steps", "41"), "expected at most train_iters = 40"),
+        (("--steps", "1", "--resume-layout", "dp1"), "expected at least 2 to resume between them"),
         (("--layouts", "dp1", "--steps", "41"), "expected at most train_iters = 40"),
         (("--layouts", "dp1", "--scale", "full"), "no golden recorded for scale full"),
     ],
@@ -134,7 +164,7 @@ def test_what_does_not_fit_is_refused(run: Any, arguments: tuple[str, ...], mess
 
 
 def test_an_interruption_ends_all(run: Any) -> None:
-    def interrupt(scenario: Scenario, out_dir: Path, options: object) -> Played:
+    def interrupt(scenario: Scenario, out_dir: Path, *_: object) -> Played:
         raise RunFailed([], last_step=None, log_dir=out_dir, reason="SIGINT", interrupted=True)
 
     code, out, err = run(interrupt, "--layouts", "dp1;dp2")

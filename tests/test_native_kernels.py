@@ -70,6 +70,8 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[Any], Any]]:
         "padded_softmax_backward": lambda k: k.padded_softmax_backward(
             scores, padded, visible, 2.0
         ),
+        "softmax": lambda k: k.softmax(scores, 2.0),
+        "softmax_backward": lambda k: k.softmax_backward(scores, probs, 2.0),
         "causal_softmax": lambda k: k.causal_softmax(scores, 2.0),
         "causal_softmax_backward": lambda k: k.causal_softmax_backward(scores, probs, 2.0),
         "embedding": lambda k: k.embedding(ids, dense),

@@ -104,7 +104,7 @@ def test_sigkill_of_a_rank_in_mid_step(tmp_path: Path) -> None:
 
     (out / "again").mkdir()
     job = json.loads((out / "run1" / "job.json").read_text())
-    again = job | {"run_dir": str(out / "again"), "resume": True, "parent": os.getpid()}
+    again = job | {"run_dir": str(out / "again"), "resume": True}
     launch(Job(**again), world_size=4)
     resumed = metrics_from_steps(read_steps(out / "again" / "metrics.jsonl"))
     golden = read_golden(load_scenario("S1", scale="ci").golden_path, "ci").metrics

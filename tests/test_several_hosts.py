@@ -4,6 +4,7 @@ The bits of every collective over several hosts are in test_backend_bits.py.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -302,14 +303,18 @@ def test_a_fault_is_an_error_on_every_host(
         took_s = float(output.split(error, 1)[1].split()[0])
         assert took_s < limit_s, output
         named = f"rank {victim}" if fault != "message" else "rank 3 called recv(float32, 16 bytes"
-        if fault in ("differ", "message"):
+        if fault in ("kill", "differ", "message"):
             assert named in output, output
+        if fault == "differ":
+            site = r"\S*tests/test_several_hosts.py:\d+ in play_fault"
+            one = rf"rank {victim}: all_reduce\(sum, int64, numel 5\) at {site}"
+            assert re.search(rf"rank 0, 1, 3: all_reduce\(.*?\) at {site}; {one}", output), output
     assert ranks.leftovers() == []
 
 
 def test_a_missing_rank_is_named_while_the_group_is_made() -> None:
     store = dist.HashStore()
-    with pytest.raises(CollectiveTimeout, match=r"rank 1, 2 did not come within 300 ms"):
+    with pytest.raises(CollectiveTimeout, match=r"rank 1, rank 2 did not come within 300 ms"):
         Communicator.from_store(store, 0, 3, timeout_s=0.3)
 
 
@@ -368,7 +373,7 @@ def test_ranks_in_threads_see_the_same_mismatch() -> None:
     for error in ranks.errors(call):
         assert isinstance(error, CollectiveMismatch)
         assert "rank 1: barrier" in str(error)
-        assert "rank 0: all_reduce(sum, float32, numel 2)" in str(error)
+        assert "rank 0, 2: all_reduce(sum, float32, numel 2) at " in str(error)
     ranks.close()
 
 

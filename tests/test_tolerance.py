@@ -193,7 +193,7 @@ def test_arithmetics_are_never_compared(scenario: Scenario, tmp_path: Path) -> N
 
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "metrics": {"lm loss": 4.0}}\n')
-    job = Job(scenario.model_dump_json(), str(tmp_path), "", False, "", 0)
+    job = Job(scenario.model_dump_json(), str(tmp_path), "", False, "")
     job.write()
     choices: dict[str, Any] = {"rules": "strict", "metrics": (), "scale": None}
     with pytest.raises(ValueError, match=r"canonical values and .* native ones"):

@@ -16,9 +16,8 @@ void verify_digest(Group& group, uint32_t epoch, int writer, int reader, const v
   if (writer == group.rank() || nbytes == 0) return;  // own bytes never pass through staging
   const Digest meant = group.digest(writer, epoch, reader);
   if (meant.nbytes == nbytes && meant.value == digest_of(data, nbytes)) return;
-  group.fail(Failure::kOther, group.here() + " read other bytes than rank " +
-                                  std::to_string(writer) + " wrote, in bytes [" +
-                                  std::to_string(meant.at) + ", " +
+  group.fail(Failure::kOther, group.here() + " read other bytes than " + group.named(writer) +
+                                  " wrote, in bytes [" + std::to_string(meant.at) + ", " +
                                   std::to_string(meant.at + nbytes) + ") of its buffer");
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "transport/caller.hpp"
+
 namespace primitives {
 namespace {
 
@@ -32,8 +34,8 @@ class PrefixedMeeting : public Meeting {
 
 // What each rank says before a collective; followed by 2 * world_size counts.
 struct Record {
-  uint64_t seq;
   Call call;
+  char site[kSiteNbytes];  // where it was called; "" when unknown
 };
 
 }  // namespace
@@ -72,12 +74,10 @@ SeveralHosts::SeveralHosts(std::unique_ptr<Meeting> meeting, GroupOptions option
   round_ =
       "hosts" + std::to_string(meeting_->add("hosts/" + std::to_string(options.rank), 1)) + "/";
   const auto& ranks = hosts_.local();
-  std::string names;
-  for (int r : ranks) names += (names.empty() ? "" : ", ") + std::to_string(r);
   options.rank = hosts_.position(hosts_.rank);
   options.world_size = static_cast<int>(ranks.size());
-  options.name += " on host " + hosts_.names[hosts_.mine] + ", whose first rank of " + names +
-                  " counts as 0 here";
+  options.name += " on host " + hosts_.names[hosts_.mine];
+  options.numbers = ranks;
   PrefixedMeeting here(*meeting_, round_ + std::to_string(hosts_.mine) + "/");
   for (size_t i = 0; !options_.members.empty() && i < ranks.size(); i++) {
     options.members[i] = options_.members[ranks[i]];  // ascending, so none is overwritten early
@@ -247,8 +247,9 @@ void SeveralHosts::agree(const Call& call, const uint64_t* send_nbytes, const ui
     mine.push_back({static_cast<char*>(items[hosts_.mine].part.data) + i * nbytes, nbytes});
   }
   std::vector<char> own(nbytes);
-  Record record{seq_, call};
+  Record record{call, ""};
   record.call.has_counts = send_nbytes != nullptr;
+  if (const Site* site = this_site()) std::memcpy(record.site, site->text, sizeof record.site);
   std::memcpy(own.data(), &record, sizeof record);
   if (send_nbytes != nullptr) {
     std::memcpy(own.data() + sizeof record, send_nbytes, n * sizeof(uint64_t));
@@ -264,35 +265,21 @@ void SeveralHosts::agree(const Call& call, const uint64_t* send_nbytes, const ui
 // Every rank compares everything, so every rank throws the same error.
 void SeveralHosts::compare(const char* records, size_t record_nbytes) {
   const int n = hosts_.world_size();
-  std::vector<Record> record(n);
+  std::vector<Record> of(n);
   std::vector<std::vector<uint64_t>> counts(n, std::vector<uint64_t>(2 * n));
+  std::vector<Side> sides(n);
+  std::vector<std::string> sites(n);
   for (const auto& ranks : hosts_.members) {
     for (int r : ranks) {
-      std::memcpy(&record[r], records, sizeof(Record));
+      std::memcpy(&of[r], records, sizeof(Record));
       std::memcpy(counts[r].data(), records + sizeof(Record), 2 * n * sizeof(uint64_t));
+      sides[r] = {&of[r].call, counts[r].data()};
+      sites[r] = of[r].site;
       records += record_nbytes;
     }
   }
-  bool equal = true;
-  for (int r = 0; r < n && equal; r++) {
-    Call expected = record[0].call;
-    // With lists of counts the ranks' own sizes may differ; the counts must then fit pairwise.
-    if (expected.has_counts && record[r].call.has_counts) expected.numel = record[r].call.numel;
-    equal = expected == record[r].call && record[0].seq == record[r].seq;
-  }
-  for (int r = 0; record[0].call.has_counts && r < n && equal; r++) {
-    for (int s = 0; s < n && equal; s++) equal = counts[r][s] == counts[s][n + r];
-  }
-  if (equal) return;
-  std::string text = "collective " + std::to_string(seq_) + " of group '" + options_.name +
-                     "' differs between ranks";
-  for (int r = 0; r < n; r++) {
-    text += "; rank " + std::to_string(r) + ": " + describe(record[r].call, counts[r].data(), n);
-    if (record[r].call.has_counts && record[r].call.op != Op::kAllGather) {
-      text += " expecting " + describe(record[r].call, counts[r].data() + n, n);
-    }
-  }
-  fail(Failure::kMismatch, text);
+  if (sides_agree(n, [&](int r) { return sides[r]; })) return;
+  fail(Failure::kMismatch, describe_sides(seq_, options_.name, sides, sites));
 }
 
 Milliseconds SeveralHosts::time_left() const {

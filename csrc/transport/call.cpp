@@ -1,6 +1,9 @@
 #include "transport/call.hpp"
 
+#include <algorithm>
 #include <cstdio>
+
+#include "transport/caller.hpp"
 
 namespace primitives {
 
@@ -91,6 +94,31 @@ std::string describe(const Call& call, const uint64_t* counts, int num_counts) {
     text += "]";
   }
   return text + ")";
+}
+
+std::string describe_sides(uint64_t seq, const std::string& group, const std::vector<Side>& sides,
+                           const std::vector<std::string>& sites) {
+  const int n = static_cast<int>(sides.size());
+  std::vector<std::string> calls(n);
+  for (int r = 0; r < n; r++) {
+    const auto& [call, counts] = sides[r];
+    calls[r] = describe(*call, counts, n);
+    if (call->has_counts && call->op != Op::kAllGather) {
+      calls[r] += " expecting " + describe(*call, counts + n, n);
+    }
+    calls[r] += at_site(sites[r]);
+  }
+  std::string text =
+      "collective " + std::to_string(seq) + " of group '" + group + "' differs between ranks";
+  for (int r = 0; r < n; r++) {
+    if (std::find(calls.begin(), calls.begin() + r, calls[r]) != calls.begin() + r) continue;
+    std::string ranks;
+    for (int s = r; s < n; s++) {
+      if (calls[s] == calls[r]) ranks += (s == r ? "" : ", ") + std::to_string(s);
+    }
+    text += "; rank " + ranks + ": " + calls[r];
+  }
+  return text;
 }
 
 }  // namespace primitives

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <vector>
 
 namespace primitives {
 
@@ -68,5 +69,35 @@ struct Call {
 
 // "all_reduce(sum, float32, numel 8)"; counts are bytes to send to each of `num_counts` ranks.
 std::string describe(const Call& call, const uint64_t* counts, int num_counts);
+
+// What one rank asks for: its call and, if that has counts, the bytes to each rank, then from each.
+struct Side {
+  const Call* call;
+  const uint64_t* counts;
+};
+
+// Whether `n` ranks, `side(r)` each, ask for the same collective.
+template <class SideOf>
+bool sides_agree(int n, SideOf&& side) {
+  const Side first = side(0);
+  for (int r = 1; r < n; r++) {
+    Call expected = *first.call;
+    const Call& got = *side(r).call;
+    // With lists of counts the ranks' own sizes may differ; the counts must then fit pairwise.
+    if (expected.has_counts && got.has_counts) expected.numel = got.numel;
+    if (!(expected == got)) return false;
+  }
+  for (int r = 0; first.call->has_counts && r < n; r++) {
+    for (int s = 0; s < n; s++) {
+      if (side(r).counts[s] != side(s).counts[n + r]) return false;
+    }
+  }
+  return true;
+}
+
+// The error of ranks that do not agree: "collective 3 of group 'tp' differs between ranks; rank 0,
+// 2: barrier at train.py:8 in step; rank 1: ..."; `sites` as in caller.hpp.
+std::string describe_sides(uint64_t seq, const std::string& group, const std::vector<Side>& sides,
+                           const std::vector<std::string>& sites);
 
 }  // namespace primitives

@@ -102,41 +102,18 @@ uint64_t Group::sent_nbytes(int rank, int to) const {
 // Every rank compares everything, so every rank throws the same error.
 void Group::compare_calls() {
   const int n = world_size();
-  CallRecord& first = record(0, epoch_);
-  bool equal = true;
-  for (int r = 1; r < n && equal; r++) {
-    Call expected = first.call;
-    const Call& got = record(r, epoch_).call;
-    // With lists of counts the ranks' own sizes may differ; the counts must then fit pairwise.
-    if (expected.has_counts && got.has_counts) expected.numel = got.numel;
-    equal = expected == got;
-  }
-  for (int r = 0; first.call.has_counts && r < n && equal; r++) {
-    for (int s = 0; s < n && equal; s++) {
-      equal = record(r, epoch_).counts()[s] == record(s, epoch_).counts()[n + r];
-    }
-  }
-  if (equal) return;
-  std::string text = "collective " + std::to_string(first.seq) + " of group '" + name() +
-                     "' differs between ranks";
-  std::vector<std::string> calls(n);
-  for (int r = 0; r < n; r++) {
+  const auto side = [this](int r) {
     CallRecord& of = record(r, epoch_);
-    calls[r] = describe(of.call, of.counts(), n);
-    if (of.call.has_counts && of.call.op != Op::kAllGather) {
-      calls[r] += " expecting " + describe(of.call, of.counts() + n, n);
-    }
-    calls[r] += at_site(line(r).site.read());
-  }
+    return Side{&of.call, of.counts()};
+  };
+  if (sides_agree(n, side)) return;
+  std::vector<Side> sides;
+  std::vector<std::string> sites;
   for (int r = 0; r < n; r++) {
-    if (std::find(calls.begin(), calls.begin() + r, calls[r]) != calls.begin() + r) continue;
-    std::string ranks;
-    for (int s = r; s < n; s++) {
-      if (calls[s] == calls[r]) ranks += (s == r ? "" : ", ") + std::to_string(s);
-    }
-    text += "; rank " + ranks + ": " + calls[r];
+    sides.push_back(side(r));
+    sites.push_back(line(r).site.read());
   }
-  fail(Failure::kMismatch, text);
+  fail(Failure::kMismatch, describe_sides(record(0, epoch_).seq, name(), sides, sites));
 }
 
 void Group::barrier() {

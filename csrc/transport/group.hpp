@@ -55,6 +55,7 @@ struct GroupOptions {
   Milliseconds timeout;
   std::vector<int> members = {};  // global ranks by rank of this group; empty: 0, 1, ...
   bool zero_copy = true;          // false: symmetric memory is staged like any other
+  std::vector<int> numbers = {};  // of the ranks, in errors; empty: 0, 1, ...
 };
 
 // Where a rank stands, as far as the others can see.
@@ -80,6 +81,10 @@ class Group {
   int world_size() const { return options_.world_size; }
   const std::string& name() const { return options_.name; }
   const std::vector<int>& members() const { return options_.members; }
+  // "rank 3": one rank as errors name it.
+  std::string named(int r) const {
+    return "rank " + std::to_string(options_.numbers.empty() ? r : options_.numbers[r]);
+  }
   uint64_t seq() const { return line(rank()).seq.load(std::memory_order_relaxed); }
 
   // --- one collective: start, write the first chunk to slot(rank, epoch() + 1), meet, then

@@ -113,14 +113,14 @@ void Group::attach(Meeting& meeting) {
       const ProcessId id{std::atoi(process[1].c_str()),
                          std::strtoull(process[2].c_str(), nullptr, 10)};
       if (process[0] == space && !is_alive(id) && absent(r)) {
-        dead = "rank " + std::to_string(r) + " (pid " + process[1] + ")";
+        dead = named(r) + " (pid " + process[1] + ")";
       }
     }
     for (int r = 0; segment_ && r < world_size() && dead.empty(); r++) {
       const RankLine& of = line(r);
       if (!absent(r) && r != rank() && of.pid_space == pid_space() &&
           (has_left(r) || !is_alive({of.pid, of.start_time}))) {
-        dead = "rank " + std::to_string(r) + " (pid " + std::to_string(of.pid) + ")";
+        dead = named(r) + " (pid " + std::to_string(of.pid) + ")";
       }
     }
     Failure kind = Failure::kOther;
@@ -181,16 +181,16 @@ void Group::attach(Meeting& meeting) {
       meeting.set(round + "segment", lines({host, segment_->name(), members, site}));
     } else {
       wait([&] { return meeting.has(round + "segment"); },
-           [] { return std::string("rank 0 did not come"); });
+           [this] { return named(0) + " did not come"; });
       const auto told = split(meeting.get(round + "segment"));
       if (told[0] != host) {
         throw TransportError(Failure::kOtherHost, here() + " runs on another host than rank 0");
       }
       if (told[2] != members) {
         throw TransportError(Failure::kMismatch,
-                             differs + "; rank 0: ranks [" + told[2] + "]" + at_site(told[3]) +
-                                 "; rank " + std::to_string(rank()) + ": ranks [" + members + "]" +
-                                 at_site(site) +
+                             differs + "; " + named(0) + ": ranks [" + told[2] + "]" +
+                                 at_site(told[3]) + "; " + named(rank()) + ": ranks [" + members +
+                                 "]" + at_site(site) +
                                  ": every rank must create the same groups in the same order");
       }
       segment_ =
@@ -207,7 +207,7 @@ void Group::attach(Meeting& meeting) {
     wait(all_attached, [&] {
       std::string missing;
       for (int r = 0; r < world_size(); r++) {
-        if (absent(r)) missing += (missing.empty() ? "rank " : ", ") + std::to_string(r);
+        if (absent(r)) missing += (missing.empty() ? "" : ", ") + named(r);
       }
       return missing + " did not come";
     });

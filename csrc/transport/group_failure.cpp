@@ -11,7 +11,7 @@
 namespace primitives {
 
 std::string Group::here() const {
-  std::string text = "rank " + std::to_string(rank()) + " of group '" + name() + "'";
+  std::string text = named(rank()) + " of group '" + name() + "'";
   if (attached_) {
     const RankLine& mine = line(rank());
     text += " in " + std::string(op_name(static_cast<Op>(mine.op.load()))) + ", collective " +
@@ -38,7 +38,7 @@ Standing Group::standing(int rank) const {
 
 std::string Group::describe_rank(int rank) const {
   const Standing at = standing(rank);
-  std::string text = "rank " + std::to_string(rank) + " (pid " + std::to_string(at.pid);
+  std::string text = named(rank) + " (pid " + std::to_string(at.pid);
   if (std::strcmp(at.state, "stopped") == 0) text += ", stopped";
   text += ")";
   if (at.seq == 0) {
@@ -114,9 +114,9 @@ void Group::throw_poison() {
   const Poison& poison = control().poison;
   std::string text = poison.text;
   if (poison.rank != rank()) {
-    text += " (found by rank " + std::to_string(poison.rank) + ")";
+    text += " (found by " + named(poison.rank) + ")";
     const Site* site = this_site();
-    if (site != nullptr) text += "; here: rank " + std::to_string(rank()) + at_site(site->text);
+    if (site != nullptr) text += "; here: " + named(rank()) + at_site(site->text);
   }
   Flight::of_process().end(flight_.load(std::memory_order_relaxed), FlightState::kFailed);
   if (!has_told_.exchange(true)) dump_flight_on_error(text);
@@ -134,8 +134,7 @@ void Group::end_on_signal() {
 
 void Group::check() {
   if (closed_.load(std::memory_order_relaxed)) {
-    throw TransportError(Failure::kOther,
-                         "group '" + name() + "' is closed on rank " + std::to_string(rank()));
+    throw TransportError(Failure::kOther, "group '" + name() + "' is closed on " + named(rank()));
   }
   if (control().poison.state.load(std::memory_order_acquire) == 2) throw_poison();
   if (forked()) {

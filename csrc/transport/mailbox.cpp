@@ -224,8 +224,8 @@ void Mailbox::finish(Operation& operation, int src, std::exception_ptr error) {
 // "rank 1, tag 3 on rank 0 of group 'world'"
 std::string Mailbox::describe(const Operation& operation) const {
   const int peer = operation.peer;
-  return (peer == kAnySource ? "any rank" : "rank " + std::to_string(peer)) + ", tag " +
-         std::to_string(operation.envelope.tag) + " on rank " + std::to_string(group_.rank()) +
+  return (peer == kAnySource ? "any rank" : group_.named(peer)) + ", tag " +
+         std::to_string(operation.envelope.tag) + " on " + group_.named(group_.rank()) +
          " of group '" + group_.name() + "'" + at_site(operation.envelope.site);
 }
 
@@ -288,9 +288,9 @@ void Mailbox::check_match(const Operation& recv, const Envelope& sent, int src) 
     return "(" + std::string(of.dtype) + ", " + std::to_string(of.nbytes) + " bytes, tag " +
            std::to_string(of.tag) + ")" + at_site(of.site);
   };
-  group_.fail(Failure::kMismatch, "in group '" + group_.name() + "' rank " + std::to_string(src) +
-                                      " called send" + text(sent) + ", but rank " +
-                                      std::to_string(group_.rank()) + " called recv" + text(asked));
+  group_.fail(Failure::kMismatch, "in group '" + group_.name() + "' " + group_.named(src) +
+                                      " called send" + text(sent) + ", but " +
+                                      group_.named(group_.rank()) + " called recv" + text(asked));
 }
 
 // What has come is what was sent, in checked mode. See [Note: digests].
@@ -298,8 +298,8 @@ void Mailbox::check_payload(const Operation& recv, const Envelope& sent, int src
   if (sent.digest == 0 || digest_of(recv.data, sent.nbytes) == sent.digest) return;
   Operation from = recv;
   from.peer = src;
-  group_.fail(Failure::kOther, "recv from " + describe(from) + " read other bytes than rank " +
-                                   std::to_string(src) + " wrote, in bytes [0, " +
+  group_.fail(Failure::kOther, "recv from " + describe(from) + " read other bytes than " +
+                                   group_.named(src) + " wrote, in bytes [0, " +
                                    std::to_string(sent.nbytes) + ") of its send" +
                                    at_site(sent.site));
 }

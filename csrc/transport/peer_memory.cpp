@@ -42,8 +42,8 @@ void Group::read_lent(int rank, size_t at, void* out, size_t nbytes) {
     } else if (got < 0 && errno != EINTR) {
       const int error = errno;
       if (error == ESRCH || has_gone(rank)) check_missing({rank}, rank, deadline_, here());
-      fail(Failure::kOther, here() + " cannot read the input of rank " + std::to_string(rank) +
-                                ": " + std::strerror(error));
+      fail(Failure::kOther,
+           here() + " cannot read the input of " + named(rank) + ": " + std::strerror(error));
     }
   }
 }

@@ -29,22 +29,10 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         experts [T, k] int64, the largest first; of equal logits the lower expert comes first.
         probs [T, k] fp32.
 
-    Numerics: e = exp(z - z[0]); p = e / tree(e).
+    Numerics: ``softmax`` of the k values.
     """
     values, experts = torch.sort(logits, dim=-1, descending=True, stable=True)
-    values, experts = values[:, :k], experts[:, :k].contiguous()
-    return experts, _softmax(values - values[:, :1])
-
-
-def _softmax(shifted: Tensor) -> Tensor:
-    """[T, n] of which the largest is 0 -> exp / tree(exp)."""
-    e = kernels.exp(shifted.contiguous())
-    return e / kernels.row_sum(e)[:, None]
-
-
-def _softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
-    """p * (dp - tree(p * dp)), of [T, n]."""
-    return probs * (dprobs - kernels.row_sum(probs * dprobs)[:, None])
+    return experts[:, :k].contiguous(), kernels.softmax(values[:, :k].contiguous())
 
 
 class _Route(Function):
@@ -54,7 +42,7 @@ class _Route(Function):
     ) -> tuple[Tensor, Tensor]:
         logits = kernels.gemm(x, weight, transpose_b=True)  # [T, E]
         experts, probs = top_k(logits, router.topk)
-        scores = _softmax(logits - logits.amax(dim=-1, keepdim=True))
+        scores = kernels.softmax(logits)
         counts, aux_loss = router.balance(experts, scores, mb)
         mb.aux_losses[router.layer] = aux_loss
         ctx.save_for_backward(x, weight, experts, probs, scores, counts)
@@ -68,9 +56,9 @@ class _Route(Function):
         router, mb = ctx.router, ctx.mb
         # The aux loss joins here, weighted like a loss that is the mean over microbatches.
         slope = router.balance_factor(mb) * router.aux_loss_coeff * mb.loss_weight
-        dscores = (counts * torch.tensor(slope)).expand_as(scores)
-        dlogits = _softmax_backward(dscores, scores)
-        dlogits.scatter_add_(1, experts, _softmax_backward(dprobs, probs))
+        dscores = (counts * torch.tensor(slope)).expand_as(scores).contiguous()
+        dlogits = kernels.softmax_backward(dscores, scores)
+        dlogits.scatter_add_(1, experts, kernels.softmax_backward(dprobs, probs))
         by_block = [value.view(mb.num_token_blocks, -1, value.shape[1]) for value in (dlogits, x)]
         dweight = kernels.gemm(*by_block, transpose_a=True)  # [token blocks, E, h]
         mb.gradients.push(router.weight_name, mb.index, dweight)
