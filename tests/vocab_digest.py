@@ -1,4 +1,4 @@
-"""Prints digests of forward and backward, case by case and tp by tp: run once per instruction set."""
+"""Prints digests of forward and backward, case by case and tp by tp, for one instruction set."""
 
 import hashlib
 import json
