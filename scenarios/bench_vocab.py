@@ -1,5 +1,6 @@
 """What ``testbed bench vocab_entropy`` prints."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import groupby
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 def bench_vocab(num_rounds: int, as_json: bool) -> list[dict[str, Any]]:
     """Measures every case, prints it unless ``as_json``, and returns the rows."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts collectives
     from primitives.bench import vocab_entropy  # imports torch
 
     found = []
