@@ -59,7 +59,7 @@ def test_columns_derive_from_what_was_measured() -> None:
 
 
 def test_backward_in_place_allocates_nothing_of_the_size_of_the_logits() -> None:
-    case = bench.Case(64, 40_000)
+    case = bench.Case(64, 160_000)  # 41 MB: beyond what malloc keeps for itself
     held = bench.Bench(case)
 
     def both(inplace: bool) -> int:
