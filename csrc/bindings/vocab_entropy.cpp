@@ -1,6 +1,5 @@
 // Entropy and log-probability over a split vocabulary. Definition: docs/canonical-arithmetic.md.
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <thread>
@@ -113,16 +112,6 @@ auto finish(const at::Tensor& shards, const OptionalTensor& labels, int64_t igno
   return std::make_tuple(quads, results[0], results[1], results[2]);
 }
 
-// Asks for large pages: the first touch of new memory in small ones takes longer than the gradient.
-void ask_for_large_pages(void* begin, int64_t nbytes) {
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(nbytes));
-  if (end / kPage * kPage > first) {
-    madvise(reinterpret_cast<void*>(first), end / kPage * kPage - first, MADV_HUGEPAGE);
-  }
-}
-
 // out may be the logits.
 void backward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ignored,
               int64_t first, double scale, const at::Tensor& quads, const OptionalTensor& entropy,
@@ -142,7 +131,6 @@ void backward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ig
   rows(result.of(logits.scalar_type()).shaped(logits.sizes()));
   void* target = out.mutable_data_ptr();
   const bool stream = target != of.data && out.numel() * out.element_size() >= kStreamNbytes;
-  if (stream) ask_for_large_pages(target, static_cast<int64_t>(out.nbytes()));
   const KernelCall call;
   share_out(num_tokens, of.columns, [&](int64_t begin, int64_t end) {
     kernels().backward(of, targets, in, gradients, begin, end, target, out.stride(0), stream);
