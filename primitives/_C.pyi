@@ -98,6 +98,35 @@ def canonical_adam_step(
     bias_correction2_sqrt: float,
 ) -> None: ...
 
+# vocabulary entropy: documented in csrc/vocab_entropy/kernels.hpp
+def vocab_entropy_forward(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignored: int,
+    first: int,
+    segment_length: int,
+    num_segments: int,
+    scale: float,
+    quads: Tensor,
+) -> None: ...
+def vocab_entropy_finish(
+    shards: Tensor, labels: Tensor | None, ignored: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def vocab_entropy_backward(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignored: int,
+    first: int,
+    scale: float,
+    quads: Tensor,
+    grad_entropy: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def read_words(x: Tensor, prefetch: bool) -> int: ...
+def flip_words(x: Tensor, prefetch: bool) -> None: ...
+
 # transport: documented in primitives/backend.py
 class Backend(c10d.Backend):
     class Options(c10d.Backend.Options):

@@ -18,6 +18,7 @@ from primitives.bench.measure import (
     absent_message,
     measure,
 )
+from scenarios.bench_vocab import bench_vocab
 from scenarios.golden import write_atomically
 from scenarios.provenance import cpu_model, versions
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from primitives.bench.fused import Row as FusedRow
     from primitives.bench.gemm import Row as GemmRow
 
-BENCHMARKS = [*OPS, "gemm", "fused", "step"]
+BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "step"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 
 
@@ -117,7 +118,7 @@ def bench(
     as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
-    """Times collectives beside competitors and the limit; gemm, fused and step beside torch.
+    """Times collectives beside competitors and the limit; gemm, vocab_entropy... beside torch.
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
@@ -165,6 +166,8 @@ def bench(
             document["fused"].append(asdict(fused_row))
             if not as_json:
                 click.echo(fused_line(fused_row))
+    if "vocab_entropy" in op:
+        document["vocab_entropy"] = bench_vocab(given["num_blocks"], as_json)
     if "step" in op:
         from scenarios.bench_step import measure as measure_step
         from scenarios.bench_step import step_lines

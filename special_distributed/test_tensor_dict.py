@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from primitives import vocab_parallel
 from primitives.sharded_tensordict import ShardedTensorDict, equal
-from primitives.vocab_parallel import vocab_parallel_entropy, vocab_parallel_log_prob
 from special_distributed.examples import examples
 
 NUM_TOKENS = 256
@@ -149,9 +149,9 @@ def test_vocab_parallel_equals_unsharded(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = logits.clone().requires_grad_()
         if function == "entropy":
-            value = vocab_parallel_entropy(leaf, group)
+            value = vocab_parallel.entropy(leaf, group)
         else:
-            value = vocab_parallel_log_prob(leaf, targets, group)
+            value = vocab_parallel.log_prob(leaf, targets, group)
         torch.autograd.backward(value, grad)
         assert same_bits(leaf.detach(), logits)  # unaltered
         assert leaf.grad is not None
@@ -164,59 +164,3 @@ def test_vocab_parallel_equals_unsharded(
     assert same_bits(shard_grad, full_grad.chunk(2, dim=1)[tp.get_local_rank()])
     assert bool(value.isfinite().all())
     assert bool(shard_grad.isfinite().all())
-
-
-def test_unsharded_is_the_textbook_formula(world: dist.ProcessGroup, rank: int) -> None:
-    """Against float64, within the bound of the tree.
-
-    With u = 2^-24, shifted logits |d| <= D, n columns: exp of a rounded d is off by at most
-    (D + 2) u relative, a tree of depth L = 3 + ceil(log2(n / 8)) adds L u, product and quotient
-    one u each. So sum_exp is off by (D + 2 + L) u relative; log of it by as much absolute plus one
-    rounding of log S <= log n; the mean |E| <= D by 2 (D + 2 + L) + 3 relative units of u.
-    """
-    generator = torch.Generator().manual_seed(rank)
-    logits = torch.randn(16, 4096, generator=generator) * 4
-    entropy = vocab_parallel_entropy(logits).double()
-    log_probs = logits.double().log_softmax(1)
-    exact = -(log_probs.exp() * log_probs).sum(1)
-    d = (logits.amax(1, keepdim=True) - logits).double().amax(1)
-    mean = (logits.double().softmax(1) * (logits.amax(1, keepdim=True) - logits).double()).sum(1)
-    depth = 3 + 9
-    relative = d + 2 + depth
-    bound = (relative + 9 + (2 * relative + 3) * mean + entropy) * 2.0**-24
-    assert bool(((entropy - exact).abs() <= bound).all())
-    assert float(bound.max()) < 2e-4  # the bound itself says something
-
-    targets = torch.arange(16) * 255
-    log_prob = vocab_parallel_log_prob(logits, targets).double()
-    exact = log_probs.gather(1, targets[:, None])[:, 0]
-    assert bool(((log_prob - exact).abs() <= (relative + 9 + exact.abs() + d) * 2.0**-24).all())
-
-
-def test_gradients_are_the_derivatives(world: dist.ProcessGroup, rank: int) -> None:
-    """Against autograd in float64: each grad element is within 1e-5 of the largest one's size."""
-    generator = torch.Generator().manual_seed(rank)
-    logits = (torch.randn(8, 64, generator=generator) * 3).requires_grad_()
-    targets = torch.arange(8) * 7
-    grad = torch.randn(8, generator=generator)
-    exact_logits = logits.detach().double().requires_grad_()
-    log_probs = exact_logits.log_softmax(1)
-    for value, exact in (
-        (vocab_parallel_entropy(logits), -(log_probs.exp() * log_probs).sum(1)),
-        (vocab_parallel_log_prob(logits, targets), log_probs.gather(1, targets[:, None])[:, 0]),
-    ):
-        (actual,) = torch.autograd.grad(value, logits, grad)
-        (expected,) = torch.autograd.grad(exact, exact_logits, grad.double(), retain_graph=True)
-        error = (actual.double() - expected).abs().max()
-        assert float(error) <= 1e-5 * float(expected.abs().max())
-
-
-@pytest.mark.parametrize("columns", [12, 7])
-def test_vocabulary_must_be_eight_parts(columns: int) -> None:
-    with pytest.raises(ValueError, match=f"got {columns} columns on each of 1 ranks"):
-        vocab_parallel_entropy(torch.zeros(2, columns))
-
-
-def test_targets_outside_the_vocabulary_are_refused() -> None:
-    with pytest.raises(ValueError, match="0 <= target < 16, got values from 3 to 16"):
-        vocab_parallel_log_prob(torch.zeros(2, 16), torch.tensor([3, 16]))

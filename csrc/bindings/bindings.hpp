@@ -13,5 +13,6 @@ void bind_call_sites(py::module_& m);
 void bind_flight(py::module_& m);
 void bind_symmetric_memory(py::module_& m);
 void bind_devices(py::module_& m);
+void bind_vocab_entropy(py::module_& m);
 
 }  // namespace primitives

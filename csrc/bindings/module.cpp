@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, m) {
       "Instruction set in use: avx512, avx2 or scalar (PRIMITIVES_ISA overrides).");
   primitives::bind_devices(m);
   primitives::bind_canonical(m);
+  primitives::bind_vocab_entropy(m);
   primitives::bind_transport(m);
   primitives::bind_communicator(m);
   primitives::bind_call_sites(m);

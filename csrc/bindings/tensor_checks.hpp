@@ -121,18 +121,29 @@ struct Argument {
   }
 };
 
-// For the length of a kernel call: no GIL; round to nearest even with subnormals kept, whatever
-// mode the caller's thread is in (torch.set_flush_denormal would change bits).
+// Round to nearest with subnormals kept, whatever mode the thread is in (torch.set_flush_denormal
+// would change bits).
+class ExactRounding {
+ public:
+  ExactRounding() { _mm_setcsr(0x1f80); }
+  ~ExactRounding() { _mm_setcsr(saved_); }
+  ExactRounding(const ExactRounding&) = delete;
+  ExactRounding& operator=(const ExactRounding&) = delete;
+
+ private:
+  unsigned saved_ = _mm_getcsr();
+};
+
+// For the length of a kernel call: no GIL, and exact rounding.
 class KernelCall {
  public:
-  KernelCall() { _mm_setcsr(0x1f80); }
-  ~KernelCall() { _mm_setcsr(saved_); }
+  KernelCall() = default;
   KernelCall(const KernelCall&) = delete;
   KernelCall& operator=(const KernelCall&) = delete;
 
  private:
   py::gil_scoped_release no_gil_;
-  unsigned saved_ = _mm_getcsr();
+  ExactRounding exact_;
 };
 
 // Bindings of norms and activations, of softmax, and of the optimizer, random and loss kernels; the

@@ -1,8 +1,8 @@
 // exp, log, tanh, erf, sigmoid, rsqrt as fixed sequences of + - * /, sqrt and fma, for F = float or
 // a vector of floats.
 //
-// Overloads of fma, sqrt, select, as_int, as_float and to_float for F must be declared before this
-// header.
+// Overloads of fma, sqrt, select, larger_or_second, as_int, as_float and to_float for F must be
+// declared before this header.
 #pragma once
 
 #include "canonical/portable.hpp"
@@ -15,13 +15,16 @@ constexpr float kLn2 = 0.693147182f;        // 0x3f317218
 constexpr float kLn2High = 0.693359375f;    // 9 significant bits: n * kLn2High is exact
 constexpr float kLn2Low = -2.12194440e-4f;  // ln 2 - kLn2High
 
-// exp(x) for x <= 0, as softmax and the vocabulary entropy need it: exactly 1 at 0, exactly 0 below
-// about -86.99, never subnormal.
+// The argument of exp_of_clamped for any d <= 0; NaN is kept.
 template <class F>
-CANONICAL_FN F exp_nonpositive(F x) {
-  constexpr float kClamp = -87.5f;
+CANONICAL_FN F clamp_exponent(F d) {
+  return larger_or_second(set<F>(-87.5f), d);
+}
+
+// exp(d) for -87.5 <= d <= 0: exactly 1 at 0, exactly 0 below about -86.99, never subnormal.
+template <class F>
+CANONICAL_FN F exp_of_clamped(F d) {
   constexpr float kMagic = 12583038.0f;  // 1.5 * 2^23 + 126: the low bits of t become n + 126
-  const F d = select(x < kClamp, set<F>(kClamp), x);
   const F t = fma(d, set<F>(kLog2E), set<F>(kMagic));
   const F n = t - kMagic;
   const F r = fma(n, set<F>(-kLn2), d);
@@ -33,6 +36,12 @@ CANONICAL_FN F exp_nonpositive(F x) {
   p = fma(p, r, set<F>(2.0f));
   p = fma(p, r, set<F>(2.0f));  // 2 exp(r)
   return p * as_float(as_int(t) << 23);
+}
+
+// exp(x) for x <= 0, as softmax and the vocabulary entropy need it.
+template <class F>
+CANONICAL_FN F exp_nonpositive(F x) {
+  return exp_of_clamped(clamp_exponent(x));
 }
 
 // exp(x) for every x: overflows to inf, underflows through the subnormals to 0.

@@ -39,6 +39,9 @@ CANONICAL_FN float to_float(int32_t x) { return static_cast<float>(x); }
 
 CANONICAL_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 
+// The larger one; b when they are equal or either is NaN.
+CANONICAL_FN float larger_or_second(float a, float b) { return a > b ? a : b; }
+
 CANONICAL_FN int32_t select_int(bool mask, int32_t a, int32_t b) { return mask ? a : b; }
 
 // One rounding. Without FMA hardware the C library's fmaf, which is correctly rounded.

@@ -31,6 +31,7 @@ CANONICAL_FN Vec canonical_nan(Vec x) {
 #if CANONICAL_WIDTH == 16
 CANONICAL_FN Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 CANONICAL_FN Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
+CANONICAL_FN Vec larger_or_second(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 CANONICAL_FN void mul_hi_lo(uint32_t a, UVec b, UVec* hi, UVec* lo) {
   const __m512i m = _mm512_set1_epi32(static_cast<int>(a)), x = reinterpret_cast<__m512i>(b);
   const __m512i even = _mm512_mul_epu32(m, x), odd = _mm512_mul_epu32(m, _mm512_srli_epi64(x, 32));
@@ -55,6 +56,7 @@ CANONICAL_FN void narrow_words(uint16_t* p, UVec x) {
 #elif CANONICAL_WIDTH == 8
 CANONICAL_FN Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 CANONICAL_FN Vec sqrt(Vec x) { return _mm256_sqrt_ps(x); }
+CANONICAL_FN Vec larger_or_second(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 CANONICAL_FN void mul_hi_lo(uint32_t a, UVec b, UVec* hi, UVec* lo) {
   const __m256i m = _mm256_set1_epi32(static_cast<int>(a)), x = reinterpret_cast<__m256i>(b);
   const __m256i even = _mm256_mul_epu32(m, x), odd = _mm256_mul_epu32(m, _mm256_srli_epi64(x, 32));
@@ -83,6 +85,7 @@ CANONICAL_FN Vec fma(Vec a, Vec b, Vec c) {
              fma(a[3], b[3], c[3])};
 }
 CANONICAL_FN Vec sqrt(Vec x) { return _mm_sqrt_ps(x); }
+CANONICAL_FN Vec larger_or_second(Vec a, Vec b) { return _mm_max_ps(a, b); }
 CANONICAL_FN void mul_hi_lo(uint32_t a, UVec b, UVec* hi, UVec* lo) {
   for (int i = 0; i < 4; i++) (*hi)[i] = static_cast<uint32_t>((uint64_t{a} * b[i]) >> 32);
   *lo = a * b;
@@ -104,7 +107,7 @@ CANONICAL_FN void narrow_words(uint16_t* p, UVec x) {
 #endif
 
 // How an element is stored. load widens exactly; store rounds once to nearest even and writes one
-// NaN.
+// NaN; store_number is for what is no NaN.
 struct Float32 {
   using Storage = float;
   static CANONICAL_FN Vec load(const float* p) {
@@ -112,21 +115,21 @@ struct Float32 {
     memcpy(&x, p, sizeof x);
     return x;
   }
-  static CANONICAL_FN void store(float* p, Vec x) {
-    x = canonical_nan(x);
-    memcpy(p, &x, sizeof x);
-  }
+  static CANONICAL_FN void store(float* p, Vec x) { store_number(p, canonical_nan(x)); }
+  static CANONICAL_FN void store_number(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 };
 struct Float16 {
   using Storage = uint16_t;
   static CANONICAL_FN Vec load(const uint16_t* p) { return widen_float16(p); }
-  static CANONICAL_FN void store(uint16_t* p, Vec x) { narrow_float16(p, canonical_nan(x)); }
+  static CANONICAL_FN void store(uint16_t* p, Vec x) { store_number(p, canonical_nan(x)); }
+  static CANONICAL_FN void store_number(uint16_t* p, Vec x) { narrow_float16(p, x); }
 };
 struct BFloat16 {
   using Storage = uint16_t;
   static CANONICAL_FN Vec load(const uint16_t* p) { return widen_bfloat16(p); }
-  static CANONICAL_FN void store(uint16_t* p, Vec x) {
-    const UVec bits = reinterpret_cast<UVec>(canonical_nan(x));
+  static CANONICAL_FN void store(uint16_t* p, Vec x) { store_number(p, canonical_nan(x)); }
+  static CANONICAL_FN void store_number(uint16_t* p, Vec x) {
+    const UVec bits = reinterpret_cast<UVec>(x);
     narrow_words(p, (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
 };

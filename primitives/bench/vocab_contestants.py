@@ -1,0 +1,90 @@
+"""Who computes entropy and log-probability: we, torch, and verl and Megatron-LM if installed."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from primitives import vocab_parallel
+
+Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""logits [tokens, vocab], labels [tokens] -> entropy, log_prob; NaN for what it does not offer."""
+
+
+def ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient in new memory."""
+    return vocab_parallel.entropy_and_log_prob(logits, labels, dist.group.WORLD)
+
+
+def in_place(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient in the memory of the logits."""
+    return vocab_parallel.entropy_and_log_prob(
+        logits, labels, dist.group.WORLD, inplace_backward=True
+    )
+
+
+def plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain formula."""
+    log_probs = logits.float().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return entropy, log_probs.gather(-1, labels[:, None])[:, 0]
+
+
+def verl(functions: Any) -> Function:
+    """What verl's Megatron engine calls: the clone keeps the logits that its entropy overwrites."""
+
+    def run(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        kept = logits.clone()
+        entropy = functions.vocab_parallel_entropy(logits)
+        return entropy, functions.vocab_parallel_log_probs_from_logits(kept, labels)
+
+    return run
+
+
+def megatron(cross_entropy: Any) -> Function:
+    """Megatron-LM's cross entropy, which has no entropy and overwrites float32 logits."""
+
+    def run(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob = -cross_entropy(logits.clone(), labels)
+        return torch.full_like(log_prob, torch.nan).detach(), log_prob
+
+    return run
+
+
+def contestants() -> dict[str, Function]:
+    """All that are installed; the process group must exist."""
+    found: dict[str, Function] = {
+        "in place": in_place,
+        "out of place": ours,
+        "torch": plain,
+        "torch.compile": torch.compile(plain),
+    }
+    if importlib.util.find_spec("megatron") is None:
+        return found
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    found["megatron"] = megatron(tensor_parallel.vocab_parallel_cross_entropy)
+    package = importlib.util.find_spec("verl")
+    if package is not None and package.origin is not None:
+        found["verl"] = verl(_verl_functions(Path(package.origin).parent))
+    return found
+
+
+def _verl_functions(package: Path) -> Any:
+    """Its one file: importing the package would start with Ray."""
+    name = "primitives_bench_verl"
+    file = package / "utils" / "megatron" / "tensor_parallel.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,60 @@
+"""What ``testbed bench vocab_entropy`` prints."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from primitives.bench.vocab_entropy import Case, Row
+
+
+def bench_vocab(num_rounds: int, as_json: bool) -> list[dict[str, Any]]:
+    """Measures every case, prints it unless ``as_json``, and returns the rows."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts collectives
+    from primitives.bench import vocab_entropy  # imports torch
+
+    found = []
+    if not as_json:
+        click.echo("\n".join(vocab_head()))
+    rows = vocab_entropy.measure(list(vocab_entropy.CASES), num_rounds)
+    for _, group in groupby(rows, key=lambda row: row.case):
+        of_case = list(group)
+        found += [asdict(row) for row in of_case]
+        if not as_json:
+            click.echo("\n".join(vocab_lines(of_case)))
+    return found
+
+
+def vocab_head() -> list[str]:
+    """What is measured, and the columns."""
+    return [
+        "# vocab_entropy: entropy and log-probability; one thread, a group of one rank",
+        f"#{'':>30} {'forward':^22} {'backward':^22}",
+        f"#{'tokens':>6} {'vocab':>7} {'dtype':>9} " + f" {'ms':>8} {'GB/s':>7} {'%':>4} " * 2
+        + f" {'ms':>8} {'x':>5} {'memory':>7} {'calls':>5}",
+    ]  # fmt: skip
+
+
+def vocab_lines(rows: "list[Row]") -> Iterator[str]:
+    """The rows of one case, the limits first; x: how often the first row's time fits in."""
+    best = rows[0]
+    yield f"# {_case(best.case)}: limits " + ", ".join(
+        f"{name} {best.limit_ms[name]:.2f} ms" for name in best.limit_ms
+    )
+    for row in rows:
+        memory = "-" if row.extra_nbytes is None else f"{row.extra_nbytes / row.case.nbytes:.2f}"
+        yield (
+            f" {row.case.num_tokens:>6} {row.case.vocab_size:>7} {row.case.dtype:>9} "
+            f" {row.forward_ms:>8.2f} {row.forward_gb_s:>7.2f} {100 * row.forward_share:>4.0f} "
+            f" {row.backward_ms:>8.2f} {row.backward_gb_s:>7.2f} {100 * row.backward_share:>4.0f} "
+            f" {row.ms:>8.2f} {row.ms / best.ms:>5.1f} {memory:>7} {row.num_collectives:>5}"
+            f"  {row.contestant}"
+        )
+
+
+def _case(case: "Case") -> str:
+    return f"{case.num_tokens} x {case.vocab_size} {case.dtype}"

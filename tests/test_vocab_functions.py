@@ -1,0 +1,210 @@
+"""The functions of primitives.vocab_parallel: options, errors, autograd, torch.compile."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from canonical_definition import assert_same_bits
+from torch import Tensor
+from torch.library import opcheck
+
+from primitives import vocab_parallel
+from primitives.vocab_parallel.ops import vocab_entropy
+
+LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 3
+LABELS = torch.tensor([[0, 39, -100], [17, 5, 5]])
+
+
+def gradient(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    function(leaf).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_shapes_and_agreement_of_the_functions() -> None:
+    entropy, log_prob = vocab_parallel.entropy_and_log_prob(LOGITS, LABELS)
+    assert entropy.shape == log_prob.shape == (2, 3)
+    assert entropy.dtype == log_prob.dtype == torch.float32
+    assert_same_bits(vocab_parallel.entropy(LOGITS), entropy)
+    assert_same_bits(vocab_parallel.log_prob(LOGITS, LABELS), log_prob)
+    assert_same_bits(vocab_parallel.cross_entropy(LOGITS, LABELS), 0.0 - log_prob)
+
+
+def test_the_logits_are_not_altered_and_keep_their_strides() -> None:
+    wide = torch.randn(5, 7, 64)
+    for logits in (wide[:, 1:3, 3:50], wide.transpose(0, 1), wide.mT, wide[0, 0, ::2]):
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+        before = wide.clone()
+        leaf = logits.detach().requires_grad_()
+        entropy, log_prob = vocab_parallel.entropy_and_log_prob(leaf, labels)
+        (entropy + log_prob).sum().backward()
+        assert_same_bits(wide, before)
+        plain = logits.clone(memory_format=torch.contiguous_format)
+        assert_same_bits(entropy.detach(), vocab_parallel.entropy(plain))
+        assert leaf.grad is not None
+        both = gradient(lambda z: sum(vocab_parallel.entropy_and_log_prob(z, labels)), plain)  # type: ignore[arg-type,return-value]  # noqa: B023
+        assert_same_bits(leaf.grad, both)
+
+
+def test_ignored_tokens_have_no_log_prob_and_no_gradient() -> None:
+    ignored = LABELS == -100
+    log_prob = vocab_parallel.log_prob(LOGITS, LABELS)
+    assert log_prob[ignored].tolist() == [0.0]
+    assert bool((log_prob[~ignored] < 0).all())
+    grad = gradient(lambda z: vocab_parallel.log_prob(z, LABELS), LOGITS)
+    assert not grad[ignored].any()
+    assert bool((grad[~ignored] != 0).all())
+    labels = torch.where(ignored, 7, LABELS)
+    assert_same_bits(vocab_parallel.log_prob(LOGITS, labels, ignore_index=7), log_prob)
+    nan = torch.where(ignored[..., None], torch.nan, LOGITS)  # whatever an ignored token's are
+    assert_same_bits(vocab_parallel.log_prob(nan, LABELS), log_prob)
+    assert_same_bits(gradient(lambda z: vocab_parallel.log_prob(z, LABELS), nan), grad)
+
+
+def test_temperature_divides_the_logits() -> None:
+    for temperature in (0.5, 2.0, 0.25):  # powers of two: exact
+        expected = vocab_parallel.entropy_and_log_prob(LOGITS / temperature, LABELS)
+        actual = vocab_parallel.entropy_and_log_prob(LOGITS, LABELS, temperature=temperature)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+
+
+def test_z_loss_is_that_of_the_formula() -> None:
+    leaf = LOGITS.clone().requires_grad_()
+    loss = vocab_parallel.cross_entropy(leaf, LABELS, z_loss=0.1)
+    loss.sum().backward()
+    exact = LOGITS.double().requires_grad_()
+    lse = exact.logsumexp(-1)
+    labels = LABELS.clamp(min=0)
+    plain = lse - exact.gather(-1, labels[..., None])[..., 0]
+    expected = torch.where(LABELS == -100, 0, plain + 0.1 * lse * lse)
+    expected.sum().backward()
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_logits_are_finite_and_a_masked_token_is_nan() -> None:
+    masked = LOGITS.clone()
+    masked[..., 20:] = -torch.inf
+    labels = LABELS.clamp(max=19)
+    entropy, log_prob = vocab_parallel.entropy_and_log_prob(masked, labels)
+    assert bool(entropy.isfinite().all() & log_prob.isfinite().all())
+    grad = gradient(lambda z: vocab_parallel.log_prob(z, labels), masked)
+    assert bool(grad.isfinite().all())
+    assert not grad[..., 20:].any()
+    assert vocab_parallel.log_prob(masked, LABELS)[0, 1] == -torch.inf
+    nothing = torch.full((1, 8), -torch.inf)
+    assert bool(vocab_parallel.entropy(nothing).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inplace_backward_is_the_same_in_the_memory_of_the_logits(dtype: torch.dtype) -> None:
+    def both(z: Tensor, inplace: bool) -> Tensor:
+        entropy, log_prob = vocab_parallel.entropy_and_log_prob(z, LABELS, inplace_backward=inplace)
+        return entropy * 0.3 - log_prob
+
+    logits = LOGITS.to(dtype)
+    expected = gradient(lambda z: both(z, False), logits)
+    leaf = logits.clone().requires_grad_()
+    hidden = leaf * 1
+    both(hidden, True).sum().backward()
+    assert leaf.grad is not None
+    assert_same_bits(leaf.grad, expected)
+    assert_same_bits(hidden.detach(), expected)  # no memory of its own
+
+    hidden = leaf * 1
+    loss = both(hidden, True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(ValueError, match="that are no leaf of autograd, got a leaf"):
+        both(leaf, True)
+    with pytest.raises(ValueError, match=r"expected contiguous logits .* got strides"):
+        both((leaf * 1).transpose(0, 1), True)
+    assert_same_bits(both(logits, True), both(logits, False))  # no gradient asked for: no matter
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 5), (16,), (1, 1)])
+def test_few_tokens(shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape, requires_grad=True)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    entropy, log_prob = vocab_parallel.entropy_and_log_prob(logits, labels)
+    assert entropy.shape == log_prob.shape == shape[:-1]
+    (entropy + log_prob).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == shape
+
+
+NO_LABELS = torch.zeros(2, 3, dtype=torch.int64)
+ERRORS: list[tuple[Callable[[], object], str]] = [
+    (
+        lambda: vocab_parallel.log_prob(LOGITS, LABELS + 1),
+        r"labels: expected 0 <= label < 40 or ignore_index, got 40 at \[0, 1\] on rank 0",
+    ),
+    (
+        lambda: vocab_parallel.cross_entropy(LOGITS, LABELS, ignore_index=0),
+        r"got -100 at \[0, 2\] on rank 0",
+    ),
+    (lambda: vocab_parallel.log_prob(LOGITS, LABELS[0]), r"expected \[2, 3\] .* got \[3\]"),
+    (lambda: vocab_parallel.log_prob(LOGITS, LABELS.int()), "got .* of torch.int32"),
+    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of torch.float64 on cpu"),
+    (lambda: vocab_parallel.entropy(LOGITS[..., :0]), "vocab_size: expected at least 1 column"),
+    (lambda: vocab_parallel.entropy(torch.tensor(1.0)), r"expected \[..., columns\] .* got \[\]"),
+    (
+        lambda: vocab_parallel.entropy(LOGITS, vocab_size=41),
+        "a vocabulary of 41 in segments of 3 columns puts 41 on rank 0 of 1, got 40$",
+    ),
+    (lambda: vocab_parallel.entropy(LOGITS, temperature=0.0), "temperature: expected .* got 0.0"),
+    (lambda: vocab_parallel.entropy(LOGITS, temperature=-1.0), "temperature: .* got -1.0"),
+    (lambda: vocab_parallel.entropy(LOGITS, temperature=math.nan), "temperature: .* got nan"),
+    (lambda: vocab_parallel.entropy(LOGITS, temperature=1e-300), "temperature: .* got 1e-300"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), ERRORS)
+def test_a_wrong_argument_is_one_clear_error(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(labels: Tensor | None, dtype: torch.dtype) -> None:
+    for requires_grad in (False, True):
+        logits = LOGITS.to(dtype, copy=True).requires_grad_(requires_grad)
+        opcheck(vocab_entropy, (logits, labels, "", None, -100, 0.7, False))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_is_the_same_bits(backend: str) -> None:
+    def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.T
+        entropy, log_prob = vocab_parallel.entropy_and_log_prob(
+            logits, LABELS, inplace_backward=True
+        )
+        nll = vocab_parallel.cross_entropy(logits, LABELS, z_loss=0.01)
+        return (nll - 0.25 * entropy).sum(), log_prob
+
+    hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+    def eager(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        logits = h @ w.T
+        entropy, log_prob = vocab_parallel.entropy_and_log_prob(logits, LABELS)
+        nll = vocab_parallel.cross_entropy(logits, LABELS, z_loss=0.01)
+        return (nll - 0.25 * entropy).sum(), log_prob
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    results = []
+    for function in (eager, compiled):
+        value, log_prob = function(hidden, weight)
+        grads = torch.autograd.grad(value, (hidden, weight))
+        results.append((log_prob.detach(), *grads))
+    assert_same_bits(results[1][0], results[0][0])
+    for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # of other matmuls
