@@ -20,6 +20,7 @@ format: setup
 
 test: lint
 	. $(BIN)/activate && pytest tests && pytest special_distributed \
+	  && pytest --ranks 8 special_distributed/test_mcore_config_converter.py \
 	  && mpirun -n 4 pytest special_distributed/test_torch_functional.py special_distributed/test_against_mpi.py
 
 # PyTorch's own distributed tests, all of them (tests/test_torch_suite.py runs a sample).

@@ -1,6 +1,10 @@
-"""Tests of this folder run on exactly four ranks in lockstep: of a launcher, or forked."""
+"""Tests of this folder run on four ranks in lockstep, of a launcher or forked.
+
+A file whose ``RANK_COUNTS`` names other numbers runs on those, too: ``--ranks 8``, ``mpirun -n 8``.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ from primitives.rendezvous import rank_info
 
 pytest_plugins = ["primitives.lockstep"]
 NUM_RANKS = 4
+_num_ranks = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -20,8 +25,19 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if info is None and config.option.ranks is None:
         config.option.ranks = NUM_RANKS
     num_ranks = config.option.ranks if info is None else info.world_size
-    if num_ranks != NUM_RANKS:
-        raise pytest.UsageError(f"{NUM_RANKS} ranks are needed, got {num_ranks}")
+    config.stash[_num_ranks] = num_ranks
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    num_ranks = config.stash[_num_ranks]
+    for item in items:
+        if (here := Path(__file__).parent) not in item.path.parents:
+            continue
+        allowed = getattr(getattr(item, "module", None), "RANK_COUNTS", (NUM_RANKS,))
+        if num_ranks not in allowed:
+            needed = " or ".join(map(str, allowed))
+            where = item.path.relative_to(here.parent)
+            raise pytest.UsageError(f"{where}: {needed} ranks are needed, got {num_ranks}")
 
 
 @pytest.fixture(scope="session")

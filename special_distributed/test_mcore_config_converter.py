@@ -2,8 +2,8 @@
 
 A result that depended on the rank or on hash order would build parts that do not fit together. So
 each rank converts for the layout and cuts out its own part; the parts must add up to the whole
-model. With CP2 the layout has 8 ranks, of which each of the four plays two. The search for lost
-fields, one conversion for each changed field, is shared out over the ranks.
+model. On 8 ranks the layout has CP2 besides. The search for lost fields, one conversion for each
+changed field, is shared out over the ranks.
 """
 
 import tempfile
@@ -34,6 +34,7 @@ from scenarios.convert.weights import Parameter, join_parts, parameters
 
 pytestmark = pytest.mark.usefixtures("world")
 
+RANK_COUNTS = (4, 8)
 TP, PP = 2, 2
 LAYOUT = ParallelLayout(tp=TP, pp=PP)
 EXPERTS = ParallelLayout(tp=TP, pp=PP, ep=2, etp=1, sp=True)
@@ -73,9 +74,19 @@ def gathered(item: object) -> list[Any]:
     return items
 
 
-def own_part(model: MegatronModel, rank: int) -> dict[str, tuple[int, set[int]]]:
+def context_parallel_size() -> int:
+    """1 on four ranks, 2 on eight."""
+    return dist.get_world_size() // (TP * PP)
+
+
+def own_place() -> tuple[int, int]:
+    """This rank's tp rank and pp rank, in Megatron's order: tp, then cp, then pp."""
+    rank = dist.get_rank()
+    return rank % TP, rank // (TP * context_parallel_size())
+
+
+def own_part(model: MegatronModel, tp_rank: int, pp_rank: int) -> dict[str, tuple[int, set[int]]]:
     """What one rank builds: name -> (size of the whole, this rank's indices of it)."""
-    tp_rank, pp_rank = rank % TP, rank // TP % PP
     fields = model.transformer
 
     def cut(numel: int, index: int, degree: int) -> tuple[int, set[int]]:
@@ -92,17 +103,13 @@ def own_part(model: MegatronModel, rank: int) -> dict[str, tuple[int, set[int]]]
     }
 
 
-@pytest.mark.parametrize("cp", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ranks_agree_and_their_parts_make_the_model(name: str, cp: int) -> None:
-    assert dist.get_world_size() == TP * PP
-    layout = CONFIGS[name][2].model_copy(update={"cp": cp})
+def test_ranks_agree_and_their_parts_make_the_model(name: str) -> None:
+    layout = CONFIGS[name][2].model_copy(update={"cp": context_parallel_size()})
     model = convert(config_of(name), layout=layout)
     models = gathered(model.model_dump_json())
     assert models == [models[0]] * len(models)
-    played = range(dist.get_rank(), TP * PP * cp, TP * PP)
-    parts = [part for own in gathered([own_part(model, rank) for rank in played]) for part in own]
-    assert len(parts) == TP * PP * cp
+    parts = gathered(own_part(model, *own_place()))
     for key, (numel, _) in parts[0].items():
         pieces = [part[key][1] for part in parts]
         assert set.union(*pieces) == set(range(numel)), key
@@ -112,16 +119,16 @@ def test_ranks_agree_and_their_parts_make_the_model(name: str, cp: int) -> None:
 def test_the_files_of_all_ranks_make_the_source() -> None:
     """Rank 0 converts; every rank reads its own folder, and all together hold the source's bits."""
     config = shrink(AutoConfig.for_model("qwen3", tie_word_embeddings=False).to_dict())
-    rank = dist.get_rank()
+    tp_rank, pp_rank = own_place()
     with tempfile.TemporaryDirectory() as own:
         folders = gathered(own)
         root = Path(folders[0])
-        if rank == 0:
+        if dist.get_rank() == 0:
             torch.manual_seed(3)
             SourceModel(config).save(root / "hf")
             to_megatron(root / "hf", root / "megatron", config, layout=LAYOUT)
         dist.barrier()
-        mine = TensorFolder(root / "megatron" / f"tp{rank % TP}_pp{rank // TP}")
+        mine = TensorFolder(root / "megatron" / f"tp{tp_rank}_pp{pp_rank}")
         states = gathered({name: mine.read(name) for name in mine})
         source = load_file(root / "hf" / "model.safetensors")
         dist.barrier()
@@ -150,7 +157,8 @@ def _parts(
     else:
         stage = next(i for i, layers in enumerate(stages) if parameter.layer in layers)
         name = parameter.pattern.format(layer=stages[stage].index(parameter.layer))
-    return [states[stage * TP + tp_rank][name] for tp_rank in range(TP)]
+    first = stage * TP * context_parallel_size()
+    return [states[first + tp_rank][name] for tp_rank in range(TP)]
 
 
 def test_the_perturbed_model_is_what_the_table_says() -> None:
