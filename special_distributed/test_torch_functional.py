@@ -112,6 +112,47 @@ def test_a_split_vocabulary_gives_the_bits_of_a_whole_one(
     assert same_bits(grad, full[2][:, own])
 
 
+@examples(
+    8,
+    name=st.sampled_from(["primitives", "gloo", "primitives pair", "gloo pair"]),
+    vocab_size=st.integers(1, 3000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_split_head_gives_the_bits_of_a_whole_one(
+    groups: dict[str, dist.ProcessGroup],
+    rank: int,
+    name: str,
+    vocab_size: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    group = groups[name]
+    _, labels, grads = inputs(6, vocab_size, dtype, seed)
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(6, 48, generator=g).to(dtype)
+    weight = torch.randn(vocab_size, 48, generator=g).to(dtype)
+    shard = Shard(vocab_size, group.rank(), group.size())
+    own = slice(shard.first, shard.first + shard.columns)
+
+    def evaluate_head(head: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        results = vocab_parallel.linear_entropy_and_log_prob(
+            *leaves, labels, group, vocab_size=vocab_size
+        )
+        return *results, *torch.autograd.grad(results, leaves, tuple(grads))
+
+    *results, by_hidden, by_head = evaluate_head(weight[own], group)
+    *whole, by_hidden_of_whole, by_whole = evaluate_head(weight, None)
+    for actual, expected in zip(results, whole, strict=True):
+        assert same_bits(actual.detach(), expected.detach())
+    assert same_bits(by_head, by_whole[own])
+    if name.startswith("primitives"):  # gloo adds the ranks' gradients in another order
+        assert same_bits(by_hidden, by_hidden_of_whole)
+    else:
+        torch.testing.assert_close(by_hidden, by_hidden_of_whole)
+
+
 def num_collectives(work: Callable[[], object]) -> int:
     """Calls of c10d, of any backend."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
