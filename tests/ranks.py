@@ -172,6 +172,20 @@ def init(timeout_s: float = 20.0) -> tuple[int, int]:
     return rank, world_size
 
 
+def rank_processes(run_dir: Path) -> dict[int, int]:
+    """Rank -> pid of the living processes that write the logs of a run of ``scenarios.launch``."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            log = (process / "fd" / "1").readlink()
+            state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if log.parent == run_dir / "logs" and state != "Z":
+            found[int(log.stem.removeprefix("rank_"))] = int(process.name)
+    return found
+
+
 def leftovers(pid: int | None = None) -> list[str]:
     """Shared memory that process ``pid`` (default: this one) left behind."""
     pattern = f"primitives-{os.getuid()}-{pid or os.getpid()}-*"

@@ -16,7 +16,7 @@ LIMIT_S = 60.0
 
 
 def say(*words: str) -> None:
-    print(os.getcwd(), sorted(os.environ), *words)
+    print(os.getcwd(), sorted(os.environ), *words, flush=True)
     print("to standard error", file=sys.stderr)
 
 

@@ -17,6 +17,7 @@ from scenarios.launch import launch
 from scenarios.metrics_file import read_steps
 from scenarios.schema import Scenario, load_scenario
 from scenarios.worker import Job
+from tests.ranks import rank_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 60.0
@@ -41,28 +42,6 @@ def toy_job(folder: Path, engine: str) -> Job:
     )
 
 
-def alive(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def ranks_of(run_dir: Path) -> list[int]:
-    """Processes of this machine that write this run's logs."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            output = (folder / "fd" / "1").readlink()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if output.parent == run_dir / "logs" and alive(int(folder.name)):
-            found.append(int(folder.name))
-    return found
-
-
 def wait_for(condition, what: str) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + TIME_LIMIT_S
     while not condition():
@@ -79,7 +58,7 @@ def test_a_run_reports_each_step_once_and_leaves_a_log_per_rank(tmp_path: Path) 
     assert sorted(read_steps(tmp_path / "run1" / "metrics.jsonl")) == seen
     logs = sorted(path.name for path in (tmp_path / "run1" / "logs").iterdir())
     assert logs == ["rank_0.log", "rank_1.log"]
-    assert ranks_of(tmp_path / "run1") == []
+    assert rank_processes(tmp_path / "run1") == {}
 
 
 def test_a_killed_rank_is_named_first_and_all_are_down_in_time(
@@ -98,7 +77,7 @@ def test_a_killed_rank_is_named_first_and_all_are_down_in_time(
     assert failure.failures[1].type == "PeerLost"
     assert "all_reduce" in failure.failures[1].message
     assert str(tmp_path / "run1" / "logs") in str(failure)
-    assert ranks_of(tmp_path / "run1") == []
+    assert rank_processes(tmp_path / "run1") == {}
     assert list((tmp_path / "shm").iterdir()) == []
     json.dumps(failure.as_json())
 
@@ -132,7 +111,7 @@ def test_a_hang_ends_at_the_limit_with_the_stacks_in_the_logs(tmp_path: Path) ->
     with pytest.raises(RunFailed, match=r"hang: no step for 4 s .* after step 1"):
         launch(toy_job(tmp_path, "train_and_hang"), world_size=2, timeout_s=4.0)
     assert "train_and_hang" in (tmp_path / "run1" / "logs" / "rank_1.log").read_text()
-    assert ranks_of(tmp_path / "run1") == []
+    assert rank_processes(tmp_path / "run1") == {}
 
 
 def test_a_busy_port_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
@@ -161,10 +140,10 @@ def test_ranks_do_not_outlive_the_launcher(tmp_path: Path, number: int) -> None:
     try:
         metrics = run_dir / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text(), "no step was logged")
-        assert len(ranks_of(run_dir)) == 2
+        assert len(rank_processes(run_dir)) == 2
         launcher.send_signal(number)
         _, errors = launcher.communicate(timeout=TIME_LIMIT_S)
-        wait_for(lambda: not ranks_of(run_dir), "ranks outlived the launcher")
+        wait_for(lambda: not rank_processes(run_dir), "ranks outlived the launcher")
     finally:
         launcher.kill()
     if number != signal.SIGKILL:

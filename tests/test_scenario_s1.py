@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import rank_processes
 
 from scenarios.golden import metrics_from_steps, read_golden
 from scenarios.launch import launch
@@ -47,22 +48,6 @@ def test_golden_holds_for_other_layouts_and_cpus(
         "golden",
     }
     assert all(check["passed"] for check in verdict["checks"])
-
-
-def rank_processes(run_dir: Path) -> dict[int, int]:
-    """Rank -> pid of the processes started with this run's job file."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if str(run_dir / "job.json").encode() not in words:
-                continue
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        (rank,) = (int(v[5:]) for v in variables if v.startswith(b"RANK="))
-        found[rank] = int(folder.name)
-    return found
 
 
 def test_sigkill_of_a_rank_in_mid_step(tmp_path: Path) -> None:
