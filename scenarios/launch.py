@@ -57,11 +57,8 @@ def launch(
     """
     listener = _listen(master_port)
     ranks: list[_Rank] = []
-    with (
-        listener,
-        nullcontext(server) if server else ForkServer() as starter,
-        _signals() as received,
-    ):
+    starting = nullcontext(server) if server else ForkServer()
+    with listener, starting as starter, _signals() as received:
         port = listener.getsockname()[1]
         path = job.write()
         (Path(job.run_dir) / "logs").mkdir()
@@ -184,9 +181,7 @@ def _watch(
         limit_s = timeout_s if last_step is not None else timeout_s + STARTUP_S
         if time.monotonic() - last_progress > limit_s:
             for rank in ranks:
-                rank.process.send_signal(
-                    signal.SIGUSR1
-                )  # Python stacks of all threads into the log.
+                rank.process.send_signal(signal.SIGUSR1)  # stacks of all threads into the log
             time.sleep(0.5)
             _stop(ranks, signal.SIGTERM, ("hung", "hung"), received)
             raise RunFailed(
