@@ -216,7 +216,9 @@ void Group::attach(Meeting& meeting) {
       // What failed first may be why this rank could not open what rank 0 has taken away.
       const auto failed = split(meeting.get(round + "failed"));
       const auto failure = static_cast<Failure>(std::atoi(failed[0].c_str()));
-      if (failure == Failure::kOtherHost) throw TransportError(failure, failed[1]);
+      if (failure == Failure::kOtherHost || error.failure == Failure::kOther) {
+        throw TransportError(failure, failed[1]);
+      }
     }
     if (!meeting.has(round + "failed")) {
       meeting.set(round + "failed",
