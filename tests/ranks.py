@@ -60,7 +60,7 @@ class ThreadRanks:
             wire = connect_hosts(store, rank, world_size, timeout_s)
             return _C.Backend(store, rank, world_size, settings, list(hosts), wire)
 
-        self.world_size = world_size
+        self.world_size, self.num_hosts = world_size, max(1, len(set(hosts)))
         self.backends = run_threads(world_size, make)
 
     def __call__(self, function: Callable[[Any, int], Any]) -> list[Any]:

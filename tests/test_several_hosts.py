@@ -22,13 +22,21 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import ROOT, WORKER, ProcessRanks, ThreadRanks, leftovers, run_threads
+from ranks import (
+    ROOT,
+    WORKER,
+    ProcessRanks,
+    ThreadRanks,
+    leftovers,
+    run_threads,
+    small_tmpfs,
+)
 from test_backend_bits import assert_bits, draw
 
 from primitives import reference
 from primitives.collectives import all_gather_flat, reduce_scatter_flat
 from primitives.communicator import Communicator
-from primitives.errors import CollectiveMismatch, CollectiveTimeout, PeerLost
+from primitives.errors import CollectiveError, CollectiveMismatch, CollectiveTimeout, PeerLost
 
 # ---- the whole of torch.distributed, as a program of four ranks
 
@@ -375,6 +383,31 @@ def test_ranks_in_threads_see_the_same_mismatch() -> None:
         assert "rank 1: barrier" in str(error)
         assert "rank 0, 2: all_reduce(sum, float32, numel 2) at " in str(error)
     ranks.close()
+
+
+def test_symmetric_memory_is_had_on_every_host_or_on_none() -> None:
+    ranks = ThreadRanks(3, hosts="aba")
+    for x in ranks(lambda backend, rank: backend.empty([5, 2], torch.float32).fill_(rank)):
+        assert x.shape == (5, 2)
+
+    def call(backend: Any, rank: int) -> None:
+        backend.empty([5 + rank], torch.float32)
+
+    for error in ranks.errors(call):
+        assert isinstance(error, CollectiveMismatch)
+        assert "rank 1: empty" in str(error)
+    ranks.close()
+
+
+def test_symmetric_memory_without_room_on_one_host_is_an_error_on_all(tmp_path: Path) -> None:
+    with small_tmpfs(tmp_path, "24m") as folder:  # which both hosts use: one rank has no room
+        ranks = ThreadRanks(4, hosts="aabb", shm_dir=folder)
+        for error in ranks.errors(lambda backend, rank: backend.empty([2**23], torch.uint8)):
+            assert isinstance(error, CollectiveError), error
+            assert "has no room for 8388608 bytes of symmetric memory" in str(error)
+        for x in ranks(lambda backend, rank: backend.empty([2**20], torch.uint8).fill_(1)):
+            assert x.sum() == 2**20
+        ranks.close()
 
 
 def test_a_host_that_left_is_named() -> None:

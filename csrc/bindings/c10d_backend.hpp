@@ -121,7 +121,6 @@ class Backend : public c10d::Backend {
   static c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store,
                                                   int rank, int world_size,
                                                   const c10::intrusive_ptr<Options>& options);
-  void check_one_host(const std::string& what) const;
   // The options of a group made from this one.
   c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
 

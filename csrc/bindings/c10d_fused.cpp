@@ -4,6 +4,7 @@
 
 #include "bindings/c10d_backend.hpp"
 #include "bindings/c10d_errors.hpp"
+#include "canonical/kernels.hpp"
 #include "collectives/fused.hpp"
 #include "collectives/symmetric.hpp"
 
@@ -131,7 +132,6 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
                                           std::vector<int64_t> numels, bool async) {
   const std::string what = "fused all_gather";
   return translated([&] {
-    check_one_host(what);
     check_lengths(shards, fulls, what);
     if (shards.empty()) throw std::invalid_argument(what + ": expected a shard, got none");
     check_memory(shards, what + ": shards");
@@ -168,16 +168,9 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
     return run(OpType::ALLGATHER_COALESCED, async, fulls, [=, this] {
       const GatherMany many{
           *cuts, sources, results, cast, shards[0].dtype().itemsize(), fulls[0].dtype().itemsize()};
-      primitives::all_gather_many(*group_, call, many, timeout);
+      transport_->all_gather_many(call, many, timeout);
     });
   });
-}
-
-void Backend::check_one_host(const std::string& what) const {
-  if (group_->world_size() == getSize()) return;
-  throw std::invalid_argument(what + ": expected a group whose ranks share one host, got " +
-                              std::to_string(group_->world_size()) + " of " +
-                              std::to_string(getSize()) + " ranks on this one");
 }
 
 Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
@@ -187,7 +180,6 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
                                               bool async) {
   const std::string what = "fused reduce_scatter";
   return translated([&] {
-    check_one_host(what);
     check_lengths(shards, fulls, what);
     if (shards.empty()) throw std::invalid_argument(what + ": expected a full tensor, got none");
     check_memory(fulls, what + ": fulls");
@@ -230,17 +222,17 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
     }
     check_apart(std::move(ranges), what);
     const Milliseconds timeout = resolve(kDefaultTimeout);
-    const SumIntoFn kernel = find_sum_into(*dtype);
     return run(OpType::REDUCE_SCATTER_TENSOR_COALESCED, async, shards, [=, this] {
       const ReduceScatterMany many{*cuts,
                                    sources,
                                    results,
-                                   kernel,
+                                   *dtype,
                                    fulls[0].dtype().itemsize(),
                                    static_cast<float>(factor),
                                    accumulate,
-                                   sums};
-      primitives::reduce_scatter_many(*group_, call, many, timeout);
+                                   sums,
+                                   canonical::kernels().sum_of_squares};
+      transport_->reduce_scatter_many(call, many, timeout);
       static_cast<void>(squares);  // kept alive: the sums go into it
     });
   });
@@ -248,14 +240,12 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
 
 at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype) {
   return translated([&] {
-    check_one_host("empty");
     const int64_t numel = c10::multiply_integers(shape);
     const Call call = make_call(Op::kEmpty, at::empty({0}, dtype), numel);
     void* data = nullptr;
     group_->check();
-    queue_->run_sync([&] {
-      data = symmetric::empty(*group_, call, numel * call.itemsize, resolve(kDefaultTimeout));
-    });
+    queue_->run_sync(
+        [&] { data = transport_->empty(call, numel * call.itemsize, resolve(kDefaultTimeout)); });
     return in_heap(group_->heap(), data, shape, dtype);
   });
 }

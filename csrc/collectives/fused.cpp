@@ -3,7 +3,6 @@
 #include <cmath>
 #include <limits>
 
-#include "canonical/kernels.hpp"
 #include "collectives/chunks.hpp"
 
 namespace primitives {
@@ -76,6 +75,7 @@ class Stream {
 // the left. Partial sums wait on a stack, one per set bit of the number of whole blocks seen.
 class Squares {
  public:
+  explicit Squares(SumOfSquaresFn kernel) : kernel_(kernel) {}
   void start(const float* data) {
     data_ = data;
     num_done_ = num_blocks_ = 0;
@@ -85,8 +85,7 @@ class Squares {
     float sums[kSquaresBatch];
     while (num_final - num_done_ >= kSquaresNumel) {
       const size_t rows = std::min<size_t>(kSquaresBatch, (num_final - num_done_) / kSquaresNumel);
-      canonical::kernels().sum_of_squares(data_ + num_done_, static_cast<int64_t>(rows),
-                                          kSquaresNumel, sums);
+      kernel_(data_ + num_done_, static_cast<int64_t>(rows), kSquaresNumel, sums);
       for (size_t i = 0; i < rows; i++, num_blocks_++) {
         float sum = sums[i];
         for (size_t merged = num_blocks_; merged & 1; merged >>= 1) sum = stack_[--depth_] + sum;
@@ -99,7 +98,7 @@ class Squares {
     advance(numel);
     if (numel > num_done_) {
       const int64_t rest = static_cast<int64_t>(numel - num_done_);
-      canonical::kernels().sum_of_squares(data_ + num_done_, 1, rest, &stack_[depth_++]);
+      kernel_(data_ + num_done_, 1, rest, &stack_[depth_++]);
     }
     if (depth_ == 0) return 0;
     float sum = stack_[--depth_];
@@ -108,6 +107,7 @@ class Squares {
   }
 
  private:
+  SumOfSquaresFn kernel_;
   const float* data_ = nullptr;
   size_t num_done_ = 0, num_blocks_ = 0;
   int depth_ = 0;
@@ -145,15 +145,6 @@ const uint64_t* places_of(const Group& group, int rank) {
   return reinterpret_cast<const uint64_t*>(group.slot(rank, group.epoch()));
 }
 
-void convert(const GatherMany& many, void* out, size_t tensor, size_t at, size_t numel) {
-  const char* from = static_cast<const char*>(many.shards[tensor]) + at * many.shard_itemsize;
-  if (many.cast != nullptr) {
-    many.cast(out, from, numel);
-  } else {
-    copy(out, from, numel * many.full_itemsize, false);
-  }
-}
-
 // Each rank writes its shards into the full tensors of all.
 void push(Group& group, const GatherMany& many, bool stream) {
   const Cuts& cuts = many.cuts;
@@ -165,7 +156,7 @@ void push(Group& group, const GatherMany& many, bool stream) {
   for (size_t t = 0; t < cuts.num_tensors(); t++) {
     for (size_t at = 0; at < cuts.numel(me, t); at += block) {
       const size_t numel = std::min(block, cuts.numel(me, t) - at);
-      convert(many, converted, t, at, numel);
+      many.convert(converted, t, at, numel);
       const size_t to = (cuts.begin(me, t) + at) * itemsize;
       for (int j = 0; j < n; j++) {
         const int r = (me + j) % n;
@@ -176,6 +167,15 @@ void push(Group& group, const GatherMany& many, bool stream) {
 }
 
 }  // namespace
+
+void GatherMany::convert(void* out, size_t tensor, size_t at, size_t numel) const {
+  const char* from = static_cast<const char*>(shards[tensor]) + at * shard_itemsize;
+  if (cast != nullptr) {
+    cast(out, from, numel);
+  } else {
+    copy(out, from, numel * full_itemsize, false);
+  }
+}
 
 void all_gather_many(Group& group, Call call, const GatherMany& many, Milliseconds timeout) {
   const Cuts& cuts = many.cuts;
@@ -195,7 +195,7 @@ void all_gather_many(Group& group, Call call, const GatherMany& many, Millisecon
   for (size_t from = 0; from == 0 || from < longest; from += chunk) {
     char* staged = group.slot(me, group.epoch() + 1);
     mine.chunk(from, from + chunk, [&](size_t t, size_t at, size_t numel, size_t position) {
-      convert(many, staged + position * itemsize, t, at, numel);
+      many.convert(staged + position * itemsize, t, at, numel);
     });
     from == 0 ? group.meet() : group.barrier();
     for (int j = 0; j < n; j++) {
@@ -218,10 +218,11 @@ void reduce_scatter_many(Group& group, Call call, const ReduceScatterMany& many,
   const int n = group.world_size(), me = group.rank();
   const size_t itemsize = many.itemsize;
   std::vector<const void*> sources(n);
-  Squares squares;
+  const SumIntoFn kernel = find_sum_into(many.dtype);
+  Squares squares(many.sum_of_squares);
   // Elements [at, at + numel) of this rank's shard of tensor t, from `sources`.
   auto sum = [&](size_t t, size_t at, size_t numel) {
-    many.kernel(sources.data(), n, many.shards[t] + at, numel, many.factor, many.accumulate);
+    kernel(sources.data(), n, many.shards[t] + at, numel, many.factor, many.accumulate);
     if (many.squares == nullptr) return;
     if (at == 0) squares.start(many.shards[t]);
     squares.advance(at + numel);

@@ -3,7 +3,8 @@
 //
 // steps: the shards of a rank are one stream, in the order of the list, cut into chunks like the
 // buffer of a plain all_gather or reduce_scatter; one barrier a chunk. When all full tensors lie in
-// symmetric memory: two barriers, no staging.
+// symmetric memory: two barriers, no staging. Over several hosts: one stream for each rank,
+// gathered or reduced as any other buffer.
 #pragma once
 
 #include <cstddef>
@@ -48,17 +49,24 @@ struct GatherMany {
   const std::vector<void*>& fulls;
   CastFn cast;  // null: equal dtypes
   size_t shard_itemsize, full_itemsize;
+
+  // out = elements [at, at + numel) of a shard, in the dtype of the full tensors.
+  void convert(void* out, size_t tensor, size_t at, size_t numel) const;
 };
+
+// canonical::Kernels::sum_of_squares
+using SumOfSquaresFn = void (*)(const float* x, int64_t rows, int64_t n, float* out);
 
 struct ReduceScatterMany {
   const Cuts& cuts;
   const std::vector<const void*>& fulls;
   const std::vector<float*>& shards;
-  SumIntoFn kernel;
-  size_t itemsize;  // of the full tensors
+  DType dtype;  // of the full tensors
+  size_t itemsize;
   float factor;
   bool accumulate;
   float* squares;  // [num_tensors] sums of squares of this rank's shards, or null
+  SumOfSquaresFn sum_of_squares;
 };
 
 void all_gather_many(Group& group, Call call, const GatherMany& many, Milliseconds timeout);

@@ -84,6 +84,9 @@ class SeveralHosts final : public Transport {
   void scatter(const Call&, const std::vector<Part>& in, void* out, size_t out_nbytes,
                Milliseconds timeout) override;
   void barrier(Milliseconds timeout) override;
+  void all_gather_many(const Call&, const GatherMany&, Milliseconds timeout) override;
+  void reduce_scatter_many(const Call&, const ReduceScatterMany&, Milliseconds timeout) override;
+  void* empty(const Call&, size_t nbytes, Milliseconds timeout) override;
 
   void send(const void* data, const Envelope&, int dst, Milliseconds timeout,
             Mailbox::Done done) override;

@@ -173,6 +173,11 @@ bool broadcast(Group& group, const Call& call, void* data, size_t nbytes, Millis
   return finish(group, stream);
 }
 
+std::string no_room(const std::string& rank, size_t nbytes) {
+  return "empty: " + rank + " has no room for " + std::to_string(nbytes) +
+         " bytes of symmetric memory";
+}
+
 void* empty(Group& group, const Call& call, size_t nbytes, Milliseconds timeout) {
   const auto heap = group.heap();
   void* data = nullptr;
@@ -188,10 +193,8 @@ void* empty(Group& group, const Call& call, size_t nbytes, Milliseconds timeout)
   for (int r = 0; r < group.world_size(); r++) {
     if (group.offer(r).any()) continue;
     if (data != nullptr) heap->free(data);
-    throw TransportError(Failure::kOther, "empty: rank " + std::to_string(r) + " has no room for " +
-                                              std::to_string(nbytes) +
-                                              " bytes of symmetric memory" +
-                                              (why.empty() ? "" : ": " + why));
+    throw TransportError(Failure::kOther,
+                         no_room(group.named(r), nbytes) + (why.empty() ? "" : ": " + why));
   }
   return data;
 }

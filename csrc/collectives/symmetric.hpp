@@ -30,5 +30,6 @@ bool broadcast(Group& group, const Call& call, void* data, size_t nbytes, Millis
 // Memory of `nbytes` in this rank's heap, on every rank or on none: throws TransportError on all
 // ranks when one has no room.
 void* empty(Group& group, const Call& call, size_t nbytes, Milliseconds timeout);
+std::string no_room(const std::string& rank, size_t nbytes);  // what it then says
 
 }  // namespace primitives::symmetric

@@ -5,6 +5,8 @@
 #pragma once
 
 #include "collectives/collectives.hpp"
+#include "collectives/fused.hpp"
+#include "collectives/symmetric.hpp"
 #include "transport/mailbox.hpp"
 
 namespace primitives {
@@ -35,6 +37,11 @@ class Transport {
   virtual void scatter(const Call& call, const std::vector<Part>& in, void* out, size_t out_nbytes,
                        Milliseconds timeout) = 0;
   virtual void barrier(Milliseconds timeout) = 0;
+  virtual void all_gather_many(const Call& call, const GatherMany& many, Milliseconds timeout) = 0;
+  virtual void reduce_scatter_many(const Call& call, const ReduceScatterMany& many,
+                                   Milliseconds timeout) = 0;
+  // As symmetric::empty: peers on this host read and write it in place.
+  virtual void* empty(const Call& call, size_t nbytes, Milliseconds timeout) = 0;
 
   // As Mailbox: the memory must live until `done`.
   virtual void send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout,
@@ -88,6 +95,16 @@ class OneHost final : public Transport {
     primitives::scatter(group_, call, in, out, out_nbytes, timeout);
   }
   void barrier(Milliseconds timeout) override { primitives::barrier(group_, timeout); }
+  void all_gather_many(const Call& call, const GatherMany& many, Milliseconds timeout) override {
+    primitives::all_gather_many(group_, call, many, timeout);
+  }
+  void reduce_scatter_many(const Call& call, const ReduceScatterMany& many,
+                           Milliseconds timeout) override {
+    primitives::reduce_scatter_many(group_, call, many, timeout);
+  }
+  void* empty(const Call& call, size_t nbytes, Milliseconds timeout) override {
+    return symmetric::empty(group_, call, nbytes, timeout);
+  }
 
   void send(const void* data, const Envelope& envelope, int dst, Milliseconds timeout,
             Mailbox::Done done) override {
