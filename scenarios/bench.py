@@ -162,7 +162,8 @@ def bench(
         if not as_json:
             click.echo("\n".join(fused_head()))
         document["fused"] = []
-        for fused_row in fused.measure(given["num_ranks"], list(fused.CASES)):
+        of_ranks = given["num_ranks"]
+        for fused_row in fused.measure(of_ranks, list(fused.CASES), given["num_blocks"]):
             document["fused"].append(asdict(fused_row))
             if not as_json:
                 click.echo(fused_line(fused_row))

@@ -144,7 +144,7 @@ def test_command_measures_and_checks_everybody(
 def test_fused_compares_results_before_it_times_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [fused.Case("all_gather", numel=4000, num_tensors=7), fused.Case("reduce_scatter",
              "bfloat16", numel=4000, num_tensors=7)]  # fmt: skip
-    rows = list(fused.measure(2, cases))
+    rows = list(fused.measure(2, cases, num_rounds=2))
     assert [row.case for row in rows] == cases
     for row in rows:
         assert set(row.time_ms) == set(FUSED)
@@ -152,12 +152,15 @@ def test_fused_compares_results_before_it_times_them(monkeypatch: pytest.MonkeyP
         assert f"{row.time_ms['fused']:.2f}" in fused_line(row)
 
     def wrong(case: fused.Case, groups: Any) -> fused.Contestants:
-        return {"a": lambda: [torch.zeros(3)], "b": lambda: [torch.ones(3)]}
+        return {
+            "a": fused.Contestant(lambda: [torch.zeros(3)]),
+            "b": fused.Contestant(lambda: [torch.ones(3)]),
+        }
 
     monkeypatch.setattr(fused, "all_gather", wrong)
-    monkeypatch.setattr(fused, "slowest_rank", lambda function, num_calls: 1.0)
+    monkeypatch.setattr(fused, "timed", lambda contestant: 1.0)
     with pytest.raises(AssertionError, match="b: the results differ"):
-        fused.run_case(cases[0], {})
+        fused.run_case(cases[0], {}, num_rounds=1)
 
 
 def row_of(wrong: int) -> Row:

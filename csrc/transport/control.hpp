@@ -15,6 +15,9 @@ namespace primitives {
 constexpr size_t kSlotNbytes = 512 << 10;  // two per rank
 constexpr size_t kRingNbytes = 256 << 10;  // one per ordered pair of ranks, backed on first use
 constexpr size_t kHeapNbytes = size_t{64} << 30;  // one per rank, mapped and backed on first use
+// From one heap to the next. Equal tensors of the ranks must not lie at addresses that agree in all
+// their lower bits: caches that guess a way from these (AMD's) would keep only one of them.
+constexpr size_t kHeapStride = kHeapNbytes + 4096;
 
 enum class RankState : uint32_t { kAbsent = 0, kAttached = 1, kClosed = 2 };
 
@@ -123,7 +126,7 @@ class Layout {
   }
   // What every rank maps at once.
   size_t num_mapped() const { return ring_data(world_size_, 0); }
-  size_t heap(int rank) const { return num_mapped() + rank * kHeapNbytes; }
+  size_t heap(int rank) const { return num_mapped() + rank * kHeapStride; }
   size_t nbytes() const { return heap(static_cast<int>(world_size_)); }
 
  private:

@@ -24,11 +24,11 @@ SymmetricHeap::SymmetricHeap(std::shared_ptr<Segment> segment, const Layout& lay
       begin_(layout.heap(0)),
       rank_(rank),
       world_size_(world_size),
-      data_(segment_->map(begin_, world_size * kHeapNbytes)) {
+      data_(segment_->map(begin_, world_size * kHeapStride)) {
   free_[0] = kHeapNbytes;
 }
 
-SymmetricHeap::~SymmetricHeap() { munmap(data_, world_size_ * kHeapNbytes); }
+SymmetricHeap::~SymmetricHeap() { munmap(data_, world_size_ * kHeapStride); }
 
 void* SymmetricHeap::allocate(size_t nbytes) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -45,7 +45,7 @@ void* SymmetricHeap::allocate(size_t nbytes) {
   const auto [offset, num_free] = *block;
   if (offset + nbytes > num_committed_) {
     const size_t end = std::min(round_up(offset + nbytes, kGrowNbytes), kHeapNbytes);
-    segment_->commit(begin_ + rank_ * kHeapNbytes + num_committed_, end - num_committed_);
+    segment_->commit(begin_ + rank_ * kHeapStride + num_committed_, end - num_committed_);
     num_committed_ = end;
   }
   free_.erase(block);

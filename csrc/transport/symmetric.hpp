@@ -39,7 +39,7 @@ class SymmetricHeap {
   }
   int rank() const { return rank_; }
   const std::string& segment_name() const { return segment_->name(); }
-  char* at(int rank, uint64_t offset) const { return data_ + rank * kHeapNbytes + offset; }
+  char* at(int rank, uint64_t offset) const { return data_ + rank * kHeapStride + offset; }
 
  private:
   std::shared_ptr<Segment> segment_;

@@ -7,8 +7,11 @@ Contestants, on the same parameters and one thread a rank:
 * ``fused``: ``primitives.collectives`` on ordinary tensors;
 * ``fused symmetric``: the same with the full tensors in symmetric memory.
 
-The ranks alternate between the contestants; a figure is the median over rounds of the slowest rank.
-Every contestant's result is compared with the first one's before it is timed.
+The ranks alternate between the contestants, a block of calls at a time. A figure is the median over
+blocks of (latest end - earliest start) / calls over the ranks. A block of reduce_scatter is one
+call: before it, untimed, every rank writes its gradients anew, as a backward pass would, and clears
+what they are added to. Every contestant's result is compared with the first one's before it is
+timed.
 """
 
 import os
@@ -28,10 +31,20 @@ from torch._C._distributed_c10d import TCPStore
 import primitives.backend
 from primitives import collectives, memory
 
-NUM_ROUNDS = 5
 BACKENDS = ("gloo", "primitives")
-Contestants = dict[str, Callable[[], list[Tensor]]]
-"""By name: one whole operation, returning its outputs."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do it."""
+
+    run: Callable[[], list[Tensor]]
+    """The whole operation; its outputs."""
+    prepare: Callable[[], object] | None = None
+    """Needed before every call, untimed."""
+
+
+Contestants = dict[str, Contestant]
 
 
 @dataclass(frozen=True)
@@ -125,10 +138,10 @@ def all_gather(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
         return fulls
 
     return {
-        "fsdp2 gloo": lambda: fsdp2(groups["gloo"]),
-        "fsdp2 primitives": lambda: fsdp2(ours),
-        "fused": lambda: fused(ordinary),
-        "fused symmetric": lambda: fused(symmetric),
+        "fsdp2 gloo": Contestant(lambda: fsdp2(groups["gloo"])),
+        "fsdp2 primitives": Contestant(lambda: fsdp2(ours)),
+        "fused": Contestant(lambda: fused(ordinary)),
+        "fused symmetric": Contestant(lambda: fused(symmetric)),
     }
 
 
@@ -148,7 +161,6 @@ def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contesta
     shards, squares = [torch.zeros(numel) for numel in of.own], torch.zeros(case.num_tensors)
 
     def fsdp2(group: dist.ProcessGroup) -> list[Tensor]:
-        torch._foreach_zero_(padded)
         torch._chunk_cat(grads, dim=0, num_chunks=n, out=sent)
         collectives.reduce_scatter_flat(received, sent.view(-1), group=group)
         received.div_(n)
@@ -157,52 +169,68 @@ def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contesta
         return unpadded
 
     def fused(fulls: list[Tensor]) -> list[Tensor]:
-        torch._foreach_zero_(shards)
         collectives.reduce_scatter(
             fulls, shards, factor=1 / n, accumulate=True, squares=squares, group=ours
         )
         return shards
 
+    def backward(inputs: list[Tensor], accumulated: list[Tensor]) -> Callable[[], object]:
+        def write() -> None:
+            torch._foreach_mul_(inputs, 1.0)
+            torch._foreach_zero_(accumulated)
+
+        return write
+
     return {
-        "fsdp2 gloo": lambda: fsdp2(groups["gloo"]),
-        "fsdp2 primitives": lambda: fsdp2(ours),
-        "fused": lambda: fused(grads),
-        "fused symmetric": lambda: fused(symmetric),
+        "fsdp2 gloo": Contestant(lambda: fsdp2(groups["gloo"]), backward(grads, padded)),
+        "fsdp2 primitives": Contestant(lambda: fsdp2(ours), backward(grads, padded)),
+        "fused": Contestant(lambda: fused(grads), backward(grads, shards)),
+        "fused symmetric": Contestant(lambda: fused(symmetric), backward(symmetric, shards)),
     }
 
 
-def slowest_rank(function: Callable[[], object], num_calls: int) -> float:
-    """Milliseconds a call takes on the slowest rank, all ranks starting together."""
+def timed(contestant: Contestant, num_calls: int = 1) -> float:
+    """Milliseconds a call takes, from the first rank's start to the last one's end."""
+    if contestant.prepare:
+        contestant.prepare()
     dist.barrier()
     start = time.perf_counter()
     for _ in range(num_calls):
-        function()
-    elapsed = torch.tensor([1e3 * (time.perf_counter() - start) / num_calls])
-    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-    return float(elapsed)
+        contestant.run()
+    span = torch.tensor([-start, time.perf_counter()], dtype=torch.float64)
+    dist.all_reduce(span, op=dist.ReduceOp.MAX)
+    return 1e3 * float(span.sum()) / num_calls
 
 
-def run_case(case: Case, groups: dict[str, dist.ProcessGroup]) -> Row:
+def run_case(case: Case, groups: dict[str, dist.ProcessGroup], num_rounds: int) -> Row:
     """Checks and times all contestants; on every rank."""
     make = {"all_gather": all_gather, "reduce_scatter": reduce_scatter}[case.op]
     contestants = make(case, groups)
     expected: list[Tensor] = []
     num_calls = {}
-    for name, function in contestants.items():
-        outputs = function()
+    for name, contestant in contestants.items():
+        if contestant.prepare:
+            contestant.prepare()
+        outputs = contestant.run()
         expected = expected or [x.clone() for x in outputs]
         if not all(map(torch.equal, outputs, expected)):
             raise AssertionError(f"{name}: the results differ from those of the first contestant")
-        num_calls[name] = max(1, int(30 / slowest_rank(function, 1)))
+        once_ms = timed(contestant)
+        num_calls[name] = 1 if contestant.prepare else max(1, int(30 / once_ms))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(NUM_ROUNDS):
-        for name, function in contestants.items():
-            samples[name].append(slowest_rank(function, num_calls[name]))
+    for _ in range(num_rounds):
+        for name, contestant in contestants.items():
+            samples[name].append(timed(contestant, num_calls[name]))
     return Row(case, {name: statistics.median(times) for name, times in samples.items()})
 
 
 def run_rank(
-    rank: int, world_size: int, port: int, cases: list[Case], rows: "mp.Queue[Row]"
+    rank: int,
+    world_size: int,
+    port: int,
+    cases: list[Case],
+    num_rounds: int,
+    rows: "mp.Queue[Row]",
 ) -> None:
     """One rank, in its own process."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -214,13 +242,13 @@ def run_rank(
     )
     groups = {name: dist.new_group(backend=name) for name in BACKENDS}
     for case in cases:
-        row = run_case(case, groups)
+        row = run_case(case, groups, num_rounds)
         if rank == 0:
             rows.put(row)
     dist.destroy_process_group()
 
 
-def measure(world_size: int, cases: list[Case]) -> Iterator[Row]:
+def measure(world_size: int, cases: list[Case], num_rounds: int = 20) -> Iterator[Row]:
     """Runs the cases on ``world_size`` fresh processes of this host, one thread each.
 
     Raises:
@@ -230,7 +258,9 @@ def measure(world_size: int, cases: list[Case]) -> Iterator[Row]:
     context = mp.get_context("spawn")
     rows: mp.Queue[Row] = context.Queue()
     ranks = [
-        context.Process(target=run_rank, args=(rank, world_size, store.port, cases, rows))
+        context.Process(
+            target=run_rank, args=(rank, world_size, store.port, cases, num_rounds, rows)
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
