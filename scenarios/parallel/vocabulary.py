@@ -33,7 +33,7 @@ class _Embedding(Function):
         ctx.types_shape = None if types is None else types.shape
         ctx.probability, ctx.name, ctx.mb = probability, name, mb
         ctx.key, ctx.token_ids = mb.dropout_key("embedding", "hidden"), mb.token_ids()
-        x = _look_up(words, mb)
+        x = look_up(words, mb)
         x += positions[_local_positions(mb)].repeat_interleave(mb.num_samples, dim=0)
         if types is not None and token_types is not None:
             ctx.token_types = token_types[mb.local_slice]
@@ -76,7 +76,7 @@ def _rows_here(shape: torch.Size, mb: Microbatch) -> tuple[Tensor, Tensor]:
     return rows * here, here
 
 
-def _look_up(words: Tensor, mb: Microbatch) -> Tensor:
+def look_up(words: Tensor, mb: Microbatch) -> Tensor:
     """[local tokens, h]: a sum over tp ranks, of which one is not zero."""
     rows, here = _rows_here(words.shape, mb)
     x = kernels.embedding(rows, words).masked_fill_(~here[:, None], 0.0)

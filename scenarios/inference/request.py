@@ -1,0 +1,100 @@
+"""What is asked of an inference engine, and what it is made of."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from scenarios.frozen import Frozen
+from scenarios.scenario import ModelConfig
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Sampling(Frozen):
+    """How tokens are chosen, and when to stop."""
+
+    max_new_tokens: PositiveInt = 16
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Divides the logits; 0 is greedy: the largest logit, of equal ones that of the lowest id."""
+    top_k: NonNegativeInt = 0
+    """Only so many of the most likely tokens; 0 is all, 1 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the most likely tokens whose probabilities reach this sum."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """The draw for a token is keyed by (seed, request id, position)."""
+    stop_tokens: tuple[TokenId, ...] = ()
+    """Generation ends after one of them."""
+    prompt_log_probs: bool = False
+    """Whether the log-probabilities of the prompt's own tokens are wanted, too."""
+
+
+class Request(Frozen):
+    """A prompt to continue."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    prompt: Annotated[tuple[TokenId, ...], Field(min_length=1)]
+    sampling: Sampling = Sampling()
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the prompt and, at most, of its continuation."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+
+class EngineConfig(Frozen):
+    """Sizes of an engine; none of them changes a number."""
+
+    block_size: PositiveInt = 256
+    """Tokens of a block of the KV cache."""
+    kv_budget_nbytes: PositiveInt = 2**30
+    """Of the keys and values of one replica, over all its ranks."""
+    max_batch_tokens: PositiveInt = 256
+    """Tokens that go through the model in one step; a longer prompt is prefilled in chunks."""
+    max_running: PositiveInt = 64
+    """Requests that are generated at a time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_batch_tokens < self.max_running:
+            raise ValueError(
+                f"max_batch_tokens: got {self.max_batch_tokens}, expected at least max_running = "
+                f"{self.max_running}, a token of each running request"
+            )
+        return self
+
+    def num_blocks(self, model: ModelConfig) -> int:
+        """Blocks of the budget: the same number in every layout.
+
+        Raises:
+            ValueError: it holds none.
+        """
+        itemsize = 4 if model.precision == "fp32" else 2
+        nbytes = 2 * model.num_layers * model.hidden_size * itemsize * self.block_size
+        if nbytes > self.kv_budget_nbytes:
+            raise ValueError(
+                f"kv_budget_nbytes: got {self.kv_budget_nbytes}, expected at least the {nbytes} of "
+                f"one block of {self.block_size} tokens"
+            )
+        return self.kv_budget_nbytes // nbytes
+
+
+def check_request(request: Request, model: ModelConfig, config: EngineConfig) -> None:
+    """Refuses what could never be generated.
+
+    Raises:
+        ValueError: longer than the model's positions or the KV budget, or an unknown token.
+    """
+    where = f"request {request.id!r}: {len(request.prompt)} prompt tokens and up to "
+    where += f"{request.sampling.max_new_tokens} new ones"
+    if request.max_tokens > model.max_position_embeddings:
+        raise ValueError(
+            f"{where}, expected at most {model.max_position_embeddings}, the positions of the model"
+        )
+    budget = config.num_blocks(model) * config.block_size
+    if request.max_tokens > budget:
+        raise ValueError(f"{where}, expected at most {budget}, the tokens of the KV budget")
+    largest = max(request.prompt)
+    if largest >= model.vocab_size:
+        raise ValueError(
+            f"request {request.id!r}: got token {largest}, expected less than {model.vocab_size}"
+        )
