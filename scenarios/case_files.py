@@ -14,6 +14,7 @@ CONFIG = "model_config.yaml"
 ALIASES = {
     "S1": "gpt3_mcore_tp1_pp1_resume_torch_dist_dist_optimizer_overlap_grad_reduce_param_gather",
     "S2": "gpt3_moe_mcore_te_tp4_ep2_etp2_pp2_resume_torch_dist_dist_optimizer",
+    "S3": "gpt_dynamic_inference_tp2_pp2_dp2_583m_logitsmatch_zmq",
     "S4": "bert_mcore_tp2_pp2_resume_torch_dist_local_spec",
 }
 FAMILIES = ("gpt", "moe", "bert", "t5", "hybrid", "multimodal-llava", "mixtral")

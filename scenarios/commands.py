@@ -74,6 +74,8 @@ def judge_case(
         note = "own data has no golden: only the invariants were judged"
     elif with_golden:
         golden, note = golden_of(scenario, case), ""
+    if num_steps is not None and scenario.inference:
+        raise ValueError(f"--steps: {case} trains nothing")
     if num_steps is not None:
         train_iters = scenario.training.train_iters
         if num_steps > train_iters:

@@ -135,7 +135,9 @@ def _absent(actual_is_missing: bool, what: str) -> str:
 
 
 def _show(value: Value | None) -> str:
-    return "nothing" if value is None else value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return value if value.isalnum() else repr(value)
+    return "nothing" if value is None else repr(value)
 
 
 def _is_fp32(value: float) -> bool:

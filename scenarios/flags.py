@@ -114,6 +114,16 @@ FIELDS: dict[str, tuple[str, type]] = {
     "--async-save": ("checkpoint.async_save", bool),
     "--ckpt-format": ("checkpoint.format", str),
     "--verify-integrity": ("checkpoint.verify_integrity", bool),
+    "--temperature": ("inference.temperature", float),
+    "--top_k": ("inference.top_k", int),
+    "--top_p": ("inference.top_p", float),
+    "--num-tokens-to-generate": ("inference.num_tokens_to_generate", int),
+    "--prompts": ("inference.prompt", str),
+    "--incoming-requests-per-step": ("inference.num_requests", int),
+    "--inference-dynamic-batching-buffer-size-gb": ("engine.buffer_size_gb", float),
+    "--inference-dynamic-batching-block-size": ("engine.block_size", int),
+    "--inference-dynamic-batching-max-tokens": ("engine.max_batch_tokens", int),
+    "--inference-dynamic-batching-max-requests": ("engine.max_running", int),
     "--data-path": ("given.data_path", str),
     "--spec": ("given.spec", str),
     "--split": ("data.split", tuple),
@@ -125,7 +135,11 @@ ONLY: dict[str, tuple[type, tuple[Value, ...], str]] = {
     "--normalization": (str, ("LayerNorm",), "another normalization than LayerNorm"),
     "--position-embedding-type": (str, ("learned_absolute",), "rotary or relative positions"),
     "--context-parallel-size": (int, (1,), "context parallelism"),
-    "--transformer-impl": (str, ("local", "transformer_engine"), "the inference engine"),
+    "--transformer-impl": (
+        str,
+        ("local", "transformer_engine", "inference_optimized"),
+        "another implementation",
+    ),
     "--lr-warmup-init": (float, (0.0,), "a warmup that starts above 0"),
     "--num-query-groups": (int, (), "grouped-query attention"),
     "--kv-channels": (int, (), "a head size other than hidden / heads"),
@@ -202,6 +216,17 @@ IGNORED: dict[str, tuple[str, ...]] = {
     "how a checkpoint is written in the background changes no byte of it": (
         *("--use-persistent-ckpt-worker", "--async-ckpt-use-cpu-shm", "--async-strategy"),
     ),
+    "inference reads a frozen model, which has no optimizer, and its own tokenizer": (
+        *("--no-load-optim", "--no-load-rng", "--no-use-tokenizer-model-from-checkpoint-args"),
+        "--inference-ckpt-non-strict",
+    ),
+    "the KV budget and the model's positions are the limits, and each is checked": (
+        *("--max-tokens-to-oom", "--inference-max-seq-length"),
+    ),
+    "inference fuses nothing, and its log-probabilities are always judged": (
+        *("--inference-fuse-tp-communication", "--use-flashinfer-fused-rope"),
+        *("--return-log-probs", "--inference-logging-step-interval", "--output-path"),
+    ),
     "a bucket's size changes the overlap, not the numbers": (
         *("--ddp-bucket-size", "--ddp-num-buckets"),
     ),
@@ -209,17 +234,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
 
 # Feature -> the flags that ask for it.
 UNSUPPORTED: dict[str, tuple[str, ...]] = {
-    "inference": (
-        *("--max-tokens-to-oom", "--inference-max-seq-length", "--inference-fuse-tp-communication"),
-        *("--temperature", "--top_k", "--top_p", "--return-log-probs", "--num-tokens-to-generate"),
-        *("--inference-dynamic-batching-buffer-size-gb", "--inference-ckpt-non-strict"),
-        *("--output-path", "--prompts", "--incoming-requests-per-step"),
-        *("--use-flashinfer-fused-rope", "--inference-logging-step-interval"),
-    ),
-    "a start from a foreign checkpoint": (
-        *("--no-load-optim", "--no-load-rng", "--finetune", "--pretrained-checkpoint"),
-        *("--no-use-tokenizer-model-from-checkpoint-args",),
-    ),
+    "a start from a foreign checkpoint": ("--finetune", "--pretrained-checkpoint"),
     "BERT without its sentence-order head": ("--bert-no-binary-head",),
     "biases in the QKV projection alone": ("--add-qkv-bias",),
     "untied embeddings": ("--untie-embeddings-and-output-weights",),

@@ -8,9 +8,9 @@ Format of ``golden_values_canonical.json`` (one file per case, one entry per sca
                                                "values": {"1": 6.9314718246, "2": "nan", ...}}}}}}
 
 A value is an integer, a finite float (written by ``repr``, so it reads back as the same bits), a
-lower-case hex digest, or ``"nan"``: the optimizer skipped this step and the metric has no value.
-Only the metrics in ``SKIPPABLE`` may say so. Megatron's own golden files (the bare metrics, no
-schema) are read too.
+lower-case hex digest, text (only in metrics called ``... generated_text``), or ``"nan"``: the
+optimizer skipped this step and the metric has no value. Only the metrics in ``SKIPPABLE`` may say
+so. Megatron's own golden files (the bare metrics, no schema) are read too.
 """
 
 import json
@@ -29,6 +29,9 @@ SKIPPABLE = frozenset({"num-zeros", "grad-norm"})
 """Metrics that have no value when an fp16 overflow skips the optimizer step."""
 MEASURED = frozenset({"iteration-time", "mem-max-allocated-bytes"})
 """Seconds of a step, bytes of rank 0's largest resident set: never in a canonical golden."""
+
+TEXT = "generated_text"
+"""Ends the names of metrics whose values are text."""
 
 Value = int | float | str
 HEX_DIGEST = re.compile(r"[0-9a-f]{8,128}")
@@ -66,7 +69,9 @@ def is_skipped(name: str, value: Value) -> bool:
 
 
 def is_finite(name: str, value: Value) -> bool:
-    """Whether a value may stand in a golden: a finite number, a digest or a declared skip."""
+    """Whether a value may stand in a golden: a finite number, a digest, text or a declared skip."""
+    if name.endswith(TEXT):
+        return isinstance(value, str)
     if isinstance(value, str):
         return is_skipped(name, value) or HEX_DIGEST.fullmatch(value) is not None
     return isinstance(value, int) or math.isfinite(value)

@@ -58,7 +58,7 @@ def launch(
     listener = _listen(master_port)
     ranks: list[_Rank] = []
     starting = nullcontext(server) if server else ForkServer()
-    with listener, starting as starter, _signals() as received:
+    with listener, starting as starter, signals() as received:
         port = listener.getsockname()[1]
         path = job.write()
         (Path(job.run_dir) / "logs").mkdir()
@@ -73,7 +73,7 @@ def launch(
             for rank_process in ranks:
                 rank_process.kill()
             if any(rank_process.process.returncode for rank_process in ranks):
-                _sweep_shared_memory()
+                sweep_shared_memory()
 
 
 class _Rank:
@@ -250,7 +250,7 @@ def _hold_store(listener: socket.socket) -> object:
     )
 
 
-def _sweep_shared_memory() -> None:
+def sweep_shared_memory() -> None:
     """Removes what ranks that were killed before their peers had come left behind."""
     with suppress(ImportError):  # which the ranks have met, too, and told
         import torch  # noqa: F401  (the extension links against it)
@@ -261,7 +261,7 @@ def _sweep_shared_memory() -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them (in the main thread)."""
     received: list[int] = []
 

@@ -140,7 +140,9 @@ def judge_layouts(
     num_steps = num_steps or train_iters
     if num_steps > train_iters:
         raise ValueError(f"--steps: got {num_steps}, expected at most train_iters = {train_iters}")
-    expected = first_steps(golden.metrics, num_steps)
+    if base.inference and num_steps != train_iters:
+        raise ValueError(f"--steps: {case} trains nothing")
+    expected = golden.metrics if base.inference else first_steps(golden.metrics, num_steps)
     names = _names(case, scale, layouts)
     check_port(options.master_port)
     out_dir = make_out_dir(out, base.name)
@@ -206,6 +208,8 @@ def _judge(
     def load(layout: str) -> Scenario:
         choices: dict[str, Any] = {"scale": base.scale, "arithmetic": base.arithmetic}
         loaded = load_scenario(case, layout=layout, **choices)
+        if loaded.inference and not other:
+            return loaded
         return loaded.first_steps(num_steps, resume=">" in name)
 
     try:

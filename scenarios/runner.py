@@ -2,8 +2,9 @@
 
 ``regular`` is one run. ``ckpt-resume``: run 1 trains all steps and saves on the way; its last
 checkpoint is deleted, so that an earlier one is the newest; run 2, new processes, resumes from that
-and trains to the end. Run 1 is held against the golden, run 2 against run 1, bit for bit; native
-arithmetic has tolerances against its golden and in another layout (``scenarios.tolerance``).
+and trains to the end. ``frozen-start`` is inference (``scenarios.inference.play``). Run 1 is held
+against the golden, run 2 against run 1, bit for bit; native arithmetic has tolerances against its
+golden and in another layout (``scenarios.tolerance``).
 """
 
 import time
@@ -85,6 +86,13 @@ def play(
     Raises:
         RunFailed: a run crashed, hung or was interrupted.
     """
+    if scenario.inference is not None:
+        # It needs packages that training does not.
+        from scenarios.inference.play import play_inference
+
+        (out_dir / "scenario.json").write_text(scenario.model_dump_json(indent=1) + "\n")
+        done = play_inference(scenario, out_dir, options.progress, options.timeout_s)
+        return Played(done.metrics, done.checks, done.runs)
     if options.server is None:
         with ForkServer() as server:
             return play(scenario, out_dir, replace(options, server=server), resumed)

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from primitives.layout import NUM_PARTS
 from scenarios.frozen import Frozen
+from scenarios.inference_config import InferenceConfig
 from scenarios.layout import Layout
 from scenarios.machine import machine_key
 from scenarios.moe_config import WIDTH_STEP, MoeConfig
@@ -227,7 +228,7 @@ class Scenario(Frozen):
     family: str
     name: str
     scale: Literal["ci", "full"]
-    test_type: Literal["regular", "ckpt-resume"]
+    test_type: Literal["regular", "ckpt-resume", "frozen-start"]
     model: ModelConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
@@ -238,6 +239,8 @@ class Scenario(Frozen):
     """Names of the metrics that are judged."""
     ignored: tuple[IgnoredFlag, ...] = ()
     arithmetic: Arithmetic = "canonical"
+    inference: InferenceConfig | None = None
+    """Instead of training, which then has no meaning but for its steps, the generated tokens."""
 
     @property
     def num_microbatches(self) -> int:
@@ -309,6 +312,13 @@ class Scenario(Frozen):
             raise ValueError(
                 f"vocab_size: got {self.model.vocab_size}, expected a multiple of {WIDTH_STEP} in "
                 "a bert, whose output layer has a bias"
+            )
+        if self.inference is not None and (
+            layout.zero1 is not None or self.family != "gpt" or self.arithmetic != "canonical"
+        ):
+            raise ValueError(
+                f"inference: got a {self.family} at layout {layout} in {self.arithmetic} "
+                "arithmetic, expected a gpt, tp, pp, dp and sp only, and canonical arithmetic"
             )
         if not self.metrics:
             raise ValueError("METRICS: got none, expected at least one; nothing would be judged")

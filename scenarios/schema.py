@@ -13,6 +13,7 @@ from scenarios.case_files import (
     read_case_file,
 )
 from scenarios.flags import ParsedFlags, close_match, parse_flags
+from scenarios.inference_config import INFERENCE_METRICS, EngineConfig, InferenceConfig
 from scenarios.layout import Layout
 from scenarios.moe_config import WIDTH_STEP, MoeConfig
 from scenarios.scenario import (
@@ -49,6 +50,7 @@ FAMILIES = ("gpt", "moe", "bert")
 """Families of cases that have a model here."""
 VOCAB_SIZES = {"gpt": 50304, "moe": 50304, "bert": 30592}
 """Its cases name GPT-2's and BERT's tokenizers: 50257 and 30522, padded to a multiple of 128."""
+TOKENS = "num_tokens_to_generate"
 NO_DATA_VALUE = (
     "the value is a placeholder of Megatron-LM's launcher; --data PREFIX gives real data"
 )
@@ -165,17 +167,20 @@ def _assemble(
             scale=scale,
             test_type=test_type,
             model=_model(flags, family),
-            training=_training(flags, layout),
+            training=_training(flags, layout, case.mode),
             optimizer=_optimizer(flags, layout),
             layout=layout,
             checkpoint=CheckpointConfig.build(**flags.fields.get("checkpoint", {})),
             data=_data(flags, given),
-            metrics=_metrics(case, flags, metrics_of(family, "moe" in flags.fields)),
+            metrics=_metrics(case, flags, _known_metrics(case, family, flags)),
             ignored=tuple(IgnoredFlag(flag=flag, reason=why) for flag, why in flags.ignored),
             arithmetic=arithmetic,
+            inference=_inference(case, flags, scale) if case.mode == "inference" else None,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if data and scenario.inference:
+        raise ValueError(f"{where}: --data {data}: got training data, expected none for inference")
     prefix = data or scenario.data.prefix
     return scenario if prefix is None else _with_data(scenario, prefix)
 
@@ -206,10 +211,15 @@ def _refuse_unsupported(
         missing.append("experts in a BERT (--num-experts)")
     if family == "bert" and flags.fields.get("model", {}).get("disable_bias_linear"):
         missing.append("a BERT without biases (--disable-bias-linear)")
-    if case.mode not in (None, "pretraining"):
-        missing.append(f"MODE {case.mode} (pretraining is)")
-    if test_type not in ("regular", "ckpt-resume"):
-        missing.append(f"TEST_TYPE {test_type} (regular and ckpt-resume are)")
+    if case.mode not in (None, "pretraining", "inference"):
+        missing.append(f"MODE {case.mode} (pretraining and inference are)")
+    if test_type not in ("regular", "ckpt-resume", "frozen-start"):
+        missing.append(f"TEST_TYPE {test_type} (regular, ckpt-resume and frozen-start are)")
+    if (case.mode == "inference") != (test_type == "frozen-start"):
+        missing.append(f"MODE {case.mode or 'pretraining'} with TEST_TYPE {test_type}")
+    inference = [name for name in ("inference", "engine") if name in flags.fields]
+    if inference and case.mode != "inference":
+        missing.append("flags of inference (in another MODE)")
     checkpoint_format = flags.fields.get("checkpoint", {}).get("format", "torch_dist")
     if checkpoint_format not in ("torch_dist", "torch"):
         missing.append(f"--ckpt-format {checkpoint_format} (torch_dist and torch are)")
@@ -246,13 +256,35 @@ def _moe(fields: dict[str, Any], mlp_width: int | None) -> MoeConfig:
     return MoeConfig.build(**width | fields)
 
 
-def _training(flags: ParsedFlags, layout: Layout) -> TrainingConfig:
+def _training(flags: ParsedFlags, layout: Layout, mode: str | None) -> TrainingConfig:
     values = dict(flags.fields.get("training", {}))
+    if mode == "inference":
+        # Nothing is trained; the steps that are judged are the generated tokens.
+        tokens = flags.fields.get("inference", {}).get("num_tokens_to_generate")
+        values |= {"train_iters": tokens or InferenceConfig.model_fields[TOKENS].default, "lr": 1.0}
     if "micro_batch_size" in values:
         values.setdefault("global_batch_size", values["micro_batch_size"] * layout.dp)
     if "train_iters" in values:
         values.setdefault("lr_decay_iters", values["train_iters"])
     return TrainingConfig.build(**values)
+
+
+def _inference(case: CaseFile, flags: ParsedFlags, scale: str) -> InferenceConfig:
+    engine = dict(flags.fields.get("engine", {}))
+    if "buffer_size_gb" in engine:
+        engine["kv_budget_nbytes"] = int(engine.pop("buffer_size_gb") * 2**30)
+    folder = case.path.resolve().parent / f"frozen_{scale}"
+    return InferenceConfig.build(
+        **flags.fields.get("inference", {}),
+        engine=EngineConfig.build(**engine),
+        model_folder=folder if folder.is_dir() else None,
+    )
+
+
+def _known_metrics(case: CaseFile, family: str, flags: ParsedFlags) -> tuple[str, ...]:
+    if case.mode == "inference":
+        return INFERENCE_METRICS
+    return metrics_of(family, "moe" in flags.fields)
 
 
 def _optimizer(flags: ParsedFlags, layout: Layout) -> OptimizerConfig:
@@ -285,6 +317,8 @@ def _metrics(case: CaseFile, flags: ParsedFlags, known: tuple[str, ...]) -> tupl
             flags.ignored.append((f"METRICS {name}", UNJUDGED_METRICS[name]))
         elif name not in known:
             raise ValueError(f"METRICS: unknown {name!r}{close_match(name, frozenset(known))}")
+    if case.mode == "inference":
+        return known  # more than Megatron-LM judges
     return tuple(name for name in case.metrics if name in known)
 
 

@@ -10,7 +10,8 @@ import torch
 from primitives import canonical
 from scenarios.inference.engine import Engine, Progress
 from scenarios.inference.model_files import FrozenModel, read_model, write_model
-from scenarios.inference.request import EngineConfig, Request, Sampling
+from scenarios.inference.request import Request, Sampling
+from scenarios.inference_config import EngineConfig
 from scenarios.layout import Layout
 from scenarios.models.families import DTYPES
 from scenarios.models.gpt import Gpt
@@ -70,14 +71,14 @@ class Results:
     def add(self, steps: Sequence[Progress]) -> None:
         """Takes in one step."""
         for p in steps:
-            self.prompt_log_probs.setdefault(p.request_id, []).extend(p.prompt_log_probs)
+            self.prompt_log_probs.setdefault(p.key, []).extend(p.prompt_log_probs)
             if p.token is not None:
-                self.tokens.setdefault(p.request_id, []).append(p.token)
-                self.log_probs.setdefault(p.request_id, []).append(p.log_prob)
-                self.digests.setdefault(p.request_id, []).append(p.digest)
+                self.tokens.setdefault(p.key, []).append(p.token)
+                self.log_probs.setdefault(p.key, []).append(p.log_prob)
+                self.digests.setdefault(p.key, []).append(p.digest)
             if p.finished:
-                assert p.request_id not in self.reasons
-                self.reasons[p.request_id] = p.finished
+                assert p.key not in self.reasons
+                self.reasons[p.key] = p.finished
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Results) and self.as_json() == other.as_json()

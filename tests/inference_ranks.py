@@ -14,7 +14,7 @@ import torch.distributed as dist
 from primitives import backend
 from scenarios.inference import forward
 from scenarios.inference.model_files import read_model
-from scenarios.inference.request import EngineConfig
+from scenarios.inference_config import EngineConfig
 from scenarios.layout import Layout
 from scenarios.parallel.mesh import Mesh
 from tests.inference_cases import make_engine, run_all, small_requests

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scenarios.inference.engine import Engine
 from scenarios.inference.kv_cache import BlockManager
 from scenarios.inference.model_files import FrozenModel, read_model
-from scenarios.inference.request import EngineConfig, Request, Sampling
+from scenarios.inference.request import Request, Sampling
 from scenarios.inference.sampling import choose
+from scenarios.inference_config import EngineConfig
 from scenarios.layout import Layout
 from scenarios.parallel.mesh import Mesh
 from tests.inference_cases import (
@@ -192,7 +193,7 @@ def test_refuses_more_than_the_budget_and_an_id_twice(model: FrozenModel) -> Non
     with pytest.raises(ValueError, match="expected at most 20, the tokens of the KV budget"):
         engine.submit(request)
     engine.submit(Request(id="x", prompt=(1,)))
-    with pytest.raises(ValueError, match="this id is in use"):
+    with pytest.raises(ValueError, match="key 'x' is in use"):
         engine.submit(Request(id="x", prompt=(2,)))
     with pytest.raises(ValueError, match="of one block"):
         make_engine(model, SMALL.model_copy(update={"kv_budget_nbytes": 100}))

@@ -20,6 +20,9 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; what is no text becomes U+FFFD, an unknown id nothing."""
+
 
 class ByteTokenizer:
     """The UTF-8 bytes of the text, and 256 as the end of a document."""
@@ -31,6 +34,10 @@ class ByteTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The bytes of each text."""
         return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the bytes."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -66,6 +73,10 @@ class FileTokenizer:
         """The ids of each text."""
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, with special tokens by their names."""
+        return str(self._library.decode(list(ids), skip_special_tokens=False))
 
 
 def load_tokenizer(name: str) -> Tokenizer:

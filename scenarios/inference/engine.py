@@ -16,9 +16,10 @@ from torch import Tensor
 from primitives.arithmetic import kernels
 from scenarios.inference.forward import StepBatch, head_logits, run_stage
 from scenarios.inference.kv_cache import BlockManager, KvCache
-from scenarios.inference.request import EngineConfig, Request, check_request
+from scenarios.inference.request import Request, check_request
 from scenarios.inference.sampling import choose
 from scenarios.inference.scheduler import Scheduler, Segment
+from scenarios.inference_config import EngineConfig
 from scenarios.models.families import DTYPES
 from scenarios.models.gpt import Gpt
 from scenarios.parallel.mesh import Mesh
@@ -32,7 +33,7 @@ Reason = Literal["length", "stop", "not finite"]
 class Progress:
     """What one step did for one request."""
 
-    request_id: str
+    key: str
     prompt_log_probs: list[float] = field(default_factory=list)
     """Of prompt tokens, in order, from the second token of the prompt on; continues the last."""
     token: int | None = None
@@ -90,20 +91,25 @@ class Engine:
         """Requests that wait or run."""
         return len(self._scheduler.waiting) + len(self._scheduler.running)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, key: str | None = None) -> None:
         """Queues a request.
 
-        Raises:
-            ValueError: it can never be generated, or its id is in use.
-        """
-        check_request(request, self.model_config, self.config)
-        if self._scheduler.find(request.id) is not None:
-            raise ValueError(f"request {request.id!r}: this id is in use")
-        self._scheduler.add(request)
+        Args:
+            request: what to generate; its id keys the draws.
+            key: names its progress; default: the id.
 
-    def abort(self, request_id: str) -> bool:
-        """Forgets a request; False if there is none of this id (any more)."""
-        sequence = self._scheduler.find(request_id)
+        Raises:
+            ValueError: it can never be generated, or its key is in use.
+        """
+        key = request.id if key is None else key
+        check_request(request, self.model_config, self.config)
+        if self._scheduler.find(key) is not None:
+            raise ValueError(f"request {request.id!r}: key {key!r} is in use")
+        self._scheduler.add(request, key)
+
+    def abort(self, key: str) -> bool:
+        """Forgets a request; False if there is none of this key (any more)."""
+        sequence = self._scheduler.find(key)
         if sequence is not None:
             self._scheduler.remove(sequence)
         return sequence is not None
@@ -216,7 +222,7 @@ class Engine:
             sequence.num_cached = segment.stop
             if not segment.samples:
                 finished = None if all(map(math.isfinite, scored)) else _NOT_FINITE
-                done.append(Progress(request.id, scored, finished=finished))
+                done.append(Progress(sequence.key, scored, finished=finished))
             else:
                 token, log_prob, digest = next(rows)
                 sequence.tokens.append(token)
@@ -228,7 +234,7 @@ class Engine:
                 elif len(sequence.tokens) == request.max_tokens:
                     finished = "length"
                 text = digest.tobytes().hex()
-                done.append(Progress(request.id, scored, token, log_prob, text, finished))
+                done.append(Progress(sequence.key, scored, token, log_prob, text, finished))
             if finished:
                 self._scheduler.remove(sequence)
         return done

@@ -1,10 +1,11 @@
-"""What is asked of an inference engine, and what it is made of."""
+"""What is asked of an inference engine."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from scenarios.frozen import Frozen
+from scenarios.inference_config import EngineConfig
 from scenarios.scenario import ModelConfig
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -39,43 +40,6 @@ class Request(Frozen):
     def max_tokens(self) -> int:
         """Tokens of the prompt and, at most, of its continuation."""
         return len(self.prompt) + self.sampling.max_new_tokens
-
-
-class EngineConfig(Frozen):
-    """Sizes of an engine; none of them changes a number."""
-
-    block_size: PositiveInt = 256
-    """Tokens of a block of the KV cache."""
-    kv_budget_nbytes: PositiveInt = 2**30
-    """Of the keys and values of one replica, over all its ranks."""
-    max_batch_tokens: PositiveInt = 256
-    """Tokens that go through the model in one step; a longer prompt is prefilled in chunks."""
-    max_running: PositiveInt = 64
-    """Requests that are generated at a time."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_batch_tokens < self.max_running:
-            raise ValueError(
-                f"max_batch_tokens: got {self.max_batch_tokens}, expected at least max_running = "
-                f"{self.max_running}, a token of each running request"
-            )
-        return self
-
-    def num_blocks(self, model: ModelConfig) -> int:
-        """Blocks of the budget: the same number in every layout.
-
-        Raises:
-            ValueError: it holds none.
-        """
-        itemsize = 4 if model.precision == "fp32" else 2
-        nbytes = 2 * model.num_layers * model.hidden_size * itemsize * self.block_size
-        if nbytes > self.kv_budget_nbytes:
-            raise ValueError(
-                f"kv_budget_nbytes: got {self.kv_budget_nbytes}, expected at least the {nbytes} of "
-                f"one block of {self.block_size} tokens"
-            )
-        return self.kv_budget_nbytes // nbytes
 
 
 def check_request(request: Request, model: ModelConfig, config: EngineConfig) -> None:

@@ -7,13 +7,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from scenarios.inference.kv_cache import BlockManager
-from scenarios.inference.request import EngineConfig, Request
+from scenarios.inference.request import Request
+from scenarios.inference_config import EngineConfig
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request on its way."""
 
+    key: str
+    """Whose progress it is; unlike the request's id unique over all clients."""
     request: Request
     tokens: list[int]
     """Of the prompt, then generated ones."""
@@ -71,14 +74,13 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
-    def add(self, request: Request) -> None:
-        """Queues a request, whose id no other one has."""
-        self.waiting.append(Sequence(request, list(request.prompt)))
+    def add(self, request: Request, key: str) -> None:
+        """Queues a request under a key that no other one has."""
+        self.waiting.append(Sequence(key, request, list(request.prompt)))
 
-    def find(self, request_id: str) -> Sequence | None:
-        """The waiting or running sequence of a request."""
-        found = (s for s in [*self.running, *self.waiting] if s.request.id == request_id)
-        return next(found, None)
+    def find(self, key: str) -> Sequence | None:
+        """The waiting or running sequence of a key."""
+        return next((s for s in [*self.running, *self.waiting] if s.key == key), None)
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets a request and frees its blocks."""

@@ -1,0 +1,447 @@
+"""The coordinator: one process, one ROUTER socket between clients and replicas.
+
+Requests wait here in order of arrival; each goes to the replica with the fewest, of equal ones the
+lowest, as long as that has less than its share. When a replica is lost, its requests go to another
+one once. The results are the same, since they depend on the request alone.
+"""
+
+import hmac
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from scenarios.golden import write_atomically
+from scenarios.inference.messages import MAX_NBYTES, MESSAGES, BadMessage, decode, encode
+from scenarios.inference.request import Request, check_request
+from scenarios.inference_config import EngineConfig
+from scenarios.scenario import ModelConfig
+
+POLL_MS = 200
+PING_S = 0.2
+SILENCE_S = 120.0
+"""A replica that gives no sign of life for so long is given up; the launcher tells of deaths."""
+STOP_S = 10.0
+"""How long replicas have to end after STOP."""
+MAX_QUEUED = 100_000
+# Command -> (states that it is allowed in, the state that it leads to).
+TRANSITIONS = {
+    "PAUSE": (("RUNNING",), "PAUSED"),
+    "UNPAUSE": (("PAUSED",), "RUNNING"),
+    "SUSPEND": (("PAUSED",), "SUSPENDED"),
+    "RESUME": (("SUSPENDED",), "PAUSED"),
+    "STOP": (("RUNNING", "PAUSED", "SUSPENDED"), "STOPPED"),
+}
+
+
+@dataclass(eq=False)
+class _Replica:
+    """One replica that has registered."""
+
+    index: int
+    identity: bytes
+    heard_s: float
+    status: dict[str, Any] = field(default_factory=lambda: {"state": ""})
+    pending: dict[str, "_Ticket"] = field(default_factory=dict)
+    num_done: int = 0
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """One request of one client."""
+
+    number: str
+    client: bytes
+    request: Request
+    stream: bool
+    replica: _Replica | None = None
+    retried: bool = False
+    num_sent: int = 0
+    """Tokens that the client has been told."""
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    prompt_log_probs: list[float] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+
+    def forget_results(self) -> None:
+        """Before another replica begins anew."""
+        for results in (self.tokens, self.log_probs, self.prompt_log_probs, self.digests):
+            results.clear()
+
+
+class Coordinator:
+    """The state of the service and what each message does to it.
+
+    Args:
+        socket: a bound ROUTER with ROUTER_MANDATORY.
+        model, config: for checking requests before they wait.
+        num_replicas: that will register.
+        secret: replicas and the launcher prove themselves by it.
+    """
+
+    def __init__(
+        self,
+        socket: "zmq.Socket[bytes]",
+        model: ModelConfig,
+        config: EngineConfig,
+        num_replicas: int,
+        secret: str,
+    ):
+        self._socket = socket
+        self._model, self._config = model, config
+        self._num_replicas, self._secret = num_replicas, secret
+        self._share = 2 * config.max_running
+        self.state = "RUNNING"
+        self._replicas: dict[int, _Replica] = {}
+        self._lost: dict[int, str] = {}
+        self._queue: deque[_Ticket] = deque()
+        self._tickets: dict[str, _Ticket] = {}
+        self._by_client: dict[tuple[bytes, str], _Ticket] = {}
+        self._num_tickets = 0
+        self._asked: list[tuple[bytes, str]] = []
+        """Clients that wait for a state, and which."""
+        self._stopped_s = 0.0
+
+    def serve(self) -> None:
+        """Until all replicas have ended after STOP."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        pinged_s = time.monotonic()
+        while True:
+            if poller.poll(POLL_MS):
+                for _ in range(1000):
+                    try:
+                        identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                    except zmq.Again:
+                        break
+                    self.receive(identity, frames)
+            self._dispatch()
+            if time.monotonic() - pinged_s > PING_S:
+                pinged_s = time.monotonic()
+                self._watch()
+            if self.state == "STOPPED":
+                late = time.monotonic() - self._stopped_s > STOP_S
+                if late or not self._replicas:
+                    for asked, _ in self._asked:
+                        self._tell_state(asked)
+                    return
+
+    def receive(self, identity: bytes, frames: list[bytes]) -> None:
+        """Obeys one message; a bad one is answered by ERROR and changes nothing."""
+        try:
+            kind, fields = decode(frames)
+            sender = MESSAGES[kind].sender
+            if sender == "coordinator":
+                raise BadMessage(f"{kind} is sent by the coordinator only")
+            if sender == "replica" and kind != "REGISTER":
+                self._from_replica(self._registered(identity, kind), kind, fields)
+            else:
+                handler = getattr(self, f"_on_{kind.lower()}", self._on_command)
+                handler(identity, kind, fields)
+        except ValueError as error:
+            self._error(identity, "", "refused", str(error))
+        except Exception as error:  # the service lives on, whatever one message does
+            traceback.print_exc()
+            text = f"a bug in the coordinator: {type(error).__name__}: {error}"
+            self._error(identity, "", "refused", text)
+
+    # -- clients ---------------------------------------------------------------------------------
+
+    def _on_connect(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        self._send(identity, "ACK", state=self.state, model=self._model.model_dump(mode="json"))
+
+    def _on_submit(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        given = fields["request"].get("id")
+        name = given if isinstance(given, str) else ""
+        try:
+            request = Request.build(**{str(key): value for key, value in fields["request"].items()})
+            check_request(request, self._model, self._config)
+            if (identity, request.id) in self._by_client:
+                raise ValueError(f"request {request.id!r}: this id is in use by this client")
+            if len(self._queue) >= MAX_QUEUED:
+                raise ValueError(f"request {request.id!r}: {MAX_QUEUED} requests wait already")
+        except (TypeError, ValueError) as error:
+            self._error(identity, name, "refused", str(error))
+            return
+        if self.state == "STOPPED":
+            self._error(identity, name, "stopped", "the service has been stopped")
+            return
+        self._num_tickets += 1
+        ticket = _Ticket(str(self._num_tickets), identity, request, fields["stream"])
+        self._tickets[ticket.number] = self._by_client[identity, request.id] = ticket
+        self._queue.append(ticket)
+        self._fail_if_no_replica_is_left()
+
+    def _on_abort(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        ticket = self._by_client.get((identity, fields["id"]))
+        if ticket is not None:  # it may have ended meanwhile
+            self._drop(ticket)
+
+    def _on_status(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        self._tell_state(identity)
+
+    def _on_disconnect(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        self._forget_client(identity)
+
+    def _on_command(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        allowed, state = TRANSITIONS[kind]
+        if self.state not in allowed:
+            expected = " or ".join(allowed)
+            raise ValueError(f"{kind}: the service is {self.state}, expected {expected}")
+        self.state = state
+        if state == "STOPPED":
+            self._stopped_s = time.monotonic()
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, "stopped", f"request {ticket.request.id!r}: service stopped")
+        for replica in self._replicas.values():
+            self._send(replica.identity, "ENTER", state=state)
+        self._asked.append((identity, state))
+        self._tell_who_asked()
+
+    def _forget_client(self, identity: bytes) -> None:
+        for ticket in [t for t in self._tickets.values() if t.client == identity]:
+            self._drop(ticket)
+
+    # -- replicas --------------------------------------------------------------------------------
+
+    def _registered(self, identity: bytes, kind: str) -> _Replica:
+        for replica in self._replicas.values():
+            if replica.identity == identity:
+                return replica
+        raise BadMessage(f"{kind}: got it from {identity.hex()}, which is no registered replica")
+
+    def _check_secret(self, kind: str, fields: dict[str, Any]) -> int:
+        if not hmac.compare_digest(fields["secret"], self._secret):
+            raise BadMessage(f"{kind}: got another secret than the launcher's")
+        index: int = fields["replica"]
+        if not 0 <= index < self._num_replicas:
+            raise BadMessage(f"{kind}: got replica {index} of {self._num_replicas}")
+        return index
+
+    def _on_register(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        index = self._check_secret(kind, fields)
+        if index in self._replicas or index in self._lost:
+            raise BadMessage(f"REGISTER: replica {index} has registered before")
+        self._replicas[index] = _Replica(index, identity, time.monotonic())
+        # One that comes late is told the state that the others are in.
+        self._send(identity, "ENTER", state=self.state)
+
+    def _on_lost(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        self._lose(self._check_secret(kind, fields), fields["message"])
+
+    def _from_replica(self, replica: _Replica, kind: str, fields: dict[str, Any]) -> None:
+        replica.heard_s = time.monotonic()
+        if kind == "BEAT":
+            replica.status = fields
+            if fields["state"] == "STOPPED":
+                del self._replicas[replica.index]
+            self._tell_who_asked()
+            return
+        for entry in fields["entries"]:
+            self._progress(replica, entry)
+
+    def _progress(self, replica: _Replica, entry: Any) -> None:
+        wanted = (str, int, int | None, float, str, list, str | None)
+        if not (isinstance(entry, list) and len(entry) == len(wanted)) or not all(
+            map(isinstance, entry, wanted)
+        ):
+            raise BadMessage(f"STEP: got an entry {str(entry)[:80]}, expected 7 values")
+        number, first, token, log_prob, digest, prompt_log_probs, reason = entry
+        ticket = replica.pending.get(number)
+        if ticket is None:
+            if number.isdecimal() and 0 < int(number) <= self._num_tickets:
+                return  # aborted, or told twice
+            raise BadMessage(f"STEP: unknown ticket {number!r}")
+        if first != len(ticket.tokens):
+            raise BadMessage(
+                f"STEP: ticket {number}: got token {first}, expected {len(ticket.tokens)}"
+            )
+        ticket.prompt_log_probs += prompt_log_probs
+        if token is not None:
+            ticket.tokens.append(token)
+            ticket.log_probs.append(log_prob)
+            ticket.digests.append(digest)
+        # After a retry the client knows the first tokens already.
+        first = ticket.num_sent
+        if ticket.stream and len(ticket.tokens) > first:
+            ticket.num_sent = len(ticket.tokens)
+            new = {"tokens": ticket.tokens[first:], "log_probs": ticket.log_probs[first:]}
+            self._send(ticket.client, "PARTIAL", id=ticket.request.id, first=first, **new)
+        if reason is not None and ticket.number in self._tickets:
+            self._finish(ticket, reason)
+
+    def _finish(self, ticket: _Ticket, reason: str) -> None:
+        assert ticket.replica is not None
+        ticket.replica.num_done += 1
+        name = ticket.request.id
+        if reason == "not finite":
+            place = len(ticket.tokens)
+            message = f"request {name!r}: the logits of its token {place} are not finite"
+            self._fail(ticket, "failed", message)
+            return
+        self._remove(ticket)
+        self._send(
+            ticket.client,
+            "REPLY",
+            id=name,
+            tokens=ticket.tokens,
+            log_probs=ticket.log_probs,
+            prompt_log_probs=ticket.prompt_log_probs,
+            digests=ticket.digests,
+            reason=reason,
+            replica=ticket.replica.index,
+            retried=ticket.retried,
+        )
+
+    def _lose(self, index: int, message: str) -> None:
+        if index in self._lost:
+            return
+        self._lost[index] = message
+        replica = self._replicas.pop(index, None)
+        if replica is not None:
+            # In order of arrival, before those that wait.
+            for ticket in reversed(list(replica.pending.values())):
+                ticket.replica = None
+                if ticket.number not in self._tickets:
+                    continue  # its client was found to have gone just now
+                if ticket.retried:
+                    name = ticket.request.id
+                    text = f"request {name!r}: lost with a replica for the second time: {message}"
+                    self._fail(ticket, "replica lost", text)
+                else:
+                    ticket.retried = True
+                    ticket.forget_results()
+                    self._queue.appendleft(ticket)
+        self._fail_if_no_replica_is_left()
+        self._tell_who_asked()
+
+    def _fail_if_no_replica_is_left(self) -> None:
+        if len(self._lost) < self._num_replicas:
+            return
+        why = "; ".join(self._lost.values())
+        for ticket in list(self._tickets.values()):
+            text = f"request {ticket.request.id!r}: no replica is left: {why}"
+            self._fail(ticket, "replica lost", text)
+
+    # -- both ------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        # The first replica to come shall not take what is for all.
+        if self.state != "RUNNING" or len(self._replicas) + len(self._lost) < self._num_replicas:
+            return
+        while self._queue and self._replicas:
+            replica = min(self._replicas.values(), key=lambda r: (len(r.pending), r.index))
+            if len(replica.pending) >= self._share:
+                return
+            ticket = self._queue.popleft()
+            ticket.replica = replica
+            replica.pending[ticket.number] = ticket
+            request = ticket.request.model_dump(mode="json")
+            self._send(replica.identity, "WORK", ticket=ticket.number, request=request)
+
+    def _watch(self) -> None:
+        for client in {ticket.client for ticket in self._tickets.values()}:
+            self._send(client, "PING")
+        now = time.monotonic()
+        for replica in list(self._replicas.values()):
+            if now - replica.heard_s > SILENCE_S:
+                message = f"replica {replica.index} was silent for {SILENCE_S:g} s"
+                self._send(replica.identity, "ENTER", state="STOPPED")
+                self._lose(replica.index, message)
+
+    def _remove(self, ticket: _Ticket) -> bool:
+        """Whether it was there; sending to a client that has gone removes all its tickets."""
+        if self._tickets.pop(ticket.number, None) is None:
+            return False
+        del self._by_client[ticket.client, ticket.request.id]
+        if ticket.replica is not None:
+            ticket.replica.pending.pop(ticket.number, None)
+        elif ticket in self._queue:
+            self._queue.remove(ticket)
+        return True
+
+    def _fail(self, ticket: _Ticket, kind: str, message: str) -> None:
+        if self._remove(ticket):
+            self._error(ticket.client, ticket.request.id, kind, message)
+
+    def _drop(self, ticket: _Ticket) -> None:
+        """Forgets a request that nobody waits for."""
+        if self._remove(ticket) and ticket.replica is not None:
+            self._send(ticket.replica.identity, "DROP", ticket=ticket.number)
+
+    def _tell_who_asked(self) -> None:
+        """Answers commands whose state every replica has reached, or that came to nothing."""
+        waiting = []
+        for identity, state in self._asked:
+            there = all(r.status["state"] == state for r in self._replicas.values())
+            if there or state != self.state:
+                self._tell_state(identity)
+            else:
+                waiting.append((identity, state))
+        self._asked = waiting
+
+    def _tell_state(self, identity: bytes) -> None:
+        replicas = [
+            {"replica": r.index, "done": r.num_done, "pending": len(r.pending), **r.status}
+            for r in self._replicas.values()
+        ]
+        replicas += [{"replica": index, "lost": message} for index, message in self._lost.items()]
+        replicas.sort(key=lambda replica: replica["replica"])
+        queued = len(self._queue)
+        self._send(identity, "STATE", state=self.state, queued=queued, replicas=replicas)
+
+    def _error(self, identity: bytes, name: str, kind: str, message: str) -> None:
+        self._send(identity, "ERROR", id=name, kind=kind, message=message)
+
+    def _send(self, identity: bytes, kind: str, /, **fields: Any) -> None:
+        try:
+            self._socket.send_multipart([identity, *encode(kind, **fields)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            # A replica's end is the launcher's to tell; a client that has gone wants nothing.
+            if all(replica.identity != identity for replica in self._replicas.values()):
+                self._asked = [asked for asked in self._asked if asked[0] != identity]
+                self._forget_client(identity)
+
+
+def main(path: str) -> None:
+    """The coordinator's process.
+
+    Args:
+        path: of a JSON file with ``bind``, ``model``, ``config``, ``num_replicas``, ``secret`` and
+            ``address``, the file in which the address is told.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_NBYTES)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, 1000)
+    try:
+        socket.bind(job["bind"])
+    except zmq.ZMQError as error:
+        sys.exit(f"{job['bind']} cannot be bound: {error}")
+    write_atomically(Path(job["address"]), socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    coordinator = Coordinator(
+        socket,
+        ModelConfig.build(**job["model"]),
+        EngineConfig.build(**job["config"]),
+        job["num_replicas"],
+        job["secret"],
+    )
+    coordinator.serve()
+    socket.close()
+    context.term()
+    os._exit(0)

@@ -1,0 +1,148 @@
+"""Plays an inference scenario: a service of the case's layout answers its requests, twice.
+
+First all at once; then in the other order, with a pause, a suspension and a resumption while tokens
+are generated. Both must give the same.
+"""
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from scenarios.data.tokenizer import load_tokenizer
+from scenarios.failures import RunFailed
+from scenarios.golden import Metrics
+from scenarios.inference.client import Client, Completion
+from scenarios.inference.errors import InferenceError, Refused
+from scenarios.inference.model_files import read_model
+from scenarios.inference.request import Request
+from scenarios.inference.service import Service, ServiceConfig
+from scenarios.inference.workload import (
+    check_completions,
+    check_replicas,
+    check_same,
+    describe_speed,
+    make_requests,
+    metrics_of_completions,
+)
+from scenarios.scenario import Scenario
+from scenarios.verdict import Check
+
+FRACTION = 4
+"""The second run is suspended when a quarter of its tokens are there."""
+
+
+class ServiceFailed(RunFailed):
+    """The service lost a process or did not answer."""
+
+    def __init__(self, reason: str, log_dir: Path):
+        super().__init__([], last_step=None, log_dir=log_dir, reason=reason)
+
+    def _message(self) -> str:
+        return f"{self.reason}; logs: {self.log_dir}"
+
+
+@dataclass(frozen=True)
+class PlayedInference:
+    """What the two runs gave."""
+
+    metrics: Metrics
+    """Of the first."""
+    checks: tuple[Check, ...]
+    runs: tuple[tuple[str, float], ...]
+
+
+def play_inference(
+    scenario: Scenario, out_dir: Path, progress: TextIO, timeout_s: float
+) -> PlayedInference:
+    """Starts the service, asks it, and checks what must hold without a golden.
+
+    Args:
+        scenario: with ``inference``.
+        out_dir: an empty folder.
+        progress: where to say what is done.
+        timeout_s: deadline of every request.
+
+    Raises:
+        ValueError: no frozen model of this size, or one that is not the case's.
+        RunFailed: a process was lost, or a request was not answered in time.
+    """
+    config = scenario.inference
+    assert config is not None
+    if config.model_folder is None:
+        raise ValueError(
+            f"{scenario.name}: no frozen model of scale {scenario.scale} is shipped; "
+            "testbed freeze makes one, testbed serve runs it"
+        )
+    model = read_model(config.model_folder)
+    if model.config != scenario.model:
+        raise ValueError(f"{model.folder}: got {model.config}, expected {scenario.model}")
+    tokenizer = load_tokenizer(str(model.tokenizer or "bytes"))
+    requests = make_requests(config, tokenizer, scenario.training.seed)
+    run_dir = out_dir / "run1"
+    run_dir.mkdir()
+    service_config = ServiceConfig(model.folder, model.config, scenario.layout, config.engine)
+    progress.write(f"{scenario.layout.world_size} ranks and a coordinator are starting\n")
+    progress.flush()
+    runs = []
+    start_s = time.monotonic()
+    with Service(service_config, run_dir) as service:
+        try:
+            with Client(service.address) as client:
+                service.wait_for_replicas(client)
+                runs.append(("start", time.monotonic() - start_s))
+                start_s = time.monotonic()
+                first = _results([_submit(client, r, timeout_s) for r in requests])
+                wall_s = time.monotonic() - start_s
+                runs.append((f"run 1: {describe_speed(first, wall_s)}", wall_s))
+                start_s = time.monotonic()
+                second = _suspended_run(client, requests[::-1], timeout_s)[::-1]
+                runs.append(("run 2: other order, suspended", time.monotonic() - start_s))
+                status = client.command("STATUS")
+        except InferenceError as error:
+            reason = "; ".join([*service.failures, f"{type(error).__name__}: {error}"])
+            raise ServiceFailed(reason, run_dir / "logs") from None
+    if service.failures:
+        raise ServiceFailed("; ".join(service.failures), run_dir / "logs")
+    metrics = metrics_of_completions(first, tokenizer)
+    checks = [check_completions(requests, first)]
+    if scenario.layout.dp > 1:
+        checks.append(check_replicas(first, scenario.layout.dp))
+    checks.append(check_same(metrics, metrics_of_completions(second, tokenizer)))
+    in_use = [replica["blocks_in_use"] for replica in status["replicas"]]
+    detail = f"{' + '.join(map(str, in_use))} in use at the end"
+    checks.append(Check("KV blocks returned", not any(in_use), detail))
+    return PlayedInference(metrics, tuple(checks), tuple(runs))
+
+
+def _submit(client: Client, request: Request, timeout_s: float) -> "Future[Completion]":
+    return client.submit(request, timeout_s=timeout_s, on_tokens=lambda tokens: None)
+
+
+def _results(futures: "list[Future[Completion]]") -> list[Completion]:
+    return [future.result() for future in futures]
+
+
+def _suspended_run(client: Client, requests: list[Request], timeout_s: float) -> list[Completion]:
+    num_wanted = sum(r.sampling.max_new_tokens for r in requests) // FRACTION
+    num_tokens = 0
+    enough = threading.Event()
+
+    def count(tokens: list[int]) -> None:  # on the client's one thread
+        nonlocal num_tokens
+        num_tokens += len(tokens)
+        if num_tokens >= num_wanted:
+            enough.set()
+
+    futures = [client.submit(r, timeout_s=timeout_s, on_tokens=count) for r in requests]
+    for future in futures:
+        future.add_done_callback(lambda f: enough.set() if f.exception() else None)
+    enough.wait()
+    for command in ("PAUSE", "SUSPEND", "RESUME", "UNPAUSE"):
+        state = client.command(command, timeout_s)
+        busy = [r for r in state["replicas"] if r.get("blocks_in_use")]
+        if command == "SUSPEND" and busy:
+            raise Refused(f"SUSPEND: replica {busy[0]['replica']} still owns KV blocks")
+    return _results(futures)
