@@ -9,6 +9,9 @@ from zmq.utils.monitor import recv_monitor_message
 from scenarios.inference.errors import CoordinatorLost
 from scenarios.inference.messages import MAX_NBYTES, decode, encode
 
+LINGER_MS = 1000
+LAST_MS = 100
+"""The end of a connection is told a moment before its last messages can be read."""
 _GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_MONITOR_STOPPED
 
 
@@ -29,11 +32,12 @@ class Link:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
-            (zmq.RECONNECT_IVL, -1),
+            # Not -1: then messages that came but were not read yet are dropped with the connection.
+            (zmq.RECONNECT_IVL, 2**31 - 1),
             (zmq.MAXMSGSIZE, MAX_NBYTES),
             (zmq.SNDHWM, 0),
             (zmq.RCVHWM, 0),
-            (zmq.LINGER, 1000),
+            (zmq.LINGER, LINGER_MS),
         ):
             self._socket.setsockopt(option, value)
         self._monitor = self._socket.get_monitor_socket(_GONE)
@@ -68,17 +72,23 @@ class Link:
         while self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             self.gone = True
+        messages = self._received()
+        if self.gone and not messages and self._socket.poll(LAST_MS):
+            messages = self._received()
+        if self.gone and not messages:
+            raise CoordinatorLost(f"the coordinator at {self.address} has gone or was never there")
+        return messages
+
+    def _received(self) -> list[tuple[str, dict[str, Any]]]:
         messages = []
         with contextlib.suppress(zmq.Again):
             while True:
                 messages.append(decode(self._socket.recv_multipart(zmq.NOBLOCK)))
-        if self.gone and not messages:
-            raise CoordinatorLost(f"the coordinator at {self.address} has gone or was never there")
         return messages
 
     def close(self) -> None:
         """Sends what is queued, as far as somebody takes it, and closes."""
         self._socket.disable_monitor()
         self._monitor.close()
-        self._socket.close()
+        self._socket.close(0 if self.gone else LINGER_MS)
         self._context.term()

@@ -80,7 +80,8 @@ def play_inference(
     if model.config != scenario.model:
         raise ValueError(f"{model.folder}: got {model.config}, expected {scenario.model}")
     tokenizer = load_tokenizer(str(model.tokenizer or "bytes"))
-    requests = make_requests(config, tokenizer, scenario.training.seed)
+    num_positions = model.config.max_position_embeddings
+    requests = make_requests(config, tokenizer, num_positions, scenario.training.seed)
     run_dir = out_dir / "run1"
     run_dir.mkdir()
     service_config = ServiceConfig(model.folder, model.config, scenario.layout, config.engine)

@@ -14,18 +14,27 @@ from scenarios.verdict import Check
 MIN_PROMPT = 4
 
 
-def make_requests(config: InferenceConfig, tokenizer: Tokenizer, seed: int) -> list[Request]:
+def make_requests(
+    config: InferenceConfig, tokenizer: Tokenizer, num_positions: int, seed: int
+) -> list[Request]:
     """Requests whose prompts are pieces of the case's text, of different places and lengths.
+
+    Args:
+        config: of the scenario.
+        tokenizer: of the model.
+        num_positions: of the model.
+        seed: of the draws.
 
     Raises:
         ValueError: the text is too short for them.
     """
     (tokens,) = tokenizer.encode([config.prompt])
-    longest = len(tokens) - config.num_requests
+    room = num_positions - config.num_tokens_to_generate
+    longest = min(len(tokens) - config.num_requests, room)
     if longest < MIN_PROMPT:
         raise ValueError(
-            f"prompt: got {len(tokens)} tokens, expected at least {config.num_requests} (the "
-            f"number of requests) + {MIN_PROMPT}"
+            f"prompt: got {len(tokens)} tokens and {room} positions for it, expected at least "
+            f"{config.num_requests} (the number of requests) + {MIN_PROMPT}, and {MIN_PROMPT}"
         )
     sampling = Sampling.build(
         max_new_tokens=config.num_tokens_to_generate,
