@@ -22,9 +22,9 @@ from tests.inference_cases import make_engine, run_all, small_requests
 NUM_RANKS = 8
 NUM_REQUESTS = 12
 LAYOUTS = [
-    *("tp1", "tp2", "tp2,sp", "tp4", "tp4,sp", "tp8", "pp2", "pp4", "dp2", "pp2,dp2"),
-    *("tp2,pp2", "tp2,pp2,sp", "tp2,dp2", "tp4,dp2,sp", "tp2,pp2,dp2", "tp2,pp2,dp2,sp"),
-    *("tp4,pp2", "tp4,pp2,sp"),
+    *("tp1", "tp2", "tp4", "pp2", "tp2,pp2", "tp4,pp2"),
+    *("dp2", "tp2,dp2", "tp4,dp2", "pp2,dp2", "tp2,pp2,dp2"),
+    *("tp2,sp", "tp2,pp2,dp2,sp", "tp4,pp2,sp"),
 ]
 CONFIG = EngineConfig(block_size=4, kv_budget_nbytes=2**16, max_batch_tokens=20, max_running=6)
 """Some prompts are cut into chunks, and blocks run out."""

@@ -184,6 +184,7 @@ class Service:
                     for rank in ranks.values():
                         rank.send_signal(signal.SIGKILL)
             time.sleep(POLL_S)
+        link.gone = coordinator.returncode is not None
         link.close()
         # Replicas end by themselves after STOP; whatever still runs ends with the fork server.
         deadline_s = time.monotonic() + (0.0 if self._ending.is_set() else STOP_S)
