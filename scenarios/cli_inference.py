@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from scenarios.terminal import EXIT_FAILED, EXIT_PASS, echo_error, echo_json, json_option
+from scenarios.terminal import (
+    EXIT_FAILED,
+    EXIT_PASS,
+    EXIT_USAGE,
+    echo_error,
+    echo_json,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from scenarios.inference.model_files import FrozenModel
@@ -108,7 +115,7 @@ def generate(
     """Continues a text; the same seed gives the same text in every layout."""
     from scenarios.data.tokenizer import load_tokenizer
     from scenarios.inference.client import Client
-    from scenarios.inference.errors import InferenceError
+    from scenarios.inference.errors import InferenceError, Refused
     from scenarios.inference.request import Request, Sampling
 
     model = _model(checkpoint)
@@ -145,9 +152,10 @@ def generate(
             done = future.result()
     except InferenceError as error:
         message = echo_error(str(error))
+        code = EXIT_USAGE if isinstance(error, Refused) else EXIT_FAILED
         if as_json:
-            echo_json({"error": {"message": message}, "exit_code": EXIT_FAILED})
-        return EXIT_FAILED
+            echo_json({"error": {"message": message}, "exit_code": code})
+        return code
     if as_json:
         echo_json({"text": tokenizer.decode(done.tokens), **vars(done)})
         return EXIT_PASS

@@ -1,7 +1,8 @@
 """What an inference scenario asks of a frozen model, and the sizes of its engine."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -71,3 +72,23 @@ class InferenceConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     model_folder: Path | None = None
     """The frozen model; None: none of this size is there."""
+
+
+def inference_of(fields: Mapping[str, Mapping[str, Any]], folder: Path) -> InferenceConfig:
+    """From the sections ``inference`` and ``engine`` of a case's flags.
+
+    Args:
+        fields: section -> field -> value.
+        folder: of the frozen model, if it is there.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+    engine = dict(fields.get("engine", {}))
+    if "buffer_size_gb" in engine:
+        engine["kv_budget_nbytes"] = int(engine.pop("buffer_size_gb") * 2**30)
+    return InferenceConfig.build(
+        **fields.get("inference", {}),
+        engine=EngineConfig.build(**engine),
+        model_folder=folder if folder.is_dir() else None,
+    )

@@ -13,7 +13,7 @@ from scenarios.case_files import (
     read_case_file,
 )
 from scenarios.flags import ParsedFlags, close_match, parse_flags
-from scenarios.inference_config import INFERENCE_METRICS, EngineConfig, InferenceConfig
+from scenarios.inference_config import INFERENCE_METRICS, InferenceConfig, inference_of
 from scenarios.layout import Layout
 from scenarios.moe_config import WIDTH_STEP, MoeConfig
 from scenarios.scenario import (
@@ -175,7 +175,9 @@ def _assemble(
             metrics=_metrics(case, flags, _known_metrics(case, family, flags)),
             ignored=tuple(IgnoredFlag(flag=flag, reason=why) for flag, why in flags.ignored),
             arithmetic=arithmetic,
-            inference=_inference(case, flags, scale) if case.mode == "inference" else None,
+            inference=inference_of(flags.fields, case.path.resolve().parent / f"frozen_{scale}")
+            if case.mode == "inference"
+            else None,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -267,18 +269,6 @@ def _training(flags: ParsedFlags, layout: Layout, mode: str | None) -> TrainingC
     if "train_iters" in values:
         values.setdefault("lr_decay_iters", values["train_iters"])
     return TrainingConfig.build(**values)
-
-
-def _inference(case: CaseFile, flags: ParsedFlags, scale: str) -> InferenceConfig:
-    engine = dict(flags.fields.get("engine", {}))
-    if "buffer_size_gb" in engine:
-        engine["kv_budget_nbytes"] = int(engine.pop("buffer_size_gb") * 2**30)
-    folder = case.path.resolve().parent / f"frozen_{scale}"
-    return InferenceConfig.build(
-        **flags.fields.get("inference", {}),
-        engine=EngineConfig.build(**engine),
-        model_folder=folder if folder.is_dir() else None,
-    )
 
 
 def _known_metrics(case: CaseFile, family: str, flags: ParsedFlags) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Service(RuleBasedStateMachine):
 
     def settle(self) -> None:
         """Replicas and clients take in what they were sent."""
-        self.coordinator._dispatch()
+        self.coordinator.dispatch()
         for index in list(self.replicas):
             for kind, fields in self.socket.take(b"replica%d" % index):
                 if kind == "WORK":
@@ -196,7 +196,7 @@ def test_least_pending_ties_to_the_lowest() -> None:
     for number in range(7):
         request = request_of(f"r{number}")
         coordinator.receive(b"A", encode("SUBMIT", request=request, stream=False))
-    coordinator._dispatch()
+    coordinator.dispatch()
     given = [to for to, kind, _ in socket.sent if kind == "WORK"]
     assert given == [b"replica%d" % (i % NUM_REPLICAS) for i in range(7)]
 
@@ -244,7 +244,7 @@ def test_refuses_a_bad_step(entry: Any) -> None:
     coordinator = make_coordinator(socket, 1)
     coordinator.receive(b"replica0", encode("REGISTER", secret=SECRET, replica=0))
     coordinator.receive(b"A", encode("SUBMIT", request=request_of("r"), stream=True))
-    coordinator._dispatch()
+    coordinator.dispatch()
     socket.take(b"replica0")
     coordinator.receive(b"replica0", encode("STEP", entries=[entry]))
     ((kind, content),) = socket.take(b"replica0")
@@ -261,12 +261,12 @@ def test_a_client_that_has_gone_is_forgotten() -> None:
         request = request_of(f"r{number}")
         coordinator.receive(b"A", encode("SUBMIT", request=request, stream=False))
     coordinator.receive(b"B", encode("SUBMIT", request=request_of("r0"), stream=False))
-    coordinator._dispatch()
+    coordinator.dispatch()
     socket.gone.add(b"A")
-    coordinator._watch()
+    coordinator.watch()
     kinds = [kind for kind, _ in socket.take(b"replica0")]
     assert kinds.count("DROP") == kinds.count("WORK") == 4  # its share
-    coordinator._dispatch()
+    coordinator.dispatch()
     ((_, fields),) = socket.take(b"replica0")
     assert fields["request"]["id"] == "r0"
     assert len(coordinator._tickets) == 1

@@ -10,7 +10,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from scenarios.inference.client import AsyncClient, Client
+from scenarios.inference.async_client import AsyncClient
+from scenarios.inference.client import Client
 from scenarios.inference.errors import CoordinatorLost, Refused, RequestTimeout, Stopped
 from scenarios.inference.messages import HEADER, encode
 from scenarios.inference.model_files import FrozenModel

@@ -1,4 +1,4 @@
-"""The coordinator: one process, one ROUTER socket between clients and replicas.
+"""What the coordinator does with each message of clients and replicas.
 
 Requests wait here in order of arrival; each goes to the replica with the fewest, of equal ones the
 lowest, as long as that has less than its share. When a replica is lost, its requests go to another
@@ -6,27 +6,19 @@ one once. The results are the same, since they depend on the request alone.
 """
 
 import hmac
-import json
-import os
-import signal
-import sys
 import time
 import traceback
 from collections import deque
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import zmq
 
-from scenarios.golden import write_atomically
-from scenarios.inference.messages import MAX_NBYTES, MESSAGES, BadMessage, decode, encode
+from scenarios.inference.messages import MESSAGES, BadMessage, decode, encode
 from scenarios.inference.request import Request, check_request
+from scenarios.inference.tickets import Replica, Ticket
 from scenarios.inference_config import EngineConfig
 from scenarios.scenario import ModelConfig
 
-POLL_MS = 200
-PING_S = 0.2
 SILENCE_S = 120.0
 """A replica that gives no sign of life for so long is given up; the launcher tells of deaths."""
 STOP_S = 10.0
@@ -40,41 +32,6 @@ TRANSITIONS = {
     "RESUME": (("SUSPENDED",), "PAUSED"),
     "STOP": (("RUNNING", "PAUSED", "SUSPENDED"), "STOPPED"),
 }
-
-
-@dataclass(eq=False)
-class _Replica:
-    """One replica that has registered."""
-
-    index: int
-    identity: bytes
-    heard_s: float
-    status: dict[str, Any] = field(default_factory=lambda: {"state": ""})
-    pending: dict[str, "_Ticket"] = field(default_factory=dict)
-    num_done: int = 0
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """One request of one client."""
-
-    number: str
-    client: bytes
-    request: Request
-    stream: bool
-    replica: _Replica | None = None
-    retried: bool = False
-    num_sent: int = 0
-    """Tokens that the client has been told."""
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    prompt_log_probs: list[float] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-
-    def forget_results(self) -> None:
-        """Before another replica begins anew."""
-        for results in (self.tokens, self.log_probs, self.prompt_log_probs, self.digests):
-            results.clear()
 
 
 class Coordinator:
@@ -100,39 +57,15 @@ class Coordinator:
         self._num_replicas, self._secret = num_replicas, secret
         self._share = 2 * config.max_running
         self.state = "RUNNING"
-        self._replicas: dict[int, _Replica] = {}
+        self._replicas: dict[int, Replica] = {}
         self._lost: dict[int, str] = {}
-        self._queue: deque[_Ticket] = deque()
-        self._tickets: dict[str, _Ticket] = {}
-        self._by_client: dict[tuple[bytes, str], _Ticket] = {}
+        self._queue: deque[Ticket] = deque()
+        self._tickets: dict[str, Ticket] = {}
+        self._by_client: dict[tuple[bytes, str], Ticket] = {}
         self._num_tickets = 0
         self._asked: list[tuple[bytes, str]] = []
         """Clients that wait for a state, and which."""
         self._stopped_s = 0.0
-
-    def serve(self) -> None:
-        """Until all replicas have ended after STOP."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        pinged_s = time.monotonic()
-        while True:
-            if poller.poll(POLL_MS):
-                for _ in range(1000):
-                    try:
-                        identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-                    except zmq.Again:
-                        break
-                    self.receive(identity, frames)
-            self._dispatch()
-            if time.monotonic() - pinged_s > PING_S:
-                pinged_s = time.monotonic()
-                self._watch()
-            if self.state == "STOPPED":
-                late = time.monotonic() - self._stopped_s > STOP_S
-                if late or not self._replicas:
-                    for asked, _ in self._asked:
-                        self._tell_state(asked)
-                    return
 
     def receive(self, identity: bytes, frames: list[bytes]) -> None:
         """Obeys one message; a bad one is answered by ERROR and changes nothing."""
@@ -152,6 +85,17 @@ class Coordinator:
             traceback.print_exc()
             text = f"a bug in the coordinator: {type(error).__name__}: {error}"
             self._error(identity, "", "refused", text)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was stopped and all replicas have ended, or had the time to."""
+        late = time.monotonic() - self._stopped_s > STOP_S
+        return self.state == "STOPPED" and (late or not self._replicas)
+
+    def say_goodbye(self) -> None:
+        """Answers those who asked for the end."""
+        for identity, _ in self._asked:
+            self._tell_state(identity)
 
     # -- clients ---------------------------------------------------------------------------------
 
@@ -175,7 +119,7 @@ class Coordinator:
             self._error(identity, name, "stopped", "the service has been stopped")
             return
         self._num_tickets += 1
-        ticket = _Ticket(str(self._num_tickets), identity, request, fields["stream"])
+        ticket = Ticket(str(self._num_tickets), identity, request, fields["stream"])
         self._tickets[ticket.number] = self._by_client[identity, request.id] = ticket
         self._queue.append(ticket)
         self._fail_if_no_replica_is_left()
@@ -212,7 +156,7 @@ class Coordinator:
 
     # -- replicas --------------------------------------------------------------------------------
 
-    def _registered(self, identity: bytes, kind: str) -> _Replica:
+    def _registered(self, identity: bytes, kind: str) -> Replica:
         for replica in self._replicas.values():
             if replica.identity == identity:
                 return replica
@@ -230,14 +174,14 @@ class Coordinator:
         index = self._check_secret(kind, fields)
         if index in self._replicas or index in self._lost:
             raise BadMessage(f"REGISTER: replica {index} has registered before")
-        self._replicas[index] = _Replica(index, identity, time.monotonic())
+        self._replicas[index] = Replica(index, identity, time.monotonic())
         # One that comes late is told the state that the others are in.
         self._send(identity, "ENTER", state=self.state)
 
     def _on_lost(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
         self._lose(self._check_secret(kind, fields), fields["message"])
 
-    def _from_replica(self, replica: _Replica, kind: str, fields: dict[str, Any]) -> None:
+    def _from_replica(self, replica: Replica, kind: str, fields: dict[str, Any]) -> None:
         replica.heard_s = time.monotonic()
         if kind == "BEAT":
             replica.status = fields
@@ -248,7 +192,7 @@ class Coordinator:
         for entry in fields["entries"]:
             self._progress(replica, entry)
 
-    def _progress(self, replica: _Replica, entry: Any) -> None:
+    def _progress(self, replica: Replica, entry: Any) -> None:
         wanted = (str, int, int | None, float, str, list, str | None)
         if not (isinstance(entry, list) and len(entry) == len(wanted)) or not all(
             map(isinstance, entry, wanted)
@@ -278,7 +222,7 @@ class Coordinator:
         if reason is not None and ticket.number in self._tickets:
             self._finish(ticket, reason)
 
-    def _finish(self, ticket: _Ticket, reason: str) -> None:
+    def _finish(self, ticket: Ticket, reason: str) -> None:
         assert ticket.replica is not None
         ticket.replica.num_done += 1
         name = ticket.request.id
@@ -333,7 +277,8 @@ class Coordinator:
 
     # -- both ------------------------------------------------------------------------------------
 
-    def _dispatch(self) -> None:
+    def dispatch(self) -> None:
+        """Gives waiting requests to replicas."""
         # The first replica to come shall not take what is for all.
         if self.state != "RUNNING" or len(self._replicas) + len(self._lost) < self._num_replicas:
             return
@@ -347,7 +292,8 @@ class Coordinator:
             request = ticket.request.model_dump(mode="json")
             self._send(replica.identity, "WORK", ticket=ticket.number, request=request)
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Finds clients that have gone and replicas that are silent."""
         for client in {ticket.client for ticket in self._tickets.values()}:
             self._send(client, "PING")
         now = time.monotonic()
@@ -357,7 +303,7 @@ class Coordinator:
                 self._send(replica.identity, "ENTER", state="STOPPED")
                 self._lose(replica.index, message)
 
-    def _remove(self, ticket: _Ticket) -> bool:
+    def _remove(self, ticket: Ticket) -> bool:
         """Whether it was there; sending to a client that has gone removes all its tickets."""
         if self._tickets.pop(ticket.number, None) is None:
             return False
@@ -368,11 +314,11 @@ class Coordinator:
             self._queue.remove(ticket)
         return True
 
-    def _fail(self, ticket: _Ticket, kind: str, message: str) -> None:
+    def _fail(self, ticket: Ticket, kind: str, message: str) -> None:
         if self._remove(ticket):
             self._error(ticket.client, ticket.request.id, kind, message)
 
-    def _drop(self, ticket: _Ticket) -> None:
+    def _drop(self, ticket: Ticket) -> None:
         """Forgets a request that nobody waits for."""
         if self._remove(ticket) and ticket.replica is not None:
             self._send(ticket.replica.identity, "DROP", ticket=ticket.number)
@@ -411,37 +357,3 @@ class Coordinator:
             if all(replica.identity != identity for replica in self._replicas.values()):
                 self._asked = [asked for asked in self._asked if asked[0] != identity]
                 self._forget_client(identity)
-
-
-def main(path: str) -> None:
-    """The coordinator's process.
-
-    Args:
-        path: of a JSON file with ``bind``, ``model``, ``config``, ``num_replicas``, ``secret`` and
-            ``address``, the file in which the address is told.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_NBYTES)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    socket.setsockopt(zmq.LINGER, 1000)
-    try:
-        socket.bind(job["bind"])
-    except zmq.ZMQError as error:
-        sys.exit(f"{job['bind']} cannot be bound: {error}")
-    write_atomically(Path(job["address"]), socket.getsockopt_string(zmq.LAST_ENDPOINT))
-    coordinator = Coordinator(
-        socket,
-        ModelConfig.build(**job["model"]),
-        EngineConfig.build(**job["config"]),
-        job["num_replicas"],
-        job["secret"],
-    )
-    coordinator.serve()
-    socket.close()
-    context.term()
-    os._exit(0)

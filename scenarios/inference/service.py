@@ -144,7 +144,7 @@ class Service:
             self.processes[name] = process.pid
             return process
 
-        coordinator = start("coordinator", "scenarios.inference.coordinator:main")
+        coordinator = start("coordinator", "scenarios.inference.coordinator_process:main")
         address = self._dir / "address"
         deadline_s = time.monotonic() + START_S
         while not address.exists():
