@@ -28,11 +28,12 @@ torch-suite: setup
 	$(BIN)/python tests/torch_suite/run.py
 
 # Every scenario in every layout of up to 8 ranks against its golden, the first STEPS steps of it;
-# then twelve changes of layout between saving and resuming.
+# then twelve changes of layout between saving and resuming; inference in every layout.
 STEPS := 4
 layouts: setup
 	for case in S1 S2 S4; do for which in all pairs; do \
 	  $(BIN)/testbed run $$case --layouts $$which --steps $(STEPS) || exit 1; done; done
+	$(BIN)/testbed run S3 --layouts all
 
 # Small edits of the code, each of which a run must be judged failed for; some minutes on 2 cores.
 mutants: setup

@@ -162,13 +162,14 @@ def judge_layouts(
 
 
 def working_layouts(case: str, scale: str) -> Iterator[str]:
-    """Every layout of up to ``MAX_RANKS`` ranks in which the case can be trained."""
+    """Every layout of up to ``MAX_RANKS`` ranks in which the case can be played."""
+    trains = load_scenario(case, scale=scale).inference is None
     for degrees in itertools.product(*DEGREES.values()):
         named = dict(zip(DEGREES, degrees, strict=True))
         if named["tp"] * named["pp"] * named["dp"] > MAX_RANKS:
             continue
         for sp in (False, True)[: 1 + (named["tp"] > 1)]:
-            for zero1 in (None,) if named["dp"] == 1 else (True, False):
+            for zero1 in (True, False) if trains and named["dp"] > 1 else (None,):
                 try:
                     layout = str(Layout.build(**named, sp=sp, zero1=zero1))
                     load_scenario(case, scale=scale, layout=layout)
@@ -208,7 +209,9 @@ def _judge(
     def load(layout: str) -> Scenario:
         choices: dict[str, Any] = {"scale": base.scale, "arithmetic": base.arithmetic}
         loaded = load_scenario(case, layout=layout, **choices)
-        if loaded.inference and not other:
+        if loaded.inference:
+            if other:
+                raise ValueError("inference does not resume")
             return loaded
         return loaded.first_steps(num_steps, resume=">" in name)
 

@@ -156,7 +156,7 @@ class Service(RuleBasedStateMachine):
     def toggle(self, command: str) -> None:
         wanted = {"PAUSE": "RUNNING", "UNPAUSE": "PAUSED"}[command]
         if self.coordinator.state == wanted:
-            self.tell(b"C", command)
+            self.tell(b"C", command, ask=1)
             self.socket.take(b"C")
 
     @invariant()
@@ -166,7 +166,7 @@ class Service(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, it goes on, and every request ends."""
         if self.coordinator.state == "PAUSED":
-            self.tell(b"C", "UNPAUSE")
+            self.tell(b"C", "UNPAUSE", ask=1)
         while self.num_registered < NUM_REPLICAS:
             self.register()
         for _ in range(200):
@@ -212,7 +212,7 @@ def test_least_pending_ties_to_the_lowest() -> None:
         ("SUBMIT", {"request": {"cls": 1}, "stream": False}, "cls"),
         ("SUBMIT", {"request": {"id": "x", "prompt": [1] * 99}, "stream": False}, "at most 64"),
         ("SUBMIT", {"request": {"id": "x", "prompt": [-1]}, "stream": False}, "prompt.0"),
-        ("RESUME", {}, "the service is RUNNING, expected SUSPENDED"),
+        ("RESUME", {"ask": 7}, "the service is RUNNING, expected SUSPENDED"),
     ],
 )
 def test_refuses_and_lives_on(kind: str, fields: dict[str, Any], message: str) -> None:
@@ -222,8 +222,9 @@ def test_refuses_and_lives_on(kind: str, fields: dict[str, Any], message: str) -
     ((to, answer, content),) = socket.sent
     assert (to, answer, content["kind"]) == (b"A", "ERROR", "refused")
     assert message in content["message"]
+    assert content["ask"] == fields.get("ask", 0)
     assert "bug" not in content["message"]
-    coordinator.receive(b"A", encode("STATUS"))
+    coordinator.receive(b"A", encode("STATUS", ask=1))
     assert socket.sent[-1][1] == "STATE"
 
 

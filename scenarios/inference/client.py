@@ -82,8 +82,8 @@ class Client:
         self._link.wake_by(self._woken)
         self._waiting: dict[str, _Waiting] = {}
         self._deadlines: list[tuple[float, int, _Waiting]] = []
-        self._numbers = itertools.count()
-        self._answers: deque[Future[dict[str, Any]]] = deque()
+        self._numbers, self._asks = itertools.count(), itertools.count(1)
+        self._answers: dict[int, Future[dict[str, Any]]] = {}
         self._lost: CoordinatorLost | None = None
         self._closed = self._ended = False
         self._lock = threading.Lock()
@@ -171,8 +171,9 @@ class Client:
             if self._lost is not None:
                 answer.set_exception(self._lost)
                 return
-            self._answers.append(answer)
-            self._link.send(kind)
+            number = next(self._asks)
+            self._answers[number] = answer
+            self._link.send(kind, ask=number)
 
         self._call(send)
         try:
@@ -229,13 +230,12 @@ class Client:
             self._link.send("SUBMIT", request=request, stream=waiting.on_tokens is not None)
 
     def _receive(self, kind: str, fields: dict[str, Any]) -> None:
-        if kind in ("ACK", "STATE"):
-            if self._answers:
-                _finish(self._answers.popleft(), fields)
-        elif kind == "ERROR" and not fields["id"]:
-            # Messages are answered in order, and only commands are answered without an id.
-            if self._answers:
-                _fail(self._answers.popleft(), _error(fields))
+        if fields.get("ask"):
+            answer = self._answers.pop(fields["ask"], None)
+            if answer is not None and kind == "ERROR":
+                _fail(answer, _error(fields))
+            elif answer is not None:
+                _finish(answer, fields)
         elif kind in ("PARTIAL", "REPLY", "ERROR"):
             waiting = self._waiting.get(fields["id"])
             if waiting is None:
@@ -282,8 +282,9 @@ class Client:
         for waiting in self._waiting.values():
             _fail(waiting.future, error)
         self._waiting.clear()
-        while self._answers:
-            _fail(self._answers.popleft(), error)
+        for answer in self._answers.values():
+            _fail(answer, error)
+        self._answers.clear()
 
     def _end(self) -> None:
         self._ended = True
@@ -291,8 +292,8 @@ class Client:
             self._link.send("DISCONNECT")
         for waiting in self._waiting.values():
             waiting.future.cancel()
-        while self._answers:
-            self._answers.popleft().cancel()
+        for answer in self._answers.values():
+            answer.cancel()
 
 
 def _error(fields: dict[str, Any]) -> InferenceError:

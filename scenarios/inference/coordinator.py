@@ -63,12 +63,13 @@ class Coordinator:
         self._tickets: dict[str, Ticket] = {}
         self._by_client: dict[tuple[bytes, str], Ticket] = {}
         self._num_tickets = 0
-        self._asked: list[tuple[bytes, str]] = []
-        """Clients that wait for a state, and which."""
+        self._asked: list[tuple[bytes, int, str]] = []
+        """Clients that wait for a state, the number of their question, and the state."""
         self._stopped_s = 0.0
 
     def receive(self, identity: bytes, frames: list[bytes]) -> None:
         """Obeys one message; a bad one is answered by ERROR and changes nothing."""
+        fields: dict[str, Any] = {}
         try:
             kind, fields = decode(frames)
             sender = MESSAGES[kind].sender
@@ -80,11 +81,11 @@ class Coordinator:
                 handler = getattr(self, f"_on_{kind.lower()}", self._on_command)
                 handler(identity, kind, fields)
         except ValueError as error:
-            self._error(identity, "", "refused", str(error))
+            self._error(identity, "", "refused", str(error), fields.get("ask", 0))
         except Exception as error:  # the service lives on, whatever one message does
             traceback.print_exc()
             text = f"a bug in the coordinator: {type(error).__name__}: {error}"
-            self._error(identity, "", "refused", text)
+            self._error(identity, "", "refused", text, fields.get("ask", 0))
 
     @property
     def ended(self) -> bool:
@@ -94,13 +95,14 @@ class Coordinator:
 
     def say_goodbye(self) -> None:
         """Answers those who asked for the end."""
-        for identity, _ in self._asked:
-            self._tell_state(identity)
+        for identity, ask, _ in self._asked:
+            self._tell_state(identity, ask)
 
     # -- clients ---------------------------------------------------------------------------------
 
     def _on_connect(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
-        self._send(identity, "ACK", state=self.state, model=self._model.model_dump(mode="json"))
+        model = self._model.model_dump(mode="json")
+        self._send(identity, "ACK", ask=fields["ask"], state=self.state, model=model)
 
     def _on_submit(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
         given = fields["request"].get("id")
@@ -130,7 +132,7 @@ class Coordinator:
             self._drop(ticket)
 
     def _on_status(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
-        self._tell_state(identity)
+        self._tell_state(identity, fields["ask"])
 
     def _on_disconnect(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
         self._forget_client(identity)
@@ -147,7 +149,7 @@ class Coordinator:
                 self._fail(ticket, "stopped", f"request {ticket.request.id!r}: service stopped")
         for replica in self._replicas.values():
             self._send(replica.identity, "ENTER", state=state)
-        self._asked.append((identity, state))
+        self._asked.append((identity, fields["ask"], state))
         self._tell_who_asked()
 
     def _forget_client(self, identity: bytes) -> None:
@@ -326,26 +328,26 @@ class Coordinator:
     def _tell_who_asked(self) -> None:
         """Answers commands whose state every replica has reached, or that came to nothing."""
         waiting = []
-        for identity, state in self._asked:
+        for identity, ask, state in self._asked:
             there = all(r.status["state"] == state for r in self._replicas.values())
             if there or state != self.state:
-                self._tell_state(identity)
+                self._tell_state(identity, ask)
             else:
-                waiting.append((identity, state))
+                waiting.append((identity, ask, state))
         self._asked = waiting
 
-    def _tell_state(self, identity: bytes) -> None:
+    def _tell_state(self, identity: bytes, ask: int) -> None:
         replicas = [
             {"replica": r.index, "done": r.num_done, "pending": len(r.pending), **r.status}
             for r in self._replicas.values()
         ]
         replicas += [{"replica": index, "lost": message} for index, message in self._lost.items()]
         replicas.sort(key=lambda replica: replica["replica"])
-        queued = len(self._queue)
-        self._send(identity, "STATE", state=self.state, queued=queued, replicas=replicas)
+        told = {"state": self.state, "queued": len(self._queue), "replicas": replicas}
+        self._send(identity, "STATE", ask=ask, **told)
 
-    def _error(self, identity: bytes, name: str, kind: str, message: str) -> None:
-        self._send(identity, "ERROR", id=name, kind=kind, message=message)
+    def _error(self, identity: bytes, name: str, kind: str, message: str, ask: int = 0) -> None:
+        self._send(identity, "ERROR", id=name, ask=ask, kind=kind, message=message)
 
     def _send(self, identity: bytes, kind: str, /, **fields: Any) -> None:
         try:

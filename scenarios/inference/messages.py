@@ -2,7 +2,8 @@
 
 A message is two frames: the header, ``HEADER``, with the version of this table, and msgpack of
 ``[type, {field: value}]``. Only maps, lists, text, numbers, booleans and nil occur; nothing is ever
-unpickled. docs/inference.md shows the table.
+unpickled. A client numbers its questions by ``ask``, from 1 on; the answer bears the number.
+docs/inference.md shows the table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,17 +30,17 @@ class Kind:
 
 
 MESSAGES: dict[str, Kind] = {
-    "CONNECT": Kind("client", "asks for ACK", {}),
+    "CONNECT": Kind("client", "asks for ACK", {"ask": int}),
     "SUBMIT": Kind("client", "a request to generate", {"request": dict, "stream": bool}),
     "ABORT": Kind("client", "forget a request", {"id": str}),
-    "PAUSE": Kind("client", "RUNNING to PAUSED: no steps, requests stay", {}),
-    "UNPAUSE": Kind("client", "PAUSED to RUNNING", {}),
-    "SUSPEND": Kind("client", "PAUSED to SUSPENDED: KV caches are freed", {}),
-    "RESUME": Kind("client", "SUSPENDED to PAUSED", {}),
-    "STOP": Kind("client", "from any state to STOPPED: requests fail, all processes end", {}),
-    "STATUS": Kind("client", "asks for STATE", {}),
+    "PAUSE": Kind("client", "RUNNING to PAUSED: no steps, requests stay", {"ask": int}),
+    "UNPAUSE": Kind("client", "PAUSED to RUNNING", {"ask": int}),
+    "SUSPEND": Kind("client", "PAUSED to SUSPENDED: KV caches are freed", {"ask": int}),
+    "RESUME": Kind("client", "SUSPENDED to PAUSED", {"ask": int}),
+    "STOP": Kind("client", "any state to STOPPED: requests fail, processes end", {"ask": int}),
+    "STATUS": Kind("client", "asks for STATE", {"ask": int}),
     "DISCONNECT": Kind("client", "goodbye; its requests are forgotten", {}),
-    "ACK": Kind("coordinator", "to a client: welcome", {"state": str, "model": dict}),
+    "ACK": Kind("coordinator", "to a client: welcome", {"ask": int, "state": str, "model": dict}),
     "PARTIAL": Kind(
         "coordinator",
         "to a client: new tokens of a streamed request, from number `first` on",
@@ -61,13 +62,13 @@ MESSAGES: dict[str, Kind] = {
     ),
     "ERROR": Kind(
         "coordinator",
-        "to whoever caused it; `id` is empty if it is of no request",
-        {"id": str, "kind": str, "message": str},
+        "to whoever caused it: the request `id`, or the question `ask`, or neither (empty, 0)",
+        {"id": str, "ask": int, "kind": str, "message": str},
     ),
     "STATE": Kind(
         "coordinator",
         "to a client: the answer to STATUS or to a command, when all replicas are there",
-        {"state": str, "queued": int, "replicas": list},
+        {"ask": int, "state": str, "queued": int, "replicas": list},
     ),
     "PING": Kind("coordinator", "to a client with requests: is it there?", {}),
     "WORK": Kind("coordinator", "to a replica: a request", {"ticket": str, "request": dict}),

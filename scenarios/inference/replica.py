@@ -30,7 +30,7 @@ from scenarios.parallel.mesh import Mesh
 
 IDLE_S = 0.1
 """Between two words to the peers, and signs of life, when there is nothing to do."""
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 """A peer that does not come to a collective for so long is missing."""
 
 Command = tuple[str, dict[str, Any]]
