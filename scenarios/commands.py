@@ -16,6 +16,7 @@ from scenarios.golden import (
     write_atomically,
     write_golden,
 )
+from scenarios.inference.throughput import describe_throughput, record_throughput
 from scenarios.launch import check_port
 from scenarios.machine import ANY_MACHINE
 from scenarios.provenance import provenance
@@ -89,6 +90,10 @@ def judge_case(
     check_port(options.master_port)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options, resumed)
+    if played.rounds_tokens_s:
+        note = "; ".join(
+            filter(None, [note, describe_throughput(scenario, played.rounds_tokens_s)])
+        )
     checks = [*played.checks, *([check_golden(scenario, golden, played.metrics)] if golden else [])]
     return _verdict(scenario, out_dir, played, checks, note)
 
@@ -175,6 +180,8 @@ def record_case(
     write = verdict.passed and (traced or not (changes and changes.passed))
     if write:
         write_golden(path, scale, Golden(played.metrics, origin))
+        if played.rounds_tokens_s:
+            record_throughput(scenario, played.rounds_tokens_s, command)
     return Recording(verdict, path, write, changes)
 
 

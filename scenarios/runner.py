@@ -49,6 +49,8 @@ class Played:
     checks: tuple[Check, ...]
     """The invariants that hold without a golden."""
     runs: tuple[tuple[str, float], ...]
+    rounds_tokens_s: tuple[float, ...] = ()
+    """Throughput of inference, measured so many times."""
 
 
 def make_out_dir(wish: Path | None, name: str) -> Path:
@@ -92,7 +94,7 @@ def play(
 
         (out_dir / "scenario.json").write_text(scenario.model_dump_json(indent=1) + "\n")
         done = play_inference(scenario, out_dir, options.progress, options.timeout_s)
-        return Played(done.metrics, done.checks, done.runs)
+        return Played(done.metrics, done.checks, done.runs, done.rounds_tokens_s)
     if options.server is None:
         with ForkServer() as server:
             return play(scenario, out_dir, replace(options, server=server), resumed)

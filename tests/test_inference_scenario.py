@@ -22,6 +22,7 @@ from scenarios.golden import Metric, Metrics, read_golden, write_golden
 from scenarios.inference.client import Completion
 from scenarios.inference.model_files import read_model
 from scenarios.inference.request import Request, Sampling
+from scenarios.inference.throughput import compare_rounds
 from scenarios.inference.workload import (
     check_completions,
     check_replicas,
@@ -54,12 +55,15 @@ def test_plays_and_equals_its_golden(testbed: Testbed, tmp_path: Path) -> None:
     assert [check["name"] for check in verdict["checks"]] == [
         "complete and finite",
         "replicas busy",
+        "round 2",
+        "round 3",
         "other order, suspended",
         "KV blocks returned",
         "golden",
     ]
     assert "4032 values, all bits equal" in verdict["checks"][-1]["detail"]
-    assert "tokens/s" in verdict["runs"][1]["run"]
+    assert "first token p50/p90/p99" in verdict["runs"][1]["run"]
+    assert verdict["note"].startswith("throughput ")
 
 
 def test_the_golden_holds_what_the_shipped_model_was_asked() -> None:
@@ -132,6 +136,20 @@ def test_text_is_text_in_a_golden(tmp_path: Path) -> None:
         bad = replace(GOLDEN, metrics={name: Metric(1, 1, 1, {1: value})})
         with pytest.raises(ValueError, match="cannot be a golden"):
             write_golden(path, "ci", bad)
+
+
+@pytest.mark.parametrize(
+    ("actual", "told"),
+    [
+        ((80.0, 85.0, 89.0), "slower than"),
+        ((80.0, 85.0, 91.0), "within the noise of"),
+        ((100.0, 110.0, 120.0), "within the noise of"),
+        ((132.0, 200.0, 131.0), "within the noise of"),
+        ((133.0, 200.0, 134.0), "faster than"),
+    ],
+)
+def test_throughput_is_compared_by_whole_ranges(actual: tuple[float, ...], told: str) -> None:
+    assert compare_rounds((100.0, 110.0, 120.0), actual) == told
 
 
 def completions(num: int) -> tuple[list[Request], list[Completion]]:

@@ -1,7 +1,7 @@
-"""Plays an inference scenario: a service of the case's layout answers its requests, twice.
+"""Plays an inference scenario: a service of the case's layout answers its requests.
 
-First all at once; then in the other order, with a pause, a suspension and a resumption while tokens
-are generated. Both must give the same.
+First all at once, in some rounds; then in the other order, with a pause, a suspension and a
+resumption while tokens are generated. All must give the same.
 """
 
 import threading
@@ -19,6 +19,7 @@ from scenarios.inference.errors import InferenceError, Refused
 from scenarios.inference.model_files import read_model
 from scenarios.inference.request import Request
 from scenarios.inference.service import Service, ServiceConfig
+from scenarios.inference.throughput import ROUNDS
 from scenarios.inference.workload import (
     check_completions,
     check_replicas,
@@ -52,6 +53,8 @@ class PlayedInference:
     """Of the first."""
     checks: tuple[Check, ...]
     runs: tuple[tuple[str, float], ...]
+    rounds_tokens_s: tuple[float, ...]
+    """Throughput of the first run and its repetitions."""
 
 
 def play_inference(
@@ -94,13 +97,14 @@ def play_inference(
             with Client(service.address) as client:
                 service.wait_for_replicas(client)
                 runs.append(("start", time.monotonic() - start_s))
+                first, wall_s = _run(client, requests, timeout_s)
+                runs.append((f"round 1: {describe_speed(first, wall_s)}", wall_s))
                 start_s = time.monotonic()
-                first = _results([_submit(client, r, timeout_s) for r in requests])
-                wall_s = time.monotonic() - start_s
-                runs.append((f"run 1: {describe_speed(first, wall_s)}", wall_s))
+                again = [_run(client, requests, timeout_s) for _ in range(ROUNDS - 1)]
+                runs.append((f"rounds 2 to {ROUNDS}", time.monotonic() - start_s))
                 start_s = time.monotonic()
                 second = _suspended_run(client, requests[::-1], timeout_s)[::-1]
-                runs.append(("run 2: other order, suspended", time.monotonic() - start_s))
+                runs.append(("other order, suspended", time.monotonic() - start_s))
                 status = client.command("STATUS")
         except InferenceError as error:
             reason = "; ".join([*service.failures, f"{type(error).__name__}: {error}"])
@@ -111,15 +115,27 @@ def play_inference(
     checks = [check_completions(requests, first)]
     if scenario.layout.dp > 1:
         checks.append(check_replicas(first, scenario.layout.dp))
-    checks.append(check_same(metrics, metrics_of_completions(second, tokenizer)))
+    others = {f"round {number}": done for number, (done, _) in enumerate(again, 2)}
+    for name, done in (others | {"other order, suspended": second}).items():
+        checks.append(check_same(name, metrics, metrics_of_completions(done, tokenizer)))
     in_use = [replica["blocks_in_use"] for replica in status["replicas"]]
     detail = f"{' + '.join(map(str, in_use))} in use at the end"
     checks.append(Check("KV blocks returned", not any(in_use), detail))
-    return PlayedInference(metrics, tuple(checks), tuple(runs))
+    num_tokens = sum(len(done.tokens) for done in first)
+    rounds = tuple(num_tokens / round_s for round_s in (wall_s, *(s for _, s in again)))
+    return PlayedInference(metrics, tuple(checks), tuple(runs), rounds)
 
 
-def _submit(client: Client, request: Request, timeout_s: float) -> "Future[Completion]":
-    return client.submit(request, timeout_s=timeout_s, on_tokens=lambda tokens: None)
+def _run(
+    client: Client, requests: list[Request], timeout_s: float
+) -> tuple[list[Completion], float]:
+    """All requests at once: their completions, and the wall time."""
+    start_s = time.monotonic()
+    futures = [
+        client.submit(request, timeout_s=timeout_s, on_tokens=lambda tokens: None)
+        for request in requests
+    ]
+    return _results(futures), time.monotonic() - start_s
 
 
 def _results(futures: "list[Future[Completion]]") -> list[Completion]:
