@@ -18,6 +18,7 @@ from primitives.bench.measure import (
     absent_message,
     measure,
 )
+from scenarios.bench_decode import bench_decode
 from scenarios.bench_vocab import bench_vocab
 from scenarios.golden import write_atomically
 from scenarios.provenance import cpu_model, versions
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from primitives.bench.fused import Row as FusedRow
     from primitives.bench.gemm import Row as GemmRow
 
-BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "step"]
+BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "decode", "step"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 
 
@@ -169,6 +170,8 @@ def bench(
                 click.echo(fused_line(fused_row))
     if "vocab_entropy" in op:
         document["vocab_entropy"] = bench_vocab(given["num_blocks"], as_json)
+    if "decode" in op:
+        document["decode"] = bench_decode(given["num_blocks"], as_json)
     if "step" in op:
         from scenarios.bench_step import measure as measure_step
         from scenarios.bench_step import step_lines

@@ -152,6 +152,25 @@ def test_throughput_is_compared_by_whole_ranges(actual: tuple[float, ...], told:
     assert compare_rounds((100.0, 110.0, 120.0), actual) == told
 
 
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_tokens_give_their_text_back(text: str) -> None:
+    assert S3.inference is not None
+    for name in ("bytes", f"{S3.inference.model_folder}/tokenizer.json"):
+        tokenizer = load_tokenizer(name)
+        (tokens,) = tokenizer.encode([text])
+        assert tokenizer.decode(tokens) == text
+        assert tokenizer.decode([*tokens, tokenizer.vocab_size + 7]) == text
+
+
+def test_bench_decode(testbed: Testbed) -> None:
+    code, out, _ = testbed("bench", "decode", "-n", "1", "--json")
+    rows = json.loads(out)["decode"]
+    assert (code, [row["batch"] for row in rows], rows[0]["factor"]) == (0, [1, 8, 32, 64], 1.0)
+    for row in rows:
+        assert row["tokens_s"] == pytest.approx(1000 * row["batch"] / row["step_ms"])
+    assert "# decode: S3's model" in testbed("bench", "decode", "-n", "1")[1]
+
+
 def completions(num: int) -> tuple[list[Request], list[Completion]]:
     sampling = Sampling(max_new_tokens=2, prompt_log_probs=True)
     requests = [Request(id=f"r{i}", prompt=(1, 2, 3), sampling=sampling) for i in range(num)]
