@@ -309,7 +309,7 @@ def test_list_and_doctor(testbed: Testbed) -> None:
     assert rows["S1", "ci"]["num_ranks"] == 4
     assert rows["S1", "ci"]["golden"] is False
     code, out, _ = testbed("list", "--names")
-    assert out.split() == sorted({row["name"] for row in rows.values()})
+    assert sorted(out.split()) == sorted({row["name"] for row in rows.values()})
     code, out, _ = testbed("doctor", "--json")
     facts = json.loads(out)
     assert (code, facts["ready"]) == (0, True)
