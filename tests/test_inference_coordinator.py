@@ -254,6 +254,25 @@ def test_refuses_a_bad_step(entry: Any) -> None:
     assert socket.take(b"A") == []
 
 
+def test_a_replica_that_comes_late_is_told_the_state() -> None:
+    socket = FakeSocket()
+    coordinator = make_coordinator(socket, 2)
+    coordinator.receive(b"A", encode("SUBMIT", request=request_of("r"), stream=False))
+    coordinator.receive(b"replica0", encode("REGISTER", secret=SECRET, replica=0))
+    coordinator.receive(b"A", encode("PAUSE", ask=1))
+    coordinator.dispatch()
+    states = [fields["state"] for _, fields in socket.take(b"replica0")]
+    assert states == ["RUNNING", "PAUSED"]
+    coordinator.receive(b"replica1", encode("REGISTER", secret=SECRET, replica=1))
+    assert socket.take(b"replica1") == [("ENTER", {"state": "PAUSED"})]
+    coordinator.receive(b"A", encode("UNPAUSE", ask=2))
+    coordinator.dispatch()
+    assert [kind for kind, _ in socket.take(b"replica0")] == ["ENTER", "WORK"]
+    coordinator.receive(b"replica1", encode("REGISTER", secret=SECRET, replica=1))
+    kinds = [kind for kind, _ in socket.take(b"replica1")]
+    assert kinds == ["ENTER", "ERROR"]  # it has registered before
+
+
 def test_a_client_that_has_gone_is_forgotten() -> None:
     socket = FakeSocket()
     coordinator = make_coordinator(socket, 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from primitives.layout import NUM_SLICES
 from scenarios.golden import write_atomically
@@ -124,7 +124,7 @@ def write_model(
         provenance: plain values.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(save({n: value.contiguous() for n, value in weights.items()}))
     if tokenizer is not None:
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
     files = [WEIGHTS, *([TOKENIZER] if tokenizer is not None else [])]

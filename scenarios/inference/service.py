@@ -18,7 +18,6 @@ from primitives.env import FLIGHT_DIR
 from primitives.layout import NUM_PARTS
 from scenarios.failures import signal_name
 from scenarios.fork_server import ForkServer, Process
-from scenarios.golden import write_atomically
 from scenarios.inference.client import Client
 from scenarios.inference.errors import InferenceError, ReplicaLost
 from scenarios.inference.link import Link
@@ -207,8 +206,8 @@ class Service:
             "config": self.config.engine.model_dump(mode="json"),
         }
         path = self._dir / "service.json"
-        write_atomically(path, json.dumps(job, indent=1) + "\n")
-        path.chmod(0o600)
+        path.touch(mode=0o600)  # it holds the secret
+        path.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
         return path
 
     def _ended(self, name: str, process: Process) -> str:
