@@ -247,11 +247,13 @@ def test_refuses_a_bad_step(entry: Any) -> None:
     coordinator.receive(b"A", encode("SUBMIT", request=request_of("r"), stream=True))
     coordinator.dispatch()
     socket.take(b"replica0")
-    coordinator.receive(b"replica0", encode("STEP", entries=[entry]))
+    good = ["1", 0, 7, -1.0, "00", [], None]
+    coordinator.receive(b"replica0", encode("STEP", entries=[entry, good, good]))
     ((kind, content),) = socket.take(b"replica0")
     assert kind == "ERROR"
     assert "STEP" in content["message"]
-    assert socket.take(b"A") == []
+    ((kind, content),) = socket.take(b"A")
+    assert (kind, content["tokens"]) == ("PARTIAL", [7])
 
 
 def test_a_replica_that_comes_late_is_told_the_state() -> None:

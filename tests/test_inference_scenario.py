@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scenarios import cli
+from scenarios import bench_decode, cli
 from scenarios.compare import compare_strict
 from scenarios.data.tokenizer import load_tokenizer
 from scenarios.golden import Metric, Metrics, read_golden, write_golden
@@ -162,7 +162,8 @@ def test_tokens_give_their_text_back(text: str) -> None:
         assert tokenizer.decode([*tokens, tokenizer.vocab_size + 7]) == text
 
 
-def test_bench_decode(testbed: Testbed) -> None:
+def test_bench_decode(testbed: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode, "NEW_TOKENS", 3)
     code, out, _ = testbed("bench", "decode", "-n", "1", "--json")
     rows = json.loads(out)["decode"]
     assert (code, [row["batch"] for row in rows], rows[0]["factor"]) == (0, [1, 8, 32, 64], 1.0)

@@ -136,6 +136,33 @@ def test_deadline_and_cancel(client: Client) -> None:
     assert blocks_in_use(client) == 0
 
 
+def test_a_closed_client_says_so(service: Service) -> None:
+    client = Client(service.address, TIMEOUT_S)
+    client.command("PAUSE")
+    future = client.submit(LONG)
+    assert client.command("UNPAUSE")["state"] == "RUNNING"
+    waiting = client.submit(LONG.model_copy(update={"id": "more"}), timeout_s=TIMEOUT_S)
+    client.close()
+    client.close()
+    for one in (future, waiting):
+        assert one.cancelled() or one.done()
+    with pytest.raises(CoordinatorLost, match="this client has been closed"):
+        client.generate(LONG)
+    with pytest.raises(CoordinatorLost, match="this client has been closed"):
+        client.command("STATUS")
+
+
+def test_an_error_of_a_callback_ends_its_request_alone(client: Client, expected: Results) -> None:
+    def fail(tokens: list[int]) -> None:
+        raise KeyError("mine")
+
+    failing, other = client.submit(LONG, on_tokens=fail), client.submit(REQUESTS[0])
+    with pytest.raises(KeyError, match="mine"):
+        failing.result(TIMEOUT_S)
+    assert bits(other.result(TIMEOUT_S)) == bits_of(expected, REQUESTS[0].id)
+    assert client.generate(LONG).tokens == expected.tokens["long"]
+
+
 def test_what_cannot_be_generated_is_refused(client: Client, expected: Results) -> None:
     wrong = [
         (Request(id="a", prompt=(1,) * 60), "up to 16 new ones, expected at most 64"),

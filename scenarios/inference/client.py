@@ -107,7 +107,8 @@ class Client:
         Args:
             request: its id is in use by no other one of this client.
             timeout_s: after which the future fails with RequestTimeout.
-            on_tokens: called with new tokens as they come, on the client's thread.
+            on_tokens: called with new tokens as they come, on the client's thread; what it raises
+                ends the request.
 
         Returns:
             A future of its completion; it fails with an InferenceError, and can be cancelled.
@@ -156,6 +157,8 @@ class Client:
                 self._closed = True
                 os.close(self._wake)
                 os.close(self._woken)
+            while self._calls:  # that came while the thread ended
+                self._calls.popleft()()
             self._link.close()
 
     def __enter__(self) -> Self:
@@ -184,12 +187,14 @@ class Client:
             ) from None
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Has the client's thread call it; nothing after the end."""
+        """Has the client's thread call it; after the end it is called here, and finds it so."""
         with self._lock:
             if not self._closed:
                 self._calls.append(function)
                 with contextlib.suppress(BlockingIOError):  # full: it is awake
                     os.write(self._wake, b"x")
+                return
+        function()
 
     # -- on the client's thread ------------------------------------------------------------------
 
@@ -256,8 +261,12 @@ class Client:
             return  # told twice
         elapsed_s = time.monotonic() - waiting.sent_s
         waiting.times_s += [elapsed_s] * len(fields["tokens"])
-        if waiting.on_tokens is not None:
-            waiting.on_tokens(fields["tokens"])
+        try:
+            if waiting.on_tokens is not None:
+                waiting.on_tokens(fields["tokens"])
+        except Exception as error:  # the caller's: it ends this request and no other
+            self._forget(waiting)
+            _fail(waiting.future, error)
 
     def _forget(self, waiting: _Waiting) -> bool:
         """Tells the service to forget a request, if it is on its way."""
@@ -290,6 +299,7 @@ class Client:
         self._ended = True
         if self._lost is None:
             self._link.send("DISCONNECT")
+            self._lost = CoordinatorLost("this client has been closed")
         for waiting in self._waiting.values():
             waiting.future.cancel()
         for answer in self._answers.values():
@@ -305,6 +315,6 @@ def _finish(future: "Future[Any]", value: object) -> None:
         future.set_result(value)
 
 
-def _fail(future: "Future[Any]", error: InferenceError) -> None:
+def _fail(future: "Future[Any]", error: Exception) -> None:
     if not future.cancelled() and future.set_running_or_notify_cancel():
         future.set_exception(error)

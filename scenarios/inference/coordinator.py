@@ -187,12 +187,20 @@ class Coordinator:
         replica.heard_s = time.monotonic()
         if kind == "BEAT":
             replica.status = fields
+            if not fields["num_requests"]:
+                replica.dropped.clear()
             if fields["state"] == "STOPPED":
                 del self._replicas[replica.index]
             self._tell_who_asked()
             return
+        errors = []
         for entry in fields["entries"]:
-            self._progress(replica, entry)
+            try:
+                self._progress(replica, entry)
+            except BadMessage as error:
+                errors.append(error)  # the others are none the worse for it
+        if errors:
+            raise errors[0]
 
     def _progress(self, replica: Replica, entry: Any) -> None:
         wanted = (str, int, int | None, float, str, list, str | None)
@@ -203,9 +211,11 @@ class Coordinator:
         number, first, token, log_prob, digest, prompt_log_probs, reason = entry
         ticket = replica.pending.get(number)
         if ticket is None:
-            if number.isdecimal() and 0 < int(number) <= self._num_tickets:
-                return  # aborted, or told twice
-            raise BadMessage(f"STEP: unknown ticket {number!r}")
+            if number in replica.dropped:
+                return
+            raise BadMessage(
+                f"STEP: ticket {number[:20]!r} has ended or is not yours, expected none"
+            )
         if first != len(ticket.tokens):
             raise BadMessage(
                 f"STEP: ticket {number}: got token {first}, expected {len(ticket.tokens)}"
@@ -318,11 +328,14 @@ class Coordinator:
 
     def _fail(self, ticket: Ticket, kind: str, message: str) -> None:
         if self._remove(ticket):
+            if ticket.replica is not None:
+                ticket.replica.dropped.add(ticket.number)
             self._error(ticket.client, ticket.request.id, kind, message)
 
     def _drop(self, ticket: Ticket) -> None:
         """Forgets a request that nobody waits for."""
         if self._remove(ticket) and ticket.replica is not None:
+            ticket.replica.dropped.add(ticket.number)
             self._send(ticket.replica.identity, "DROP", ticket=ticket.number)
 
     def _tell_who_asked(self) -> None:

@@ -16,6 +16,8 @@ class Replica:
     status: dict[str, Any] = field(default_factory=lambda: {"state": ""})
     pending: dict[str, "Ticket"] = field(default_factory=dict)
     num_done: int = 0
+    dropped: set[str] = field(default_factory=set)
+    """Tickets that it was told to forget and may still tell about."""
 
 
 @dataclass(eq=False)
