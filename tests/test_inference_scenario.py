@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scenarios import bench_decode, cli
+from scenarios.case_files import find_case
 from scenarios.compare import compare_strict
 from scenarios.data.tokenizer import load_tokenizer
+from scenarios.engines.builtin import Trainer
 from scenarios.golden import Metric, Metrics, read_golden, write_golden
 from scenarios.inference.client import Completion
 from scenarios.inference.model_files import read_model
@@ -29,6 +33,8 @@ from scenarios.inference.workload import (
     make_requests,
     metrics_of_completions,
 )
+from scenarios.layout import Layout
+from scenarios.parallel.mesh import Mesh
 from scenarios.schema import load_scenario
 
 S3 = load_scenario("S3", scale="ci")
@@ -64,6 +70,34 @@ def test_plays_and_equals_its_golden(testbed: Testbed, tmp_path: Path) -> None:
     assert "4032 values, all bits equal" in verdict["checks"][-1]["detail"]
     assert "first token p50/p90/p99" in verdict["runs"][1]["run"]
     assert verdict["note"].startswith("throughput ")
+
+
+def test_a_case_without_a_model_plays_initial_weights(testbed: Testbed, tmp_path: Path) -> None:
+    """They are those that training starts from."""
+    case = tmp_path / "gpt" / "mine"
+    case.mkdir(parents=True)
+    shipped = find_case("S3").parent
+    (case / "model_config.yaml").write_bytes((shipped / "model_config.yaml").read_bytes())
+    scale = (shipped / "scale_ci.yaml").read_text().replace("RANKS: 8\n", "")
+    (case / "scale_ci.yaml").write_text(scale)
+    out = tmp_path / "out"
+    code, text, err = testbed(
+        *("run", str(case), "--layout", "dp2", "--no-golden", "--out", str(out), "--json")
+    )
+    verdict = json.loads(text)
+    assert code == 0, (verdict, err)
+    assert "initial weights" in verdict["runs"][0]["run"]
+    model = read_model(out / "model").load(Mesh(Layout(), 0, {}))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trained = load_scenario(str(case), scale="ci", layout="dp1")
+        trainer = Trainer(trained)
+        trainer.gather.start()
+        trainer.gather.finish()
+        for name, value in trainer.model.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_golden_holds_what_the_shipped_model_was_asked() -> None:
@@ -227,7 +261,7 @@ def test_idle_replicas_and_missing_requests_are_caught() -> None:
         (["run", "S3", "--steps", "2"], "S3 trains nothing"),
         (["run", "S3", "--layouts", "tp1", "--steps", "2"], "S3 trains nothing"),
         (["run", "S3", "--data", "x"], "expected none for inference"),
-        (["run", "S3", "--scale", "full", "--no-golden"], "no frozen model of scale full"),
+        (["run", "S3", "--scale", "full"], "no golden recorded for scale full"),
         (["serve", "--checkpoint", "nothing"], "expected the folder of a frozen model"),
         (["serve", "--layout", "tp2,ep2"], "tp, pp, dp and sp only"),
         (["serve", "--kv-budget-mb", "0.001"], "expected at least the"),

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
+from primitives import canonical
 from primitives.layout import NUM_SLICES
 from scenarios.golden import write_atomically
 from scenarios.models.families import DTYPES
 from scenarios.models.gpt import Gpt
 from scenarios.parallel.leaves import leaf_name
 from scenarios.parallel.mesh import Mesh, Stage
+from scenarios.parallel.random_keys import random_key
 from scenarios.scenario import ModelConfig
 
 FORMAT = 1
@@ -124,7 +126,8 @@ def write_model(
         provenance: plain values.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(save({n: value.contiguous() for n, value in weights.items()}))
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # the library keeps it private
     if tokenizer is not None:
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
     files = [WEIGHTS, *([TOKENIZER] if tokenizer is not None else [])]
@@ -156,4 +159,18 @@ def whole_weights(config: ModelConfig, leaves: dict[str, torch.Tensor]) -> dict[
                 for index in range(NUM_SLICES)
             ]
             weights[spec.name] = torch.cat(pieces).view(spec.shape).to(dtype)
+    return weights
+
+
+def initial_weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """The parameters that training with this seed starts from, in the compute dtype."""
+    dtype = DTYPES[config.precision]
+    weights = {}
+    for layer in Gpt(config, dtype, Stage()).parameter_layers():
+        for spec in layer.specs:
+            values = torch.full(spec.shape, spec.init_mean)
+            if spec.init_std:
+                key = random_key(seed, "init", spec.name)
+                values = canonical.random_normal(spec.shape, key) * spec.init_std
+            weights[spec.name] = values.to(dtype)
     return weights

@@ -16,7 +16,7 @@ from scenarios.failures import RunFailed
 from scenarios.golden import Metrics
 from scenarios.inference.client import Client, Completion
 from scenarios.inference.errors import InferenceError, Refused
-from scenarios.inference.model_files import read_model
+from scenarios.inference.model_files import initial_weights, read_model, write_model
 from scenarios.inference.request import Request
 from scenarios.inference.service import Service, ServiceConfig
 from scenarios.inference.throughput import ROUNDS
@@ -69,17 +69,21 @@ def play_inference(
         timeout_s: deadline of every request.
 
     Raises:
-        ValueError: no frozen model of this size, or one that is not the case's.
+        ValueError: a frozen model that is not the case's.
         RunFailed: a process was lost, or a request was not answered in time.
     """
     config = scenario.inference
     assert config is not None
-    if config.model_folder is None:
-        raise ValueError(
-            f"{scenario.name}: no frozen model of scale {scenario.scale} is shipped; "
-            "testbed freeze makes one, testbed serve runs it"
-        )
-    model = read_model(config.model_folder)
+    start = "start"
+    folder = config.model_folder
+    if folder is None:
+        start = "start with initial weights: no frozen model of this size is shipped"
+        folder, seed = out_dir / "model", scenario.training.seed
+        weights = initial_weights(scenario.model, seed)
+        origin = {"seed": seed}
+        write_model(folder, scenario.model, weights, tokenizer=None, eod=None, provenance=origin)
+        del weights
+    model = read_model(folder)
     if model.config != scenario.model:
         raise ValueError(f"{model.folder}: got {model.config}, expected {scenario.model}")
     tokenizer = load_tokenizer(str(model.tokenizer or "bytes"))
@@ -96,7 +100,7 @@ def play_inference(
         try:
             with Client(service.address) as client:
                 service.wait_for_replicas(client)
-                runs.append(("start", time.monotonic() - start_s))
+                runs.append((start, time.monotonic() - start_s))
                 first, wall_s = _run(client, requests, timeout_s)
                 runs.append((f"round 1: {describe_speed(first, wall_s)}", wall_s))
                 start_s = time.monotonic()
@@ -130,11 +134,14 @@ def _run(
     client: Client, requests: list[Request], timeout_s: float
 ) -> tuple[list[Completion], float]:
     """All requests at once: their completions, and the wall time."""
+    # So that they are shared out evenly, however long it takes to send them.
+    client.command("PAUSE", timeout_s)
     start_s = time.monotonic()
     futures = [
         client.submit(request, timeout_s=timeout_s, on_tokens=lambda tokens: None)
         for request in requests
     ]
+    client.command("UNPAUSE", timeout_s)
     return _results(futures), time.monotonic() - start_s
 
 
