@@ -15,6 +15,7 @@ import click
 
 from primitives.bench import BenchFailed
 from scenarios.bench import bench
+from scenarios.cli_checkpoint import checkpoint
 from scenarios.cli_convert import convert
 from scenarios.cli_run import record, run
 from scenarios.failures import RunFailed
@@ -215,7 +216,7 @@ def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: b
     return EXIT_PASS
 
 
-for command in (run, record, bench, convert):
+for command in (run, record, bench, convert, checkpoint):
     testbed.add_command(command)
 
 
