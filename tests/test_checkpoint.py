@@ -155,7 +155,7 @@ def test_any_split_over_ranks_comes_back(
     state: dict[str, Any], num_writers: int, num_readers: int, data: st.DataObject
 ) -> None:
     """Each entry is held by some ranks; other ranks, and more or fewer of them, ask for all."""
-    flat = collect(state, copy=False)
+    flat = collect(state)
     keys = sorted([*flat.tensors, *flat.values])
     holders = {key: data.draw(st.sets(st.integers(0, num_writers - 1), min_size=1)) for key in keys}
 
@@ -226,7 +226,7 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
 def test_names_inside_a_file_are_unique(tmp_path: Path) -> None:
     kind = TensorKind("F32", (4,))
     halves = {LOW: torch.zeros(2), HIGH: torch.ones(2)}
-    local = collect({"w[0]": torch.full((3,), 2.0), "__metadata__": torch.ones(1)}, copy=False)
+    local = collect({"w[0]": torch.full((3,), 2.0), "__metadata__": torch.ones(1)})
     local.tensors["w"] = LocalTensor(kind, halves)
     assert save_on(1, tmp_path, 1, lambda _: local) == [None]
     target = {"w": torch.empty(4), "w[0]": torch.empty(3), "__metadata__": torch.empty(1)}
@@ -244,7 +244,7 @@ def test_equal_state_gives_equal_files(tmp_path: Path) -> None:
 
 def test_one_file_per_writing_rank_and_no_copy_twice(tmp_path: Path) -> None:
     tensor = torch.arange(1000.0)
-    save_on(4, tmp_path, 1, lambda _: collect({"a": tensor, "b": tensor + 1}, copy=False))
+    save_on(4, tmp_path, 1, lambda _: collect({"a": tensor, "b": tensor + 1}))
     sizes = [path.stat().st_size for path in tmp_path.glob("iter_*/shard_*")]
     assert len(sizes) == 2
     assert sum(sizes) < 2 * tensor.nbytes + 1000
@@ -282,7 +282,7 @@ def test_contradictions_are_refused_on_every_rank(
 ) -> None:
     def part(rank: int) -> LocalState:
         own = parts[rank]
-        return own if isinstance(own, LocalState) else collect(own, copy=False)
+        return own if isinstance(own, LocalState) else collect(own)
 
     for error in save_on(2, tmp_path, 1, part):
         with pytest.raises(ValueError, match=message):

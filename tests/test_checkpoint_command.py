@@ -56,3 +56,15 @@ def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for path in (tmp_path, tmp_path / "none", tmp_path / "iter_0000001"):
         assert main(["checkpoint", "verify", str(path)]) == 2
         assert str(path) in capsys.readouterr().err
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "checkpoint", "-e", "13M", "-n", "1", "--ranks", "2", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert found["nbytes"] == 12 * 1024 * 1024
+    assert list(found["figures"]) == ["dcp.save", "ours", "ours async"]
+    for figures in found["figures"].values():
+        assert 0 < figures["blocked_s"] <= figures["save_s"]
+    assert main([*arguments, "-e", "1M"]) == 2
+    assert "-e 1048576, expected 1 or more rounds of 12582912" in capsys.readouterr().err

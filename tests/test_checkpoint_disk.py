@@ -34,7 +34,7 @@ def save(root: Path, step: int, numel: int) -> list[Any]:
 
     def body(exchange: Exchange) -> None:
         own = f"w{exchange.rank}"
-        local = collect({own: content(step, numel)[own]}, copy=False)
+        local = collect({own: content(step, numel)[own]})
         save_state(CheckpointRoot(root), step, lambda: local, exchange, None)
 
     return on_ranks(NUM_RANKS, body)

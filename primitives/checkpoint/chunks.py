@@ -118,12 +118,11 @@ def local_tensor(key: str, tensor: torch.Tensor) -> LocalTensor:
     return LocalTensor(kind, boxes)
 
 
-def collect(state: dict[str, Any], *, copy: bool) -> LocalState:
-    """This rank's state as keys.
+def collect(state: dict[str, Any]) -> LocalState:
+    """This rank's state as keys; the data shares the state's memory.
 
     Args:
         state: nested dict of tensors and plain values.
-        copy: copy the data to host memory, so that the state may change at once.
 
     Raises:
         ValueError: an entry that cannot be stored.
@@ -131,15 +130,33 @@ def collect(state: dict[str, Any], *, copy: bool) -> LocalState:
     local = LocalState()
     for key, value, _ in leaves(state):
         if isinstance(value, torch.Tensor):
-            tensor = local_tensor(key, value)
-            if copy:
-                tensor.boxes = {
-                    box: data.to("cpu", copy=True) for box, data in tensor.boxes.items()
-                }
-            local.tensors[key] = tensor
+            local.tensors[key] = local_tensor(key, value)
         else:
             local.values[key] = encode(value, key)
     return local
+
+
+HostBuffers = dict[tuple[str, Box], torch.Tensor]
+
+
+def copy_to_host(local: LocalState, buffers: HostBuffers) -> HostBuffers:
+    """Replaces the data by copies in host memory.
+
+    Args:
+        buffers: of an earlier copy, to be written over where shape and dtype are the same: memory
+            that was used before takes a fraction of the time of fresh memory.
+
+    Returns:
+        The copies, for the next time.
+    """
+    copies: HostBuffers = {}
+    for key, tensor in local.tensors.items():
+        for box, data in tensor.boxes.items():
+            buffer = buffers.get((key, box))
+            if buffer is None or buffer.dtype != data.dtype:
+                buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+            tensor.boxes[box] = copies[key, box] = buffer.copy_(data)
+    return copies
 
 
 class Plan(NamedTuple):

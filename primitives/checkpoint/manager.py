@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from primitives.checkpoint.chunks import LocalState, collect
+from primitives.checkpoint.chunks import HostBuffers, LocalState, collect, copy_to_host
 from primitives.checkpoint.exchange import agree, make_exchange
 from primitives.checkpoint.folder import CheckpointRoot
 from primitives.checkpoint.reader import Contents, load_state, read_contents
@@ -49,6 +49,7 @@ class CheckpointManager:
         self._keep = keep
         self.exchange = make_exchange(process_group)
         self._on_subgroup = process_group is not None and process_group is not dist.group.WORLD
+        self._buffers: HostBuffers = {}
         self._pending: threading.Thread | None = None
         self._background_error: BaseException | None = None
 
@@ -63,7 +64,8 @@ class CheckpointManager:
                 passes its own keys; what several ranks pass under one key must be equal or be
                 shards of one tensor.
             asynchronous: copy the state and return; a thread writes it. ``state`` may change at
-                once. A process that exits waits for the thread.
+                once. A process that exits waits for the thread. The manager keeps the memory of
+                the copy, as much as this rank saves, for the next time.
 
         Raises:
             ValueError: the state cannot be stored, ranks contradict each other, or an asynchronous
@@ -79,12 +81,12 @@ class CheckpointManager:
             save_state(
                 self.root,
                 _checked(step),
-                lambda: collect(state, copy=False),
+                lambda: collect(state),
                 self.exchange,
                 self._keep,
             )
             return
-        staged = _staged(state)
+        staged = self._staged(state)
         self._pending = threading.Thread(
             target=self._save_in_background, args=(_checked(step), staged), name="checkpoint-save"
         )
@@ -158,6 +160,20 @@ class CheckpointManager:
 
         agree(self.exchange, remove)
 
+    def _staged(self, state: dict[str, Any]) -> Callable[[], LocalState]:
+        """Copies the state now; an error is kept for the save, where all ranks learn of it."""
+        try:
+            local = collect(state)
+            self._buffers = copy_to_host(local, self._buffers)
+        except Exception as error:
+            kept = error
+
+            def fail() -> LocalState:
+                raise kept
+
+            return fail
+        return lambda: local
+
     def _save_in_background(self, step: int, staged: Callable[[], LocalState]) -> None:
         try:
             save_state(self.root, step, staged, self.exchange, self._keep)
@@ -171,17 +187,3 @@ def _checked(step: int) -> int:
     if type(step) is not int or step < 0:
         raise ValueError(f"step: got {step!r}, expected an int of at least 0")
     return step
-
-
-def _staged(state: dict[str, Any]) -> Callable[[], LocalState]:
-    """Copies the state now; an error is kept for the save, where all ranks learn of it."""
-    try:
-        local = collect(state, copy=True)
-    except Exception as error:
-        kept = error
-
-        def fail() -> LocalState:
-            raise kept
-
-        return fail
-    return lambda: local
