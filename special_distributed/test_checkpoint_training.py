@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
@@ -151,6 +153,37 @@ def test_other_groups_are_refused(folder: Path, rank: int, world: dist.ProcessGr
     FSDPCheckpointManager(folder, *run).load(1)
     for parameter, kinds in run.optimizer.state.items():
         assert_same_bits(kinds, state[parameter])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_rank_without_elements(version: int, folder: Path, rank: int) -> None:
+    """Two elements on four ranks: some hold none, and FSDP1 gives those no moments."""
+    torch.manual_seed(rank * version)
+    model: nn.Module = nn.Linear(2, 1, bias=False)
+    if version == 1:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    manager = FSDPCheckpointManager(folder, model, optimizer)
+
+    def update() -> list[Any]:
+        model(torch.tensor([1.0, 2.0])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kinds = [
+            (kind, getattr(value, "to_local", lambda value=value: value)().tolist())
+            for moments in optimizer.state.values()
+            for kind, value in moments.items()
+        ]
+        shards = [getattr(p, "to_local", lambda p=p: p)().tolist() for p in model.parameters()]
+        return [kinds if any(map(len, shards)) else [], shards]
+
+    update()
+    manager.save(1)
+    expected = update()
+    manager.load()
+    assert update() == expected
 
 
 @pytest.mark.parametrize("wrap", [fsdp1, fsdp2, ddp], ids=name_of)
