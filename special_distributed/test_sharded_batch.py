@@ -184,6 +184,8 @@ def test_placements(line: DeviceMesh, rank: int) -> None:
     assert torch.equal(batch.to_dtensor("x").full_tensor(), torch.arange(8.0))
     assert torch.equal(batch.to_dtensor("scale").full_tensor(), torch.ones(3))
     assert batch.to_dtensor("table") is table
+    with pytest.raises(ValueError, match="x is a DTensor; it belongs in replicated"):
+        ShardedTensorDict(TensorDict({"x": table}, batch_size=[8]))
     full = batch[1:].all_gather()
     assert full.replicated.keys() == {"table", "scale"}
     assert full.placements("x") == (Replicate(),)

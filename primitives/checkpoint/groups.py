@@ -1,8 +1,8 @@
 """Parameter names and optimizer groups: what wraps the model, and how, leaves no trace in them.
 
-Settings (learning rate, weight decay and so on) are stored per
-group together with the names of the group's parameters; a load looks up every parameter's
-settings by its name, so groups may be reordered, split, or joined where their settings agree.
+Settings (learning rate, weight decay and so on) are stored per group together with the names of the
+group's parameters; a load looks up every parameter's settings by its name, so groups may be
+reordered, split, or joined where their settings agree.
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def even_counts(num_rows: int, num_parts: int) -> list[int]:
@@ -24,6 +25,10 @@ def bounds(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 def check_layout(key: Any, tensor: Tensor) -> None:
     """Raises ValueError for a tensor whose rows this module cannot take apart."""
+    if isinstance(tensor, DTensor):
+        raise ValueError(
+            f"tensors: {key} is a DTensor; it belongs in replicated, or its local part"
+        )
     nested: Any = tensor
     if tensor.is_nested and (tensor.layout is not torch.jagged or nested._ragged_idx != 1):
         raise ValueError(
