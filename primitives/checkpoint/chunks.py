@@ -136,29 +136,6 @@ def collect(state: dict[str, Any]) -> LocalState:
     return local
 
 
-HostBuffers = dict[tuple[str, Box], torch.Tensor]
-
-
-def copy_to_host(local: LocalState, buffers: HostBuffers) -> HostBuffers:
-    """Replaces the data by copies in host memory.
-
-    Args:
-        buffers: of an earlier copy, to be written over where shape and dtype are the same: memory
-            that was used before takes a fraction of the time of fresh memory.
-
-    Returns:
-        The copies, for the next time.
-    """
-    copies: HostBuffers = {}
-    for key, tensor in local.tensors.items():
-        for box, data in tensor.boxes.items():
-            buffer = buffers.get((key, box))
-            if buffer is None or buffer.dtype != data.dtype:
-                buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
-            tensor.boxes[box] = copies[key, box] = buffer.copy_(data)
-    return copies
-
-
 class Plan(NamedTuple):
     """Who writes what."""
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from primitives.checkpoint.chunks import HostBuffers, LocalState, collect, copy_to_host
+from primitives.checkpoint.chunks import LocalState, collect
 from primitives.checkpoint.exchange import agree, make_exchange
 from primitives.checkpoint.folder import CheckpointRoot
+from primitives.checkpoint.host_copy import HostCopy
 from primitives.checkpoint.reader import Contents, load_state, read_contents
 from primitives.checkpoint.writer import save_state
 
@@ -49,7 +50,7 @@ class CheckpointManager:
         self._keep = keep
         self.exchange = make_exchange(process_group)
         self._on_subgroup = process_group is not None and process_group is not dist.group.WORLD
-        self._buffers: HostBuffers = {}
+        self._host_copy = HostCopy()
         self._pending: threading.Thread | None = None
         self._background_error: BaseException | None = None
 
@@ -164,7 +165,7 @@ class CheckpointManager:
         """Copies the state now; an error is kept for the save, where all ranks learn of it."""
         try:
             local = collect(state)
-            self._buffers = copy_to_host(local, self._buffers)
+            self._host_copy.take(local)
         except Exception as error:
             kept = error
 
