@@ -40,6 +40,14 @@ leaf_plans = st.builds(
     st.booleans(),
 )
 plans = st.dictionaries(st.sampled_from(KEYS), leaf_plans, max_size=len(KEYS))
+summable_plans = plans.map(
+    lambda plan: {
+        key: leaf._replace(jagged=False)
+        for key, leaf in plan.items()
+        if leaf.dtype is not torch.complex64
+    }
+)
+"""plans whose leaves have a sum and a maximum"""
 counts = st.tuples(*[st.integers(0, 4)] * 4)
 """rows of each of four ranks"""
 

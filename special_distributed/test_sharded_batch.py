@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from primitives.sharded_tensordict import ShardedTensorDict
 from primitives.sharded_tensordict.rows import even_counts
-from special_distributed.batches import Plan, batch_of, contents, counts, plans
+from special_distributed.batches import Plan, batch_of, contents, counts, plans, summable_plans
 from special_distributed.examples import examples
 
 NUM_RANKS = 4
@@ -124,6 +124,17 @@ def test_reduce_scatter(line: DeviceMesh, rank: int, num_rows: int, op: str) -> 
     same = ShardedTensorDict(TensorDict({"f": full(0)["f"]}, batch_size=[num_rows]))
     again = same.reduce_scatter(line, "dp", op="avg").all_gather(line, "dp")
     assert torch.equal(again.tensors["f"], same.tensors["f"])
+
+
+@examples(40, plan=summable_plans, num_rows=st.integers(0, 9))
+def test_all_gather_undoes_reduce_scatter(line: DeviceMesh, plan: Plan, num_rows: int) -> None:
+    """The maximum of what is equal on all ranks is just that."""
+    batch = batch_of(plan, num_rows, 1)
+    for key, leaf in batch.leaves().items():
+        if leaf.is_floating_point():
+            batch.tensors[key] = leaf.nan_to_num()
+    shard = batch.reduce_scatter(line, "dp", op="max")
+    assert contents(shard.all_gather()) == contents(batch)
 
 
 @examples(15, plan=plans, num_rows=counts, divisor=st.integers(1, 5))
