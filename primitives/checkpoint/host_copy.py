@@ -1,8 +1,5 @@
 """Host memory for the copies that asynchronous saves write from."""
 
-import mmap
-from contextlib import suppress
-
 import torch
 
 from primitives.checkpoint.chunks import LocalState
@@ -14,7 +11,7 @@ class HostCopy:
     """Copies of a rank's state, in memory that is kept from one save to the next.
 
     The first touch of fresh memory takes several times as long as the copy, and it is the training
-    loop that waits: hence memory that was used before, and huge pages for the first time.
+    loop that waits: so only the first save pays for it.
     """
 
     def __init__(self) -> None:
@@ -32,16 +29,8 @@ class HostCopy:
             starts.append(total)
             total += -(-data.numel() * data.element_size() // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
         if total > len(self._memory):
-            self._memory = _allocate(total, pinned=any(data.is_cuda for _, _, data in items))
+            pinned = any(data.is_cuda for _, _, data in items)
+            self._memory = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
         for start, (boxes, box, data) in zip(starts, items, strict=True):
             end = start + data.numel() * data.element_size()
             boxes[box] = self._memory[start:end].view(data.dtype).view(data.shape).copy_(data)
-
-
-def _allocate(nbytes: int, *, pinned: bool) -> torch.Tensor:
-    if pinned:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
