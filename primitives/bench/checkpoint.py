@@ -114,27 +114,28 @@ class TrainingRun:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def savers(self) -> dict[str, Callable[[Path, int], Callable[[], None]]]:
-        """By name: starts a save into a folder, and returns what waits for its end."""
-        managers: dict[str, FSDPCheckpointManager] = {}
+    def savers(self, root: Path) -> dict[str, Callable[[int], Callable[[], None]]]:
+        """By name: starts a save of a step into a folder of that name; what it returns waits."""
 
-        def ours(folder: Path, step: int, asynchronous: bool) -> Callable[[], None]:
-            manager = managers.get(str(folder))
-            if manager is None:
-                manager = FSDPCheckpointManager(folder, self.model, self.optimizer)
-                managers[str(folder)] = manager
-            manager.save(step, asynchronous=asynchronous)
-            return manager.wait
-
-        def plain(folder: Path, step: int) -> Callable[[], None]:
+        def plain(step: int) -> Callable[[], None]:
             model, optimizer = get_state_dict(self.model, self.optimizer)
-            dcp_save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / str(step))
+            folder = root / "dcp.save" / str(step)
+            dcp_save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
             return lambda: None
+
+        def ours(name: str, asynchronous: bool) -> Callable[[int], Callable[[], None]]:
+            manager = FSDPCheckpointManager(root / name, self.model, self.optimizer)
+
+            def save(step: int) -> Callable[[], None]:
+                manager.save(step, asynchronous=asynchronous)
+                return manager.wait
+
+            return save
 
         return {
             "dcp.save": plain,
-            "ours": lambda folder, step: ours(folder, step, False),
-            "ours async": lambda folder, step: ours(folder, step, True),
+            "ours": ours("ours", False),
+            "ours async": ours("ours async", True),
         }
 
 
@@ -152,17 +153,16 @@ def run_rank(
     )
     run = TrainingRun(nbytes)
     samples: dict[str, list[list[float]]] = {name: [] for name in CONTESTANTS}
-    savers = run.savers()
+    savers = run.savers(Path(root))
     for step in range(num_rounds + 1):
         for name in CONTESTANTS:
-            folder = Path(root, name.replace(" ", "_"))
             if rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(Path(root, name), ignore_errors=True)
                 os.sync()
             dist.barrier()
             with PeakMemory() as memory:
                 start = time.perf_counter()
-                wait = savers[name](folder, step)
+                wait = savers[name](step)
                 blocked_s = time.perf_counter() - start
                 wait()
                 dist.barrier()
