@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs properties soak sanitize-address sanitize-thread
+.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread
 
 setup build:
 	@python3 bootstrap.py
@@ -63,6 +63,10 @@ bench-mpi: setup
 # configurations each.
 convert-proofs: setup
 	. $(BIN)/activate && PRIMITIVES_PROOF_CASES=50 pytest --timeout 1800 tests/test_convert_proof.py
+
+# SIGKILL at 200 points of each kind of save; then load, replay, save (about a quarter of an hour).
+checkpoint-kills: setup
+	$(BIN)/python tests/checkpoint_kills.py --points 200
 
 # 10,000 random collectives and 300 random programs against primitives.reference.
 properties: setup

@@ -1,5 +1,6 @@
 """The states of this process's random generators as a checkpointable dict."""
 
+import hashlib
 import random
 from typing import Any
 
@@ -53,3 +54,18 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((python["version"], words, python["gauss"]))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def reseed(state: dict[str, Any], rank: int, world_size: int) -> None:
+    """Seeds all generators from a state that ``random_state`` gave, for another number of ranks.
+
+    Every rank of every world size gets streams of its own; the same arguments give the same ones.
+    """
+    positions = f"{state['numpy']['position']}, {state['python']['position']}"
+    digest = hashlib.sha256(f"rank {rank} of {world_size} at {positions}".encode())
+    for part in (state["cpu"], state["numpy"]["words"], state["python"]["words"]):
+        digest.update(part.view(torch.uint8).numpy().tobytes())
+    seed = digest.digest()
+    torch.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+    np.random.seed(np.frombuffer(seed, np.uint32))
+    random.seed(seed)

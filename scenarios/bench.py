@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from primitives.bench.fused import Row as FusedRow
     from primitives.bench.gemm import Row as GemmRow
 
-BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "decode", "step"]
+BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "decode", "checkpoint", "step"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
 
 
@@ -119,7 +119,7 @@ def bench(
     as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
-    """Times collectives beside competitors and the limit; gemm, vocab_entropy... beside torch.
+    """Times collectives beside competitors and the limit; gemm, checkpoint... beside torch.
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
@@ -180,6 +180,14 @@ def bench(
         document["step"] = asdict(step)
         if not as_json:
             click.echo("\n".join(step_lines(step)))
+    if "checkpoint" in op:
+        from primitives.bench import checkpoint
+        from scenarios.bench_checkpoint import checkpoint_lines
+
+        saved = checkpoint.measure(given["num_ranks"], given["max_nbytes"], given["num_blocks"])
+        document["checkpoint"] = asdict(saved)
+        if not as_json:
+            click.echo("\n".join(checkpoint_lines(saved)))
     if num_wrong and not as_json:
         click.echo(f"# {num_wrong} wrong elements", err=True)
     document["num_wrong"] = num_wrong

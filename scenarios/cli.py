@@ -15,6 +15,7 @@ import click
 
 from primitives.bench import BenchFailed
 from scenarios.bench import bench
+from scenarios.cli_checkpoint import checkpoint
 from scenarios.cli_convert import convert
 from scenarios.cli_inference import freeze, generate, serve
 from scenarios.cli_run import record, run
@@ -216,7 +217,7 @@ def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: b
     return EXIT_PASS
 
 
-for command in (run, record, bench, convert, serve, generate, freeze):
+for command in (run, record, bench, convert, checkpoint, serve, generate, freeze):
     testbed.add_command(command)
 
 

@@ -57,3 +57,14 @@ def mpi() -> Iterator[Any]:
     # all meet in a barrier first, which does not.
     MPI.COMM_WORLD.Barrier()
     MPI.Finalize()
+
+
+@pytest.fixture
+def folder(world: Any, rank: int, tmp_path: Path) -> Path:
+    """Rank 0's temporary folder, on every rank."""
+    import torch.distributed as dist
+
+    shared = [tmp_path if rank == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    assert shared[0] is not None
+    return shared[0]

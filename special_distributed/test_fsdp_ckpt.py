@@ -14,17 +14,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from primitives.checkpoint import CheckpointManager
+from primitives.checkpoint import CheckpointManager, FSDPCheckpointManager
 from primitives.errors import CheckpointCorrupt
-from primitives.fsdp_checkpoint import FSDPCheckpointManager
 from primitives.random_state import random_state
+from special_distributed.checkpoint_runs import FSDP1_WARNINGS, assert_same_bits
 
-# torch's own FSDP1 state dicts are made of what it advises against.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Please use DTensor:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`:UserWarning"),
-]
-
+pytestmark = FSDP1_WARNINGS
 VOCAB_SIZE = 150  # rows on 4 ranks: uneven shards
 
 
@@ -103,33 +98,6 @@ def make_run(wrap: str, rank: int, seed: int) -> Run:
         seed_generator(seed * 1000 + rank * 10 + number)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     return Run(model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
-
-
-def assert_same_bits(got: Any, expected: Any, where: str = "state") -> None:
-    """Compares nested states; floats as bits, so that -0.0 and NaN payloads count."""
-    assert type(got) is type(expected), where
-    if isinstance(expected, dict):
-        assert got.keys() == expected.keys(), where
-        for name in expected:
-            assert_same_bits(got[name], expected[name], f"{where}.{name}")
-    elif isinstance(expected, torch.Tensor):
-        if hasattr(expected, "to_local"):
-            got, expected = got.to_local(), expected.to_local()
-        assert got.dtype == expected.dtype, where
-        assert got.shape == expected.shape, where
-        same = got.reshape(-1).view(torch.uint8) == expected.reshape(-1).view(torch.uint8)
-        assert same.all(), f"{where}: {int((~same).sum())} bytes differ"
-    else:
-        assert repr(got) == repr(expected), where
-
-
-@pytest.fixture
-def folder(world: dist.ProcessGroup, rank: int, tmp_path: Path) -> Path:
-    """Rank 0's temporary folder, on every rank."""
-    shared = [tmp_path if rank == 0 else None]
-    dist.broadcast_object_list(shared, src=0)
-    assert shared[0] is not None
-    return shared[0]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["now", "async"])

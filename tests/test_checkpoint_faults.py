@@ -44,7 +44,7 @@ def part_of(state: dict[str, Any], rank: int) -> dict[str, Any]:
 
 def save_on_ranks(root: Path, step: int) -> list[Any]:
     def body(exchange: Exchange) -> None:
-        local = collect(part_of(content(step), exchange.rank), copy=False)
+        local = collect(part_of(content(step), exchange.rank))
         save_state(CheckpointRoot(root), step, lambda: local, exchange, None)
 
     return on_ranks(NUM_RANKS, body)
@@ -231,7 +231,7 @@ def test_kill_of_another_rank_leaves_the_last_checkpoint(root: Path) -> None:
 
     def body(exchange: Exchange) -> None:
         def local() -> Any:
-            return collect(part_of(content(3), exchange.rank), copy=False)
+            return collect(part_of(content(3), exchange.rank))
 
         gathers = 0
         original = exchange.all_gather

@@ -8,6 +8,7 @@ protocol for shards (``__create_chunk_list__``) is used; its file format is not,
 metadata and plain values are pickles and it has no digests.
 """
 
+from primitives.checkpoint.fsdp import FSDPCheckpointManager
 from primitives.checkpoint.manager import CheckpointManager
 
-__all__ = ["CheckpointManager"]
+__all__ = ["CheckpointManager", "FSDPCheckpointManager"]

@@ -118,12 +118,11 @@ def local_tensor(key: str, tensor: torch.Tensor) -> LocalTensor:
     return LocalTensor(kind, boxes)
 
 
-def collect(state: dict[str, Any], *, copy: bool) -> LocalState:
-    """This rank's state as keys.
+def collect(state: dict[str, Any]) -> LocalState:
+    """This rank's state as keys; the data shares the state's memory.
 
     Args:
         state: nested dict of tensors and plain values.
-        copy: copy the data to host memory, so that the state may change at once.
 
     Raises:
         ValueError: an entry that cannot be stored.
@@ -131,12 +130,7 @@ def collect(state: dict[str, Any], *, copy: bool) -> LocalState:
     local = LocalState()
     for key, value, _ in leaves(state):
         if isinstance(value, torch.Tensor):
-            tensor = local_tensor(key, value)
-            if copy:
-                tensor.boxes = {
-                    box: data.to("cpu", copy=True) for box, data in tensor.boxes.items()
-                }
-            local.tensors[key] = tensor
+            local.tensors[key] = local_tensor(key, value)
         else:
             local.values[key] = encode(value, key)
     return local

@@ -46,6 +46,18 @@ class Manifest(NamedTuple):
     files: dict[str, FileRecord]
 
 
+def step_of(folder: Path) -> int:
+    """The step that the name of a committed folder tells.
+
+    Raises:
+        ValueError: it is not a name that a save commits.
+    """
+    match = COMMITTED.fullmatch(folder.name) or REPLACED.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder}: not the folder of a checkpoint, expected iter_0000010 or so")
+    return int(match[1])
+
+
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as JSON with its own digest."""
     content = {
@@ -144,8 +156,13 @@ class CheckpointRoot:
             names = os.listdir(self.path)
         except FileNotFoundError:
             return []
-        matches = [COMMITTED.fullmatch(name) or REPLACED.fullmatch(name) for name in names]
-        return sorted({int(match[1]) for match in matches if match})
+        return sorted(
+            {
+                step_of(Path(name))
+                for name in names
+                if COMMITTED.fullmatch(name) or REPLACED.fullmatch(name)
+            }
+        )
 
     def folder(self, step: int) -> Path:
         """The committed folder of a step, or where it would be."""

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from primitives.checkpoint.chunks import LocalState, collect
 from primitives.checkpoint.exchange import agree, make_exchange
-from primitives.checkpoint.folder import CheckpointRoot, verify_digest, verify_listing
-from primitives.checkpoint.reader import load_state, read_index
-from primitives.checkpoint.writer import INDEX, save_state
+from primitives.checkpoint.folder import CheckpointRoot
+from primitives.checkpoint.host_copy import HostCopy
+from primitives.checkpoint.reader import Contents, load_state, read_contents
+from primitives.checkpoint.writer import save_state
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ class CheckpointManager:
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep: got {keep}, expected at least 1 or None")
-        self._root = CheckpointRoot(Path(root))
+        self.root = CheckpointRoot(Path(root))
         self._keep = keep
-        self._exchange = make_exchange(process_group)
+        self.exchange = make_exchange(process_group)
         self._on_subgroup = process_group is not None and process_group is not dist.group.WORLD
+        self._host_copy = HostCopy()
         self._pending: threading.Thread | None = None
         self._background_error: BaseException | None = None
 
@@ -63,7 +65,8 @@ class CheckpointManager:
                 passes its own keys; what several ranks pass under one key must be equal or be
                 shards of one tensor.
             asynchronous: copy the state and return; a thread writes it. ``state`` may change at
-                once. A process that exits waits for the thread.
+                once. A process that exits waits for the thread. The manager keeps the memory of
+                the copy, as much as this rank saves, for the next time.
 
         Raises:
             ValueError: the state cannot be stored, ranks contradict each other, or an asynchronous
@@ -77,14 +80,14 @@ class CheckpointManager:
         self.wait()
         if not asynchronous:
             save_state(
-                self._root,
+                self.root,
                 _checked(step),
-                lambda: collect(state, copy=False),
-                self._exchange,
+                lambda: collect(state),
+                self.exchange,
                 self._keep,
             )
             return
-        staged = _staged(state)
+        staged = self._staged(state)
         self._pending = threading.Thread(
             target=self._save_in_background, args=(_checked(step), staged), name="checkpoint-save"
         )
@@ -120,7 +123,7 @@ class CheckpointManager:
             ValueError: a key is missing or its dtype or shape differs; ``state`` is untouched.
         """
         self.wait()
-        return load_state(self._root, state, step, self._exchange)
+        return load_state(self.root, state, step, self.exchange)
 
     def latest(self) -> int | None:
         """The step of the checkpoint saved last; None when there is none.
@@ -128,23 +131,20 @@ class CheckpointManager:
         Raises:
             CheckpointCorrupt: a manifest cannot be read, so the order is not known.
         """
-        return self._root.latest()
+        return self.root.latest()
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, ascending."""
-        return self._root.steps()
+        return self.root.steps()
 
-    def keys(self, step: int) -> set[str]:
-        """The keys of a checkpoint, key parts joined by "/" ("~1" stands for "/", "~0" for "~").
+    def contents(self, step: int | None = None) -> Contents:
+        """What a checkpoint holds, without reading its tensors; not collective.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
             CheckpointCorrupt: a file is missing, foreign or resized, or the index was changed.
         """
-        folder = self._root.existing_folder(step)
-        verify_digest(folder, INDEX, verify_listing(folder, step).files[INDEX])
-        index = read_index(folder)
-        return {*index["tensors"], *index["values"]}
+        return read_contents(self.root.existing_folder(step))
 
     def delete(self, step: int) -> None:
         """Removes the checkpoint of a step; a kill midway leaves no half of it.
@@ -155,15 +155,29 @@ class CheckpointManager:
         self.wait()
 
         def remove() -> None:
-            if self._exchange.rank == 0:
-                with self._root.locked():
-                    self._root.delete(step)
+            if self.exchange.rank == 0:
+                with self.root.locked():
+                    self.root.delete(step)
 
-        agree(self._exchange, remove)
+        agree(self.exchange, remove)
+
+    def _staged(self, state: dict[str, Any]) -> Callable[[], LocalState]:
+        """Copies the state now; an error is kept for the save, where all ranks learn of it."""
+        try:
+            local = collect(state)
+            self._host_copy.take(local)
+        except Exception as error:
+            kept = error
+
+            def fail() -> LocalState:
+                raise kept
+
+            return fail
+        return lambda: local
 
     def _save_in_background(self, step: int, staged: Callable[[], LocalState]) -> None:
         try:
-            save_state(self._root, step, staged, self._exchange, self._keep)
+            save_state(self.root, step, staged, self.exchange, self._keep)
         except BaseException as error:
             # Raised by wait() or the next save; logged as well, because a run may end before.
             logger.error("asynchronous save of step %d failed: %s", step, error)
@@ -174,17 +188,3 @@ def _checked(step: int) -> int:
     if type(step) is not int or step < 0:
         raise ValueError(f"step: got {step!r}, expected an int of at least 0")
     return step
-
-
-def _staged(state: dict[str, Any]) -> Callable[[], LocalState]:
-    """Copies the state now; an error is kept for the save, where all ranks learn of it."""
-    try:
-        local = collect(state, copy=True)
-    except Exception as error:
-        kept = error
-
-        def fail() -> LocalState:
-            raise kept
-
-        return fail
-    return lambda: local

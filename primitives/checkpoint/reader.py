@@ -10,7 +10,12 @@ from safetensors import safe_open
 
 from primitives.checkpoint.chunks import Box, LocalTensor, TensorKind, leaves, local_tensor
 from primitives.checkpoint.exchange import Exchange, agree
-from primitives.checkpoint.folder import CheckpointRoot, verify_digest, verify_listing
+from primitives.checkpoint.folder import (
+    CheckpointRoot,
+    step_of,
+    verify_digest,
+    verify_listing,
+)
 from primitives.checkpoint.plain_values import decode
 from primitives.checkpoint.writer import INDEX
 from primitives.errors import CheckpointCorrupt
@@ -45,6 +50,37 @@ def verify(folder: Path, step: int, exchange: Exchange) -> None:
         # The index decides what is read, so every rank checks the bytes that it will parse.
         if name == INDEX or number % exchange.world_size == exchange.rank:
             verify_digest(folder, name, record)
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds. Key parts are joined by "/" ("~1" stands for "/", "~0" for "~")."""
+
+    step: int
+    tensors: dict[str, TensorKind]
+    values: dict[str, Any]
+
+    def names(self) -> set[str]:
+        """The keys of tensors and values."""
+        return {*self.tensors, *self.values}
+
+
+def read_contents(folder: Path) -> Contents:
+    """The contents of a committed folder; of the tensors only the file sizes are checked.
+
+    Raises:
+        CheckpointCorrupt: a file is missing, foreign or resized, or the index was changed.
+    """
+    manifest = verify_listing(folder, step_of(folder))
+    verify_digest(folder, INDEX, manifest.files[INDEX])
+    index = read_index(folder)
+    return Contents(
+        manifest.step,
+        {
+            key: TensorKind(stored["dtype"], tuple(stored["shape"]))
+            for key, stored in index["tensors"].items()
+        },
+        {key: decode(value) for key, value in index["values"].items()},
+    )
 
 
 def read_index(folder: Path) -> dict[str, Any]:

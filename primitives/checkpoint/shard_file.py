@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCK_NBYTES = 1 << 22  # fits the last-level cache: hashed and written while still warm
 
 
@@ -61,18 +63,31 @@ def write_file(path: Path, parts: Iterator[memoryview]) -> FileRecord:
         with open(path, "xb", buffering=0) as file:
             for part in parts:
                 digest.update(part)
-                nbytes += len(part)
                 written = 0
                 while written < len(part):  # an unbuffered write may be short
                     written += file.write(part[written:])
+                # Lets the disk begin with this part while the next one is hashed.
+                os.posix_fadvise(file.fileno(), nbytes, len(part), os.POSIX_FADV_DONTNEED)
+                nbytes += len(part)
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     return FileRecord(nbytes, digest.hexdigest())
 
 
+class Layout(NamedTuple):
+    """One tensor of a file that is to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
-    """Writes named tensors in the safetensors format, streaming: no second copy in memory.
+    """Writes named tensors in the safetensors format: no second copy in memory.
 
     Args:
         path: a file that does not exist yet.
@@ -80,28 +95,50 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
 
     Returns:
         Size and SHA-256 of the file.
+    """
+    layouts = {name: Layout(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return stream_tensors(path, layouts, tensors.__getitem__)
+
+
+def stream_tensors(
+    path: Path,
+    layouts: dict[str, Layout],
+    get: Callable[[str], torch.Tensor],
+    metadata: dict[str, str] | None = None,
+) -> FileRecord:
+    """Writes tensors, asking for one at a time, in the safetensors format.
+
+    Args:
+        path: a file that does not exist yet.
+        layouts: name -> what the tensor will be.
+        get: makes a tensor when it is its turn.
+        metadata: text that safetensors keeps beside the tensors.
+
+    Returns:
+        Size and SHA-256 of the file.
 
     Source: https://github.com/huggingface/safetensors#format
     """
     # Widest elements first keeps every tensor aligned; names make the bytes reproducible.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, offset = {}, 0
+    order = sorted(layouts, key=lambda name: (-layouts[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for name in order:
-        tensor = tensors[name]
-        nbytes = tensor.numel() * tensor.element_size()
+        dtype, shape = layouts[name]
+        end = offset + layouts[name].nbytes
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + nbytes],
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
         }
-        offset += nbytes
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(len(text).to_bytes(8, "little") + text)
         for name in order:
-            yield from blocks(tensor_bytes(tensors[name]))
+            yield from blocks(tensor_bytes(get(name)))
 
     return write_file(path, parts())
 
