@@ -214,7 +214,8 @@ def _say(owner: socket.socket, message: dict[str, int]) -> None:
 def main() -> None:
     """Imports, serves, and in a fork calls what was asked for."""
     die_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, who ends us
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, timeout: for the owner, who ends us
+        signal.signal(number, signal.SIG_IGN)
     for module in PRELOADED:
         with contextlib.suppress(ImportError):  # which each process meets again, and tells
             importlib.import_module(module)

@@ -110,6 +110,17 @@ def test_a_signal_reaches_the_children_too(server: ForkServer, tmp_path: Path) -
     process.send_signal(signal.SIGTERM)  # of an ended process: nothing
 
 
+def test_a_signal_to_all_is_for_the_owner_to_handle(server: ForkServer, tmp_path: Path) -> None:
+    process = start(server, "say", log=tmp_path / "first")  # so the server is there
+    assert process.wait() == 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        server._server.send_signal(number)
+    process = start(server, "sleep", log=tmp_path / "second")
+    wait_for(tmp_path / "second", str(process.pid))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
+
+
 def test_what_runs_ends_with_the_server(tmp_path: Path) -> None:
     with ForkServer() as server:
         process = start(server, "sleep", log=tmp_path / "log")
