@@ -73,7 +73,10 @@ class KvCache:
     ):
         self.empty_slot = num_slots
         shape = (num_layers, num_heads, num_slots + 1, head_dim)
-        self._keys, self._values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        # Not zeroed: memory is backed when a slot is first written, however large the budget.
+        self._keys, self._values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        for cache in (self._keys, self._values):
+            cache[:, :, self.empty_slot] = 0
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts tokens' [heads, tokens, d] into their slots, [tokens] int64."""
