@@ -104,10 +104,13 @@ def make_run(wrap: str, rank: int, seed: int) -> Run:
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_replay(wrap: str, asynchronous: bool, folder: Path, rank: int) -> None:
     run = make_run(wrap, rank, seed=1)
-    manager = FSDPCheckpointManager(folder, *run)
+    manager = FSDPCheckpointManager(folder, *run, asynchronous=asynchronous)
     run.update()
     saved = run.state()
-    manager.save(1, {"consumed samples": 8}, asynchronous=asynchronous)
+    reserved_nbytes = manager.checkpoints.reserved_nbytes
+    assert (reserved_nbytes > 0) == asynchronous
+    manager.save(1, {"consumed samples": 8})
+    assert manager.checkpoints.reserved_nbytes == reserved_nbytes  # it was enough
     logits = run.update()
     manager.wait()
     after = run.state()

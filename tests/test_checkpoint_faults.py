@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from thread_ranks import on_ranks
 
 from primitives.checkpoint import CheckpointManager
+from primitives.checkpoint import manager as checkpoint_manager
 from primitives.checkpoint.chunks import collect
 from primitives.checkpoint.exchange import Exchange
 from primitives.checkpoint.folder import CheckpointRoot
@@ -338,6 +339,28 @@ def test_background_save_holds_the_state_of_the_call(tmp_path: Path) -> None:
     manager.wait()
     assert manager.steps() == [1, 2, 3]
     assert [loads(tmp_path, step) for step in (1, 2, 3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("nbytes", [1, 1_000_000], ids=["less than it has", "more"])
+def test_reserving_leaves_a_pending_save_alone(
+    nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path)
+    reserved = threading.Event()
+
+    def save_late(*rest: Any) -> None:
+        reserved.wait()
+        save_state(*rest)
+
+    monkeypatch.setattr(checkpoint_manager, "save_state", save_late)
+    step = 0xFFFFFD  # as a float its first byte in memory is not zero
+    manager.reserve(2_000)
+    manager.save(step, content(step), asynchronous=True)
+    manager.reserve(nbytes)
+    manager._host_copy._wait()
+    reserved.set()
+    manager.wait()
+    assert loads(tmp_path) == step
 
 
 def test_background_error_surfaces_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

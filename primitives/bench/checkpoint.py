@@ -7,8 +7,8 @@ contestant, into a new folder each, with nothing left to be written by the disk 
 * ``ours``: ``FSDPCheckpointManager.save``: hashed, flushed, committed by a rename;
 * ``ours async``: the same in the background; *blocked* is the time until the call returns.
 
-A time is that of the slowest rank, a figure the median over rounds. The first round, in which
-asynchronous saves get their memory, is told apart. Memory is the growth of a rank's anonymous
+A time is that of the slowest rank, a figure the median over rounds after the first, which is told
+apart. Memory is what the manager keeps before the first save, and the growth of a rank's anonymous
 memory during a save (of the worst rank), sampled every few milliseconds; file caches do not count.
 """
 
@@ -21,25 +21,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
-from torch._C._distributed_c10d import TCPStore
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import primitives.backend
+from primitives.bench.processes import run_ranks
 from primitives.checkpoint import FSDPCheckpointManager
 
 WIDTH = 1024
 BYTES_A_LAYER = 3 * 4 * WIDTH * WIDTH  # weights and two moments in float32
 SAMPLE_S = 0.004
-CONTESTANTS = ("dcp.save", "ours", "ours async")
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,15 @@ def _anonymous_nbytes() -> int:
     return 1024 * int(line.split()[1])
 
 
+@dataclass(frozen=True)
+class Saver:
+    """One contestant."""
+
+    start: Callable[[int], Callable[[], None]]
+    """starts the save of a step; what it returns waits for the end"""
+    reserved_nbytes: int = 0
+
+
 class TrainingRun:
     """One rank's model, with moments as after a step."""
 
@@ -114,8 +121,8 @@ class TrainingRun:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def savers(self, root: Path) -> dict[str, Callable[[int], Callable[[], None]]]:
-        """By name: starts a save of a step into a folder of that name; what it returns waits."""
+    def savers(self, root: Path) -> dict[str, "Saver"]:
+        """By name: savers into a folder of that name."""
 
         def plain(step: int) -> Callable[[], None]:
             model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -123,61 +130,53 @@ class TrainingRun:
             dcp_save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
             return lambda: None
 
-        def ours(name: str, asynchronous: bool) -> Callable[[int], Callable[[], None]]:
-            manager = FSDPCheckpointManager(root / name, self.model, self.optimizer)
+        def ours(name: str, asynchronous: bool) -> Saver:
+            manager = FSDPCheckpointManager(
+                root / name, self.model, self.optimizer, asynchronous=asynchronous
+            )
 
             def save(step: int) -> Callable[[], None]:
-                manager.save(step, asynchronous=asynchronous)
+                manager.save(step)
                 return manager.wait
 
-            return save
+            return Saver(save, manager.checkpoints.reserved_nbytes)
 
         return {
-            "dcp.save": plain,
+            "dcp.save": Saver(plain),
             "ours": ours("ours", False),
             "ours async": ours("ours async", True),
         }
 
 
-def run_rank(
-    rank: int, world_size: int, port: int, nbytes: int, num_rounds: int, root: str,
-    results: "mp.Queue[Result]",
-) -> None:  # fmt: skip
+def run_rank(nbytes: int, num_rounds: int, root: str) -> Result:
     """One rank, in its own process."""
-    torch.set_num_threads(1)
-    primitives.backend.register()
-    store = TCPStore("127.0.0.1", port, is_master=False)
-    limit = timedelta(minutes=5)
-    dist.init_process_group(
-        "primitives", store=store, rank=rank, world_size=world_size, timeout=limit
-    )
+    rank = dist.get_rank()
     run = TrainingRun(nbytes)
-    samples: dict[str, list[list[float]]] = {name: [] for name in CONTESTANTS}
     savers = run.savers(Path(root))
+    samples: dict[str, list[list[float]]] = {name: [] for name in savers}
     for step in range(num_rounds + 1):
-        for name in CONTESTANTS:
+        for name, saver in savers.items():
             if rank == 0:
                 shutil.rmtree(Path(root, name), ignore_errors=True)
                 os.sync()
             dist.barrier()
             with PeakMemory() as memory:
                 start = time.perf_counter()
-                wait = savers[name](step)
+                wait = saver.start(step)
                 blocked_s = time.perf_counter() - start
                 wait()
                 dist.barrier()
                 save_s = time.perf_counter() - start
-            worst = torch.tensor([save_s, blocked_s, memory.nbytes], dtype=torch.float64)
+            extra_nbytes = saver.reserved_nbytes + memory.nbytes
+            worst = torch.tensor([save_s, blocked_s, extra_nbytes], dtype=torch.float64)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
             samples[name].append(worst.tolist())
-    if rank == 0:
-        figures = {}
-        for name, (first, *rounds) in samples.items():
-            save_s, blocked_s, _ = map(statistics.median, zip(*rounds, strict=True))
-            extra_nbytes = int(max(one[2] for one in (first, *rounds)))
-            figures[name] = Figures(save_s, blocked_s, first[1], extra_nbytes)
-        results.put(Result(run.nbytes, world_size, num_rounds, root, figures))
-    dist.destroy_process_group()
+    figures = {}
+    for name, (first, *rounds) in samples.items():
+        save_s, blocked_s, _ = map(statistics.median, zip(*rounds, strict=True))
+        most_nbytes = int(max(one[2] for one in (first, *rounds)))
+        figures[name] = Figures(save_s, blocked_s, first[1], most_nbytes)
+    return Result(run.nbytes, dist.get_world_size(), num_rounds, root, figures)
 
 
 def measure(num_ranks: int, nbytes: int, num_rounds: int) -> Result:
@@ -192,21 +191,6 @@ def measure(num_ranks: int, nbytes: int, num_rounds: int) -> Result:
             f"bench checkpoint: got -n {num_rounds} -e {nbytes}, expected 1 or more rounds of "
             f"{BYTES_A_LAYER} or more bytes"
         )
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    results: mp.Queue[Result] = context.Queue()
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint_") as root:
-        ranks = [
-            context.Process(
-                target=run_rank,
-                args=(rank, num_ranks, store.port, nbytes, num_rounds, root, results),
-            )
-            for rank in range(num_ranks)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if failed := [rank for rank, process in enumerate(ranks) if process.exitcode != 0]:
-            raise RuntimeError(f"benchmark ranks {failed} failed; see their messages above")
-        return results.get()
+        main = partial(run_rank, nbytes, num_rounds, root)
+        return run_ranks(main, num_ranks, timedelta(minutes=5))

@@ -18,18 +18,17 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 
-import primitives.backend
 from primitives import collectives, memory
+from primitives.bench.processes import run_ranks
 
 BACKENDS = ("gloo", "primitives")
 
@@ -224,50 +223,17 @@ def run_case(case: Case, groups: dict[str, dist.ProcessGroup], num_rounds: int) 
     return Row(case, {name: statistics.median(times) for name, times in samples.items()})
 
 
-def run_rank(
-    rank: int,
-    world_size: int,
-    port: int,
-    cases: list[Case],
-    num_rounds: int,
-    rows: "mp.Queue[Row]",
-) -> None:
+def run_rank(cases: list[Case], num_rounds: int) -> list[Row]:
     """One rank, in its own process."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    torch.set_num_threads(1)
-    primitives.backend.register()
-    store = TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group(
-        "primitives", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=2)
-    )
     groups = {name: dist.new_group(backend=name) for name in BACKENDS}
-    for case in cases:
-        row = run_case(case, groups, num_rounds)
-        if rank == 0:
-            rows.put(row)
-    dist.destroy_process_group()
+    return [run_case(case, groups, num_rounds) for case in cases]
 
 
-def measure(world_size: int, cases: list[Case], num_rounds: int = 20) -> Iterator[Row]:
+def measure(world_size: int, cases: list[Case], num_rounds: int = 20) -> list[Row]:
     """Runs the cases on ``world_size`` fresh processes of this host, one thread each.
 
     Raises:
         RuntimeError: a rank failed; its message is on stderr.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    rows: mp.Queue[Row] = context.Queue()
-    ranks = [
-        context.Process(
-            target=run_rank, args=(rank, world_size, store.port, cases, num_rounds, rows)
-        )
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if failed := [rank for rank, process in enumerate(ranks) if process.exitcode != 0]:
-        raise RuntimeError(f"benchmark ranks {failed} failed; see their messages above")
-    for _ in cases:
-        yield rows.get()
+    return run_ranks(partial(run_rank, cases, num_rounds), world_size, timedelta(minutes=2))

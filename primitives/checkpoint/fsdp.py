@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from primitives.checkpoint.chunks import leaves
 from primitives.checkpoint.exchange import agree
@@ -41,6 +42,9 @@ class FSDPCheckpointManager:
         lr_scheduler: its schedule; None to leave it out.
         data_loader: this rank's source of batches, such as a StatefulDataLoader; None to leave it
             out.
+        asynchronous: how ``save`` works unless told: True for in the background. From the
+            optimizer's first step on the memory of the copies is made ready meanwhile, so that the
+            first save blocks no longer than the next.
         process_group, keep: as in ``CheckpointManager``.
     """
 
@@ -52,6 +56,7 @@ class FSDPCheckpointManager:
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         data_loader: Stateful | None = None,
         *,
+        asynchronous: bool = False,
         process_group: dist.ProcessGroup | None = None,
         keep: int | None = None,
     ) -> None:
@@ -61,16 +66,23 @@ class FSDPCheckpointManager:
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._data_loader = data_loader
+        self._asynchronous = asynchronous
+        if asynchronous:
+            self._reserve_when_complete()
 
     def save(
-        self, step: int, extras: dict[str, Any] | None = None, *, asynchronous: bool = False
+        self,
+        step: int,
+        extras: dict[str, Any] | None = None,
+        *,
+        asynchronous: bool | None = None,
     ) -> None:
         """Saves the training state as the checkpoint of a step.
 
         Args:
             step: number of finished steps.
             extras: small values to keep beside it (``plain_values.encode``), equal on all ranks.
-            asynchronous: as in ``CheckpointManager.save``.
+            asynchronous: as in ``CheckpointManager.save``; None as the manager was made.
 
         Raises:
             ValueError, CheckpointSaveFailed: as ``CheckpointManager.save``.
@@ -93,6 +105,8 @@ class FSDPCheckpointManager:
             state["lr_scheduler"] = [self._lr_scheduler.state_dict()]
         if self._data_loader is not None:
             state["data_loader"] = {self._rank_key: [self._data_loader.state_dict()]}
+        if asynchronous is None:
+            asynchronous = self._asynchronous
         self.checkpoints.save(step, state, asynchronous=asynchronous)
 
     def load(
@@ -186,6 +200,35 @@ class FSDPCheckpointManager:
             return files
 
         return agree(self._exchange, export)[0]
+
+    def _reserve_when_complete(self) -> None:
+        """Reserves the memory of saves once the optimizer has its moments."""
+        optimizer = self._optimizer
+        if optimizer is None or optimizer.state:
+            self._reserve()
+            return
+
+        def first_step_done(*_: Any) -> None:
+            handle.remove()
+            self._reserve()
+
+        handle = optimizer.register_step_post_hook(first_step_done)
+
+    def _reserve(self) -> None:
+        values = [*self._model.parameters(), *self._model.buffers()]
+        values += [leaf.value for leaf in leaves(random_state())]
+        if self._optimizer is not None:
+            values += [
+                value for state in self._optimizer.state.values() for value in state.values()
+            ]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        nbytes = sum(
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+            for tensor in tensors
+        )
+        # A sixteenth more: the pieces are aligned, and FSDP1 gathers moments to even shards.
+        pinned = any(tensor.is_cuda for tensor in tensors)
+        self.checkpoints.reserve(nbytes + nbytes // 16, pinned=pinned)
 
     @property
     def _rank_key(self) -> str:
