@@ -203,10 +203,10 @@ def data() -> None:
 def build_data(texts: tuple[Path, ...], tokenizer: str, prefix: Path, as_json: bool) -> int:
     """Turns text (blank lines between documents, or .jsonl) into Megatron's token files."""
     from scenarios.data.indexed import build
-    from scenarios.progress import show_bytes
+    from scenarios.progress import show_count
 
-    with show_bytes(progress_stream(as_json), "tokens") as on_bytes:
-        facts = build(texts, tokenizer, prefix, progress=on_bytes)
+    with show_count(progress_stream(as_json), "tokens") as on_count:
+        facts = build(texts, tokenizer, prefix, progress=on_count)
     if as_json:
         echo_json({"prefix": str(prefix), **asdict(facts)})
     else:

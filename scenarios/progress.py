@@ -41,8 +41,8 @@ def show_steps(stream: TextIO, label: str, first_step: int, last_step: int) -> I
 
 
 @contextmanager
-def show_bytes(stream: TextIO, label: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a callback (bytes done, bytes in all); a bar on a terminal, else nothing is shown."""
+def show_count(stream: TextIO, label: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a callback (done, in all); a bar on a terminal, else nothing is shown."""
     if not stream.isatty():
         yield lambda done, total: None
         return

@@ -39,7 +39,7 @@ def test_a_terminal_gets_a_bar_that_reaches_the_end() -> None:
 
 def test_bytes_are_shown_only_on_a_terminal() -> None:
     for stream in (io.StringIO(), Terminal()):
-        with progress.show_bytes(stream, "tokens") as on_bytes:
-            on_bytes(50, 100)
-            on_bytes(100, 100)
+        with progress.show_count(stream, "tokens") as on_count:
+            on_count(50, 100)
+            on_count(100, 100)
         assert ("100%" in stream.getvalue()) == stream.isatty()

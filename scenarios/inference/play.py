@@ -6,7 +6,9 @@ resumption while tokens are generated. All must give the same.
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -14,7 +16,7 @@ from typing import TextIO
 from scenarios.data.tokenizer import load_tokenizer
 from scenarios.failures import RunFailed
 from scenarios.golden import Metrics
-from scenarios.inference.client import Client, Completion
+from scenarios.inference.client import Client, Completion, OnTokens
 from scenarios.inference.errors import InferenceError, Refused
 from scenarios.inference.model_files import initial_weights, read_model, write_model
 from scenarios.inference.request import Request
@@ -28,6 +30,7 @@ from scenarios.inference.workload import (
     make_requests,
     metrics_of_completions,
 )
+from scenarios.progress import show_count
 from scenarios.scenario import Scenario
 from scenarios.verdict import Check
 
@@ -101,14 +104,20 @@ def play_inference(
             with Client(service.address) as client:
                 service.wait_for_replicas(client)
                 runs.append((start, time.monotonic() - start_s))
-                first, wall_s = _run(client, requests, timeout_s)
+                with _shown(f"round 1 of {ROUNDS}", requests, progress) as on_tokens:
+                    first, wall_s = _run(client, requests, timeout_s, on_tokens)
                 runs.append((f"round 1: {describe_speed(first, wall_s)}", wall_s))
                 start_s = time.monotonic()
-                again = [_run(client, requests, timeout_s) for _ in range(ROUNDS - 1)]
+                again = []
+                for number in range(2, ROUNDS + 1):
+                    with _shown(f"round {number} of {ROUNDS}", requests, progress) as on_tokens:
+                        again.append(_run(client, requests, timeout_s, on_tokens))
                 runs.append((f"rounds 2 to {ROUNDS}", time.monotonic() - start_s))
                 start_s = time.monotonic()
-                second = _suspended_run(client, requests[::-1], timeout_s)[::-1]
-                runs.append(("other order, suspended", time.monotonic() - start_s))
+                label = "other order, suspended"
+                with _shown(label, requests, progress) as on_tokens:
+                    second = _suspended_run(client, requests[::-1], timeout_s, on_tokens)[::-1]
+                runs.append((label, time.monotonic() - start_s))
                 status = client.command("STATUS")
         except InferenceError as error:
             reason = "; ".join([*service.failures, f"{type(error).__name__}: {error}"])
@@ -130,16 +139,32 @@ def play_inference(
     return PlayedInference(metrics, tuple(checks), tuple(runs), rounds)
 
 
+@contextmanager
+def _shown(label: str, requests: list[Request], progress: TextIO) -> Iterator[OnTokens]:
+    """Says what begins; the callback counts the tokens that came."""
+    num_tokens = sum(request.sampling.max_new_tokens for request in requests)
+    progress.write(f"{label}: {len(requests)} requests, {num_tokens} tokens\n")
+    progress.flush()
+    num_done = 0
+    with show_count(progress, "tokens") as on_count:
+
+        def count(tokens: list[int]) -> None:  # on the client's one thread
+            nonlocal num_done
+            num_done += len(tokens)
+            on_count(num_done, num_tokens)
+
+        yield count
+
+
 def _run(
-    client: Client, requests: list[Request], timeout_s: float
+    client: Client, requests: list[Request], timeout_s: float, on_tokens: OnTokens
 ) -> tuple[list[Completion], float]:
     """All requests at once: their completions, and the wall time."""
     # So that they are shared out evenly, however long it takes to send them.
     client.command("PAUSE", timeout_s)
     start_s = time.monotonic()
     futures = [
-        client.submit(request, timeout_s=timeout_s, on_tokens=lambda tokens: None)
-        for request in requests
+        client.submit(request, timeout_s=timeout_s, on_tokens=on_tokens) for request in requests
     ]
     client.command("UNPAUSE", timeout_s)
     return _results(futures), time.monotonic() - start_s
@@ -149,7 +174,9 @@ def _results(futures: "list[Future[Completion]]") -> list[Completion]:
     return [future.result() for future in futures]
 
 
-def _suspended_run(client: Client, requests: list[Request], timeout_s: float) -> list[Completion]:
+def _suspended_run(
+    client: Client, requests: list[Request], timeout_s: float, on_tokens: OnTokens
+) -> list[Completion]:
     num_wanted = sum(r.sampling.max_new_tokens for r in requests) // FRACTION
     num_tokens = 0
     enough = threading.Event()
@@ -157,6 +184,7 @@ def _suspended_run(client: Client, requests: list[Request], timeout_s: float) ->
     def count(tokens: list[int]) -> None:  # on the client's one thread
         nonlocal num_tokens
         num_tokens += len(tokens)
+        on_tokens(tokens)
         if num_tokens >= num_wanted:
             enough.set()
 
