@@ -94,6 +94,13 @@ def serve(
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0: all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option(
+    "--stop",
+    "stop_strings",
+    multiple=True,
+    metavar="TEXT",
+    help="Ends with the token that completes it; repeatable.",
+)
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0), default=300.0)
 @json_option
 def generate(
@@ -109,6 +116,7 @@ def generate(
     top_k: int,
     top_p: float,
     seed: int,
+    stop_strings: tuple[str, ...],
     timeout_s: float,
     as_json: bool,
 ) -> int:
@@ -131,6 +139,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             stop_tokens=() if model.eod is None else (model.eod,),
+            stop_strings=stop_strings,
         ),
     )
     shown: list[int] = []

@@ -1,5 +1,6 @@
 """Small models, requests and runs for the tests of inference."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,24 @@ SIZES: dict[str, Any] = {
     "apply_query_key_layer_scaling": True,
 }
 SMALL = EngineConfig(block_size=4, kv_budget_nbytes=2**20, max_batch_tokens=24, max_running=8)
+
+
+class PieceTokenizer:
+    """96 tokens: letters, spaces, nothing, and characters of several bytes, whole and broken."""
+
+    name, vocab_size, eod = "pieces", 96, 0
+    _LAST = (b"", b" ", b"a", b"b", "é".encode(), *(bytes([b]) for b in "漢😀".encode()))
+    _FIRST = (b"", b"a", b"ab", b" ", "é".encode(), "漢".encode(), b"\xbc\xa2", b"\x98\x80")
+    PIECES = tuple(first + last for first, last in itertools.product(_FIRST, _LAST))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Byte by byte where there is a piece for it."""
+        pieces = ("é", *"ab ")
+        return [[self.PIECES.index(c.encode()) for c in t if c in pieces] for t in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the pieces."""
+        return b"".join(self.PIECES[i] for i in ids).decode(errors="replace")
 
 
 def small_model(folder: Path, precision: str = "fp16") -> FrozenModel:
@@ -97,9 +116,9 @@ class Results:
 def make_engine(
     model: FrozenModel, config: EngineConfig = SMALL, mesh: Mesh | None = None
 ) -> Engine:
-    """An engine; without a mesh alone."""
+    """An engine that reads tokens as pieces; without a mesh alone."""
     mesh = mesh or Mesh(Layout(), 0, {})
-    return Engine(model.config, model.load(mesh), mesh, config)
+    return Engine(model.config, model.load(mesh), mesh, config, PieceTokenizer())
 
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> Results:

@@ -21,6 +21,7 @@ from tests.inference_cases import make_engine, run_all, small_requests
 
 NUM_RANKS = 8
 NUM_REQUESTS = 12
+REQUESTS = small_requests(NUM_REQUESTS, stop_strings=("aab", "b ", "😀"))
 LAYOUTS = [
     *("tp1", "tp2", "tp4", "pp2", "tp2,pp2", "tp4,pp2"),
     *("dp2", "tp2,dp2", "tp4,dp2", "pp2,dp2", "tp2,pp2,dp2"),
@@ -60,7 +61,7 @@ def play(folder: Path, rank: int, name: str, layout: Layout) -> None:
     dist.init_process_group("primitives", store=store, rank=rank % num_ranks, world_size=num_ranks)
     mesh = Mesh.connect(Layout.build(tp=layout.tp, pp=layout.pp, sp=layout.sp))
     engine = make_engine(read_model(folder / "model"), CONFIG, mesh)
-    results = run_all(engine, small_requests(NUM_REQUESTS)[replica :: layout.dp])
+    results = run_all(engine, REQUESTS[replica :: layout.dp])
     if rank % num_ranks == 0:
         path = folder / f"{name} of {replica}.json"
         path.write_text(json.dumps(results.as_json()))

@@ -15,6 +15,7 @@ from tests.inference_cases import SIZES, SMALL
 
 SECRET = "0123"
 NUM_REPLICAS = 3
+STOPPING = {"id": "x", "prompt": [1], "sampling": {"stop_strings": ["."]}}
 
 
 class FakeSocket:
@@ -39,11 +40,21 @@ def make_coordinator(socket: FakeSocket, num_replicas: int = NUM_REPLICAS) -> Co
     config = SMALL.model_copy(update={"max_running": 2})
     model = ModelConfig.build(**SIZES)
     fake: Any = socket
-    return Coordinator(fake, model, config, num_replicas, SECRET)
+    return Coordinator(fake, model, config, False, num_replicas, SECRET)
 
 
 def request_of(name: str, num_tokens: int = 2) -> dict[str, Any]:
     return {"id": name, "prompt": [1, 2], "sampling": {"max_new_tokens": num_tokens}}
+
+
+def register(coordinator: Coordinator, index: int) -> None:
+    """A replica comes."""
+    coordinator.receive(b"replica%d" % index, encode("REGISTER", secret=SECRET, replica=index))
+
+
+def submit(coordinator: Coordinator, client: bytes, name: str, stream: bool = False) -> None:
+    """A client asks."""
+    coordinator.receive(client, encode("SUBMIT", request=request_of(name), stream=stream))
 
 
 class Service(RuleBasedStateMachine):
@@ -114,17 +125,22 @@ class Service(RuleBasedStateMachine):
         self.replicas[index] = {}
         self.tell(b"replica%d" % index, "REGISTER", secret=SECRET, replica=index)
 
-    @precondition(lambda self: self.replicas)
-    @rule(data=st.data())
-    def step(self, data: st.DataObject) -> None:
-        index = data.draw(st.sampled_from(sorted(self.replicas)))
-        entries = []
+    def next_entries(self, index: int) -> list[Any]:
+        """A token, 0 and then 1, for each request of a replica."""
+        entries: list[Any] = []
         for ticket, first in list(self.replicas[index].items()):
             reason = "length" if first == 1 else None
             entries.append([ticket, first, first, -0.5 - first, "00", [], reason])
             self.replicas[index][ticket] += 1
             if reason:
                 del self.replicas[index][ticket]
+        return entries
+
+    @precondition(lambda self: self.replicas)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        index = data.draw(st.sampled_from(sorted(self.replicas)))
+        entries = self.next_entries(index)
         twice = data.draw(st.booleans())
         self.tell(b"replica%d" % index, "STEP", entries=entries)
         if twice:  # nobody gets anything from it but this replica, if at all
@@ -171,14 +187,7 @@ class Service(RuleBasedStateMachine):
             self.register()
         for _ in range(200):
             for index in list(self.replicas):
-                entries = []
-                for ticket, first in list(self.replicas[index].items()):
-                    reason = "length" if first == 1 else None
-                    entries.append([ticket, first, first, -0.5 - first, "00", [], reason])
-                    self.replicas[index][ticket] += 1
-                    if reason:
-                        del self.replicas[index][ticket]
-                self.tell(b"replica%d" % index, "STEP", entries=entries)
+                self.tell(b"replica%d" % index, "STEP", entries=self.next_entries(index))
         assert not self.open
         assert not self.coordinator._tickets
         assert not self.coordinator._by_client
@@ -192,10 +201,9 @@ def test_least_pending_ties_to_the_lowest() -> None:
     socket = FakeSocket()
     coordinator = make_coordinator(socket)
     for index in reversed(range(NUM_REPLICAS)):
-        coordinator.receive(b"replica%d" % index, encode("REGISTER", secret=SECRET, replica=index))
+        register(coordinator, index)
     for number in range(7):
-        request = request_of(f"r{number}")
-        coordinator.receive(b"A", encode("SUBMIT", request=request, stream=False))
+        submit(coordinator, b"A", f"r{number}")
     coordinator.dispatch()
     given = [to for to, kind, _ in socket.sent if kind == "WORK"]
     assert given == [b"replica%d" % (i % NUM_REPLICAS) for i in range(7)]
@@ -212,6 +220,7 @@ def test_least_pending_ties_to_the_lowest() -> None:
         ("SUBMIT", {"request": {"cls": 1}, "stream": False}, "cls"),
         ("SUBMIT", {"request": {"id": "x", "prompt": [1] * 99}, "stream": False}, "at most 64"),
         ("SUBMIT", {"request": {"id": "x", "prompt": [-1]}, "stream": False}, "prompt.0"),
+        ("SUBMIT", {"request": STOPPING, "stream": False}, "the model has no tokenizer.json"),
         ("RESUME", {"ask": 7}, "the service is RUNNING, expected SUSPENDED"),
     ],
 )
@@ -243,8 +252,8 @@ def test_refuses_and_lives_on(kind: str, fields: dict[str, Any], message: str) -
 def test_refuses_a_bad_step(entry: Any) -> None:
     socket = FakeSocket()
     coordinator = make_coordinator(socket, 1)
-    coordinator.receive(b"replica0", encode("REGISTER", secret=SECRET, replica=0))
-    coordinator.receive(b"A", encode("SUBMIT", request=request_of("r"), stream=True))
+    register(coordinator, 0)
+    submit(coordinator, b"A", "r", stream=True)
     coordinator.dispatch()
     socket.take(b"replica0")
     good = ["1", 0, 7, -1.0, "00", [], None]
@@ -259,18 +268,18 @@ def test_refuses_a_bad_step(entry: Any) -> None:
 def test_a_replica_that_comes_late_is_told_the_state() -> None:
     socket = FakeSocket()
     coordinator = make_coordinator(socket, 2)
-    coordinator.receive(b"A", encode("SUBMIT", request=request_of("r"), stream=False))
-    coordinator.receive(b"replica0", encode("REGISTER", secret=SECRET, replica=0))
+    submit(coordinator, b"A", "r")
+    register(coordinator, 0)
     coordinator.receive(b"A", encode("PAUSE", ask=1))
     coordinator.dispatch()
     states = [fields["state"] for _, fields in socket.take(b"replica0")]
     assert states == ["RUNNING", "PAUSED"]
-    coordinator.receive(b"replica1", encode("REGISTER", secret=SECRET, replica=1))
+    register(coordinator, 1)
     assert socket.take(b"replica1") == [("ENTER", {"state": "PAUSED"})]
     coordinator.receive(b"A", encode("UNPAUSE", ask=2))
     coordinator.dispatch()
     assert [kind for kind, _ in socket.take(b"replica0")] == ["ENTER", "WORK"]
-    coordinator.receive(b"replica1", encode("REGISTER", secret=SECRET, replica=1))
+    register(coordinator, 1)
     kinds = [kind for kind, _ in socket.take(b"replica1")]
     assert kinds == ["ENTER", "ERROR"]  # it has registered before
 
@@ -278,11 +287,10 @@ def test_a_replica_that_comes_late_is_told_the_state() -> None:
 def test_a_client_that_has_gone_is_forgotten() -> None:
     socket = FakeSocket()
     coordinator = make_coordinator(socket, 1)
-    coordinator.receive(b"replica0", encode("REGISTER", secret=SECRET, replica=0))
+    register(coordinator, 0)
     for number in range(20):
-        request = request_of(f"r{number}")
-        coordinator.receive(b"A", encode("SUBMIT", request=request, stream=False))
-    coordinator.receive(b"B", encode("SUBMIT", request=request_of("r0"), stream=False))
+        submit(coordinator, b"A", f"r{number}")
+    submit(coordinator, b"B", "r0")
     coordinator.dispatch()
     socket.gone.add(b"A")
     coordinator.watch()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.engine_ranks import play_cases
-from tests.inference_cases import make_engine, run_all, small_model, small_requests
-from tests.inference_ranks import BUGS, LAYOUTS, NUM_RANKS, NUM_REQUESTS
+from tests.inference_cases import make_engine, run_all, small_model
+from tests.inference_ranks import BUGS, LAYOUTS, NUM_RANKS, NUM_REQUESTS, REQUESTS
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Any:
     engine = make_engine(small_model(folder / "model"))
-    return run_all(engine, small_requests(NUM_REQUESTS)).as_json()
+    return run_all(engine, REQUESTS).as_json()
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def played(folder: Path, expected: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits(played: dict[str, Any], expected: Any, layout: str) -> None:
     assert len(expected["tokens"]) == NUM_REQUESTS
+    assert {*expected["reasons"].values()} == {"length", "stop"}
     assert played[layout] == expected
 
 

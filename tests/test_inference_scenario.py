@@ -266,6 +266,7 @@ def test_idle_replicas_and_missing_requests_are_caught() -> None:
         (["serve", "--layout", "tp2,ep2"], "tp, pp, dp and sp only"),
         (["serve", "--kv-budget-mb", "0.001"], "expected at least the"),
         (["generate", "--prompt", ""], "prompt"),
+        (["generate", "--prompt", "x", "--stop", ""], "stop_strings.0: got ''"),
         (["freeze", "nothing", "-o", "x"], "expected the folder of a testbed run"),
     ],
 )
@@ -285,7 +286,8 @@ def test_refuses(
 
 def test_serve_and_generate(testbed: Testbed, tmp_path: Path) -> None:
     """The same text from a service of its own and from one that runs, until Ctrl-C."""
-    told = ("generate", "--prompt", "Now is the", "--max-new-tokens", "8", "--json")
+    prompt = "Now is the winter of"
+    told = ("generate", "--prompt", prompt, "--max-new-tokens", "8", "--json")
     drawn = ("--temperature", "1.5", "--seed", "3")
     code, out, err = testbed(*told, *drawn)
     assert code == 0, err
@@ -302,7 +304,16 @@ def test_serve_and_generate(testbed: Testbed, tmp_path: Path) -> None:
             assert code == 0, err
             for name in ("text", "tokens", "log_probs", "digests"):
                 assert json.loads(out)[name] == alone[name]
-            assert testbed(*told[:-1], "--address", address)[1].startswith("Now is the")
+            assert testbed(*told[:-1], "--address", address)[1].startswith(prompt)
+            stop = alone["text"][3:6]
+            code, out, err = testbed(*told, *drawn, "--address", address, "--stop", stop)
+            stopped = json.loads(out)
+            assert (stopped["reason"], alone["reason"]) == ("stop", "length")
+            num = len(stopped["tokens"])
+            for name in ("tokens", "log_probs", "digests"):
+                assert stopped[name] == alone[name][:num]
+            assert alone["text"].startswith(stopped["text"])
+            assert stop in stopped["text"]
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0

@@ -167,6 +167,7 @@ def test_what_cannot_be_generated_is_refused(client: Client, expected: Results) 
     wrong = [
         (Request(id="a", prompt=(1,) * 60), "up to 16 new ones, expected at most 64"),
         (Request(id="b", prompt=(1, 200)), "got token 200, expected less than 96"),
+        (Request(id="c", prompt=(1,), sampling=Sampling(stop_strings=("x",))), "no tokenizer.json"),
     ]
     for request, message in wrong:
         with pytest.raises(Refused, match=message):

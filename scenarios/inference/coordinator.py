@@ -40,6 +40,7 @@ class Coordinator:
     Args:
         socket: a bound ROUTER with ROUTER_MANDATORY.
         model, config: for checking requests before they wait.
+        has_tokenizer: whether the model has one; for the same.
         num_replicas: that will register.
         secret: replicas and the launcher prove themselves by it.
     """
@@ -49,11 +50,12 @@ class Coordinator:
         socket: "zmq.Socket[bytes]",
         model: ModelConfig,
         config: EngineConfig,
+        has_tokenizer: bool,
         num_replicas: int,
         secret: str,
     ):
         self._socket = socket
-        self._model, self._config = model, config
+        self._model, self._config, self._has_tokenizer = model, config, has_tokenizer
         self._num_replicas, self._secret = num_replicas, secret
         self._share = 2 * config.max_running
         self.state = "RUNNING"
@@ -109,7 +111,8 @@ class Coordinator:
         name = given if isinstance(given, str) else ""
         try:
             request = Request.build(**{str(key): value for key, value in fields["request"].items()})
-            check_request(request, self._model, self._config)
+            has_tokenizer = self._has_tokenizer
+            check_request(request, self._model, self._config, has_tokenizer=has_tokenizer)
             if (identity, request.id) in self._by_client:
                 raise ValueError(f"request {request.id!r}: this id is in use by this client")
             if len(self._queue) >= MAX_QUEUED:

@@ -25,8 +25,8 @@ def main(path: str) -> None:
     """The coordinator's process.
 
     Args:
-        path: of a JSON file with ``bind``, ``model``, ``config``, ``num_replicas``, ``secret`` and
-            ``address``, the file in which the address is told.
+        path: of a JSON file with ``bind``, ``model``, ``config``, ``has_tokenizer``,
+            ``num_replicas``, ``secret`` and ``address``, the file in which the address is told.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -46,6 +46,7 @@ def main(path: str) -> None:
         socket,
         ModelConfig.build(**job["model"]),
         EngineConfig.build(**job["config"]),
+        job["has_tokenizer"],
         job["num_replicas"],
         job["secret"],
     )

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives.arithmetic import kernels
+from scenarios.data.tokenizer import Tokenizer
 from scenarios.inference.forward import StepBatch, head_logits, run_stage
 from scenarios.inference.kv_cache import BlockManager, KvCache
 from scenarios.inference.request import Request, check_request
 from scenarios.inference.sampling import choose
 from scenarios.inference.scheduler import Scheduler, Segment
+from scenarios.inference.stop_strings import StopStrings
 from scenarios.inference_config import EngineConfig
 from scenarios.models.families import DTYPES
 from scenarios.models.gpt import Gpt
@@ -53,6 +55,7 @@ class Engine:
         model: this rank's stage, with its weights.
         mesh: of a replica: tp and pp, no dp.
         config: budget and limits.
+        tokenizer: the model's; without one, requests with stop strings are refused.
 
     Raises:
         ValueError: a model that is not a dense GPT, or a budget below one block.
@@ -64,13 +67,20 @@ class Engine:
     forward of the same text without dropout ([Note: same bits as training]).
     """
 
-    def __init__(self, model_config: ModelConfig, model: Gpt, mesh: Mesh, config: EngineConfig):
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        model: Gpt,
+        mesh: Mesh,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+    ):
         if model_config.moe is not None:
             raise ValueError("inference: got a model with experts, expected a dense GPT")
         if mesh.layout.dp != 1:
             raise ValueError(f"inference: got layout {mesh.layout}, expected one replica (dp 1)")
         self.model_config, self.config = model_config, config
-        self._model, self._mesh = model.eval(), mesh
+        self._model, self._mesh, self._tokenizer = model.eval(), mesh, tokenizer
         self._blocks = BlockManager(config.num_blocks(model_config), config.block_size)
         self._scheduler = Scheduler(config, self._blocks)
         self._cache: KvCache | None = None
@@ -102,10 +112,14 @@ class Engine:
             ValueError: it can never be generated, or its key is in use.
         """
         key = request.id if key is None else key
-        check_request(request, self.model_config, self.config)
+        has_tokenizer = self._tokenizer is not None
+        check_request(request, self.model_config, self.config, has_tokenizer=has_tokenizer)
         if self._scheduler.find(key) is not None:
             raise ValueError(f"request {request.id!r}: key {key!r} is in use")
-        self._scheduler.add(request, key)
+        stops = None
+        if self._tokenizer is not None and request.sampling.stop_strings:
+            stops = StopStrings(self._tokenizer, request.sampling.stop_strings)
+        self._scheduler.add(request, key, stops)
 
     def abort(self, key: str) -> bool:
         """Forgets a request; False if there is none of this key (any more)."""
@@ -229,7 +243,7 @@ class Engine:
                 finished = None
                 if not all(map(math.isfinite, [log_prob, *scored])):
                     finished = _NOT_FINITE
-                elif token in request.sampling.stop_tokens:
+                elif sequence.ended_by(token):
                     finished = "stop"
                 elif len(sequence.tokens) == request.max_tokens:
                     finished = "length"

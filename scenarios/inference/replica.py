@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from primitives import backend
+from scenarios.data.tokenizer import load_tokenizer
 from scenarios.inference.engine import Engine, Progress
 from scenarios.inference.errors import CoordinatorLost
 from scenarios.inference.link import Link
@@ -173,7 +174,9 @@ def _run(job: dict[str, Any], replica: int, rank: int) -> None:
         )
     mesh = Mesh.connect(layout) if num_ranks > 1 else Mesh(layout, 0, {})
     model = read_model(Path(job["model_folder"]))
-    engine = Engine(model.config, model.load(mesh), mesh, EngineConfig.build(**job["config"]))
+    tokenizer = load_tokenizer(str(model.tokenizer)) if model.tokenizer else None
+    config = EngineConfig.build(**job["config"])
+    engine = Engine(model.config, model.load(mesh), mesh, config, tokenizer)
     if num_ranks > 1:
         dist.barrier()  # nobody registers before all are there
     link = Link(Path(job["address"]).read_text(encoding="utf-8")) if rank == 0 else None

@@ -2,13 +2,24 @@
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from scenarios.frozen import Frozen
+from scenarios.inference.stop_strings import UNREADABLE
 from scenarios.inference_config import EngineConfig
 from scenarios.scenario import ModelConfig
 
+
+def _check_readable(string: str) -> str:
+    if UNREADABLE in string:
+        raise ValueError(
+            f"stop_strings: got {string!r}, expected no U+FFFD, which stands for unreadable bytes"
+        )
+    return string
+
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_check_readable)]
 
 
 class Sampling(Frozen):
@@ -25,6 +36,10 @@ class Sampling(Frozen):
     """The draw for a token is keyed by (seed, request id, position)."""
     stop_tokens: tuple[TokenId, ...] = ()
     """Generation ends after one of them."""
+    stop_strings: Annotated[tuple[StopString, ...], Field(max_length=16)] = ()
+    """Generation ends after the first token with which the text of the generated tokens, special
+    ones by their names, contains one of them. The answer keeps all of that token, like a stop
+    token, and so may have text behind the string."""
     prompt_log_probs: bool = False
     """Whether the log-probabilities of the prompt's own tokens are wanted, too."""
 
@@ -42,11 +57,14 @@ class Request(Frozen):
         return len(self.prompt) + self.sampling.max_new_tokens
 
 
-def check_request(request: Request, model: ModelConfig, config: EngineConfig) -> None:
+def check_request(
+    request: Request, model: ModelConfig, config: EngineConfig, *, has_tokenizer: bool
+) -> None:
     """Refuses what could never be generated.
 
     Raises:
-        ValueError: longer than the model's positions or the KV budget, or an unknown token.
+        ValueError: longer than the model's positions or the KV budget, an unknown token, or stop
+            strings for a model without a tokenizer.
     """
     where = f"request {request.id!r}: {len(request.prompt)} prompt tokens and up to "
     where += f"{request.sampling.max_new_tokens} new ones"
@@ -61,4 +79,9 @@ def check_request(request: Request, model: ModelConfig, config: EngineConfig) ->
     if largest >= model.vocab_size:
         raise ValueError(
             f"request {request.id!r}: got token {largest}, expected less than {model.vocab_size}"
+        )
+    if request.sampling.stop_strings and not has_tokenizer:
+        raise ValueError(
+            f"request {request.id!r}: got stop_strings {request.sampling.stop_strings}, expected "
+            "none: the model has no tokenizer.json to read them by"
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from scenarios.inference.kv_cache import BlockManager
 from scenarios.inference.request import Request
+from scenarios.inference.stop_strings import StopStrings
 from scenarios.inference_config import EngineConfig
 
 
@@ -20,6 +21,8 @@ class Sequence:
     request: Request
     tokens: list[int]
     """Of the prompt, then generated ones."""
+    stop_strings: StopStrings | None = None
+    """Has seen the generated ones; None if the request names none."""
     num_cached: int = 0
     """How many of them have keys and values in the cache."""
     blocks: list[int] = field(default_factory=list)
@@ -30,6 +33,12 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens behind the prompt."""
         return len(self.tokens) - len(self.request.prompt)
+
+    def ended_by(self, token: int) -> bool:
+        """Whether a new token is, or completes, what the request stops at; asked once of each."""
+        if token in self.request.sampling.stop_tokens:
+            return True
+        return self.stop_strings is not None and self.stop_strings.ended_by(token)
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
-    def add(self, request: Request, key: str) -> None:
+    def add(self, request: Request, key: str, stop_strings: StopStrings | None = None) -> None:
         """Queues a request under a key that no other one has."""
-        self.waiting.append(Sequence(key, request, list(request.prompt)))
+        self.waiting.append(Sequence(key, request, list(request.prompt), stop_strings))
 
     def find(self, key: str) -> Sequence | None:
         """The waiting or running sequence of a key."""

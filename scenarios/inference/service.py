@@ -21,6 +21,7 @@ from scenarios.fork_server import ForkServer, Process
 from scenarios.inference.client import Client
 from scenarios.inference.errors import InferenceError, ReplicaLost
 from scenarios.inference.link import Link
+from scenarios.inference.model_files import TOKENIZER
 from scenarios.inference_config import EngineConfig
 from scenarios.launch import sweep_shared_memory
 from scenarios.layout import Layout
@@ -202,6 +203,7 @@ class Service:
             "model_folder": str(self.config.model_folder),
             "model": self.config.model.model_dump(mode="json"),
             "layout": self._layout.model_dump(mode="json"),
+            "has_tokenizer": (self.config.model_folder / TOKENIZER).is_file(),
             "num_replicas": self.config.layout.dp,
             "config": self.config.engine.model_dump(mode="json"),
         }
