@@ -19,7 +19,8 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 test: lint
-	. $(BIN)/activate && pytest tests && pytest special_distributed \
+	. $(BIN)/activate && pytest tests \
+	  && python -m torch.distributed.run --standalone --nproc-per-node 4 -m pytest special_distributed \
 	  && pytest --ranks 8 special_distributed/test_mcore_config_converter.py \
 	  && mpirun -n 4 pytest special_distributed/test_torch_functional.py special_distributed/test_against_mpi.py
 
