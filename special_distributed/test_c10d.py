@@ -162,7 +162,9 @@ def test_a_work_that_succeeds(world: dist.ProcessGroup, rank: int) -> None:
     work = dist.all_reduce(x, async_op=True)
     result = work.get_future_result()
     assert work.wait(timedelta(seconds=20))
-    assert (work.is_completed(), work.is_success(), work.exception()) == (True, True, None)
+    assert (work.is_completed(), work.is_success()) == (True, True)
+    if torch.__version__ >= "2.13":  # before, torch could not hand an exception to Python
+        assert work.exception() is None
     assert result.wait() == 0
     assert work.get_future().value()[0].data_ptr() == x.data_ptr()
     assert work.result()[0].tolist() == [4.0] * 3

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from primitives.checkpoint import FSDPCheckpointManager
 from special_distributed.checkpoint_runs import (
@@ -47,6 +48,8 @@ CHANGES: list[tuple[Wrap, int, Wrap, int]] = [
     (plain, 1, fsdp1, 4),
     (plain, 1, ddp, 3),
 ]
+if torch.__version__ < "2.13":  # test_fsdp1_on_some_ranks_before_torch_2_13
+    CHANGES = [c for c in CHANGES if (fsdp1, True) not in ((c[0], c[1] < 4), (c[2], c[3] < 4))]
 
 
 @pytest.mark.parametrize(("before", "num_before", "after", "num_after"), CHANGES, ids=name_of)
@@ -88,3 +91,18 @@ def test_change(
                 state["moments"].pop("unused", None)
             torch.testing.assert_close(got, stepped, rtol=2e-6, atol=1e-7)
     dist.barrier()
+
+
+def test_fsdp1_on_some_ranks_before_torch_2_13(
+    folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = dist.new_group([0, 1, 2])
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    if rank < 3:
+        run = make_run(fsdp1, group, seed=1)
+        message = "FSDP1 with an optimizer on 3 of 4 ranks needs torch 2.13 or newer, got 2.12.1"
+        with pytest.raises(ValueError, match=message):
+            FSDPCheckpointManager(folder, *run, process_group=group)
+        FSDPCheckpointManager(folder, run.model, process_group=group)
+    run = make_run(fsdp1, dist.group.WORLD, seed=1)
+    FSDPCheckpointManager(folder, *run)

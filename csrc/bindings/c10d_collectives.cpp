@@ -259,7 +259,7 @@ Backend::WorkPtr Backend::reduce_scatter_tensor_coalesced(
       jobs.push_back(
           reduce_scatter_from(out[i], in[i], options.reduceOp, resolve(options.timeout)));
     }
-    return run(OpType::REDUCE_SCATTER_TENSOR_COALESCED, options.asyncOp, out, [jobs] {
+    return run(OpType::COALESCED, options.asyncOp, out, [jobs] {
       for (const Job& job : jobs) job();
     });
   });

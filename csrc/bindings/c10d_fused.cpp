@@ -222,7 +222,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
     }
     check_apart(std::move(ranges), what);
     const Milliseconds timeout = resolve(kDefaultTimeout);
-    return run(OpType::REDUCE_SCATTER_TENSOR_COALESCED, async, shards, [=, this] {
+    return run(OpType::COALESCED, async, shards, [=, this] {
       const ReduceScatterMany many{*cuts,
                                    sources,
                                    results,

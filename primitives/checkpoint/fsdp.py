@@ -15,7 +15,7 @@ from primitives.checkpoint.exchange import agree
 from primitives.checkpoint.export import export_hf
 from primitives.checkpoint.groups import groups, matched_settings, set_settings, tied_parameters
 from primitives.checkpoint.manager import CheckpointManager
-from primitives.checkpoint.moments import moments, targets
+from primitives.checkpoint.moments import check_gatherable, moments, targets
 from primitives.checkpoint.reader import Contents
 from primitives.random_state import random_state, reseed, set_random_state
 
@@ -46,6 +46,9 @@ class FSDPCheckpointManager:
             optimizer's first step on the memory of the copies is made ready meanwhile, so that the
             first save blocks no longer than the next.
         process_group, keep: as in ``CheckpointManager``.
+
+    Raises:
+        ValueError: moments of FSDP1 on a sub-group before torch 2.13.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class FSDPCheckpointManager:
         self._lr_scheduler = lr_scheduler
         self._data_loader = data_loader
         self._asynchronous = asynchronous
+        if optimizer is not None:
+            check_gatherable(model, self._exchange.world_size)
         if asynchronous:
             self._reserve_when_complete()
 

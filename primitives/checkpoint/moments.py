@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     _init_optim_state,
     get_optimizer_state_dict,
@@ -22,6 +23,22 @@ from primitives.checkpoint.exchange import Exchange
 from primitives.checkpoint.groups import parameter_names
 
 Moments = dict[str, dict[str, Any]]
+
+
+def check_gatherable(model: torch.nn.Module, world_size: int) -> None:
+    """Refuses what torch cannot gather: before 2.13 it gathers FSDP1's moments over all ranks.
+
+    Raises:
+        ValueError: FSDP1 on ``world_size`` ranks of a job that has more.
+    """
+    if torch.__version__ >= "2.13" or not _is_fsdp1(model):
+        return
+    if world_size < dist.get_world_size():
+        raise ValueError(
+            f"FSDP1 with an optimizer on {world_size} of {dist.get_world_size()} ranks needs torch "
+            f"2.13 or newer, got {torch.__version__}: before, torch gathers its moments over all "
+            "ranks; take FSDP2 (fully_shard) or all ranks"
+        )
 
 
 def moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: Exchange) -> Moments:
