@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from scenarios.convert.extra import extend_block, extend_model, zero_center_block
 from scenarios.convert.megatron import MegatronModel
 
 if TYPE_CHECKING:
@@ -72,9 +73,31 @@ def layer_spec(model: MegatronModel, config: "TransformerConfig", **choices: Any
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     choices.setdefault("use_transformer_engine", True)
-    return get_gpt_decoder_block_spec(
+    block = get_gpt_decoder_block_spec(
         config, normalization=model.transformer.normalization, **choices
     )
+    if config.layernorm_zero_centered_gamma and not choices["use_transformer_engine"]:
+        block = zero_center_block(block)
+    return block if model.extra is None else extend_block(block, model.extra)
+
+
+def gpt_model(
+    model: MegatronModel, config: "TransformerConfig", spec: Any, **arguments: Any
+) -> Any:
+    """The GPTModel, with the extra modules that are no part of its layers.
+
+    Args:
+        model: the converted model.
+        config: its ``transformer_config``.
+        spec: its ``layer_spec``.
+        arguments: further arguments of GPTModel: pre_process, post_process, vp_stage.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    built = GPTModel(config, spec, **gpt_model_arguments(model), **arguments)
+    if model.extra is not None:
+        extend_model(built, model.extra)
+    return built
 
 
 def _activation(name: str) -> Any:

@@ -10,6 +10,7 @@ from scenarios.convert.families import family_of
 from scenarios.convert.family import Family, Fields, Ignored, Only, Row
 from scenarios.convert.layout import ParallelLayout
 from scenarios.convert.megatron import (
+    ExtraModules,
     GPTModelArguments,
     LatentFields,
     MegatronModel,
@@ -30,7 +31,8 @@ def convert(
     Args:
         config: a mapping, the path of a config.json, or a transformers configuration object.
         layout: how the model will be cut over ranks; none: not at all.
-        overrides: fields of TransformerConfig or arguments of GPTModel to set instead.
+        overrides: fields of TransformerConfig, arguments of GPTModel or settings of the family's
+            extra modules to set instead.
     Returns:
         The model for that layout.
     Raises:
@@ -59,6 +61,7 @@ def convert(
         transformer=TransformerFields.build(**fields.transformer),
         gpt_model=GPTModelArguments.build(**fields.gpt_model),
         mla=LatentFields.build(**fields.mla) if fields.mla else None,
+        extra=ExtraModules.build(**fields.extra) if fields.extra else None,
         head=TokenClassificationHead.build(**fields.head) if fields.head else None,
         ignored=fields.ignored,
     )
@@ -146,6 +149,7 @@ def _override(fields: Fields, overrides: Mapping[str, Any]) -> None:
         (TransformerFields, fields.transformer),
         (GPTModelArguments, fields.gpt_model),
         *(((LatentFields, fields.mla),) if fields.mla else ()),
+        *(((ExtraModules, fields.extra),) if fields.extra else ()),
     ):
         for name in model.model_fields:
             sections.setdefault(name, []).append(section)

@@ -18,6 +18,14 @@ def precision(hf: HF, fields: Fields) -> None:
     fields.transformer |= {"bf16": name == "bfloat16", "fp16": name == "float16"}
 
 
+def labels_tokens(hf: HF) -> bool:
+    """Whether the head is one of token classification."""
+    names = hf["architectures"]
+    return isinstance(names, list | tuple) and any(
+        str(name).endswith(TOKEN_CLASSIFICATION) for name in names
+    )
+
+
 def output_head(hf: HF, fields: Fields) -> None:
     """A language model, or one label for each token on top of the same layers."""
     names = hf["architectures"] or []

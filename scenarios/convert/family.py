@@ -14,6 +14,7 @@ class Fields:
     transformer: dict[str, Any] = field(default_factory=dict)
     gpt_model: dict[str, Any] = field(default_factory=dict)
     mla: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from scenarios.convert.extra import class_names, layer_spec_name, listing
 from scenarios.convert.megatron import MegatronModel
 
 Flag = bool | int | float | str
@@ -51,12 +52,30 @@ def plain(model: MegatronModel) -> dict[str, Any]:
         "gpt_model": model.gpt_model.model_dump(exclude_none=True, mode="json"),
         "ignored": model.ignored,
     }
+    if extra := listing(model.extra):
+        document["extra_modules"] = extra
     if model.head is not None:
         document["token_classification"] = model.head.model_dump(mode="json")
     return document
 
 
 def _refuse_what_has_no_flag(model: MegatronModel) -> None:
+    if model.extra is not None and class_names(model.extra) and not layer_spec_name(model):
+        raise ValueError(
+            f"extra modules {', '.join(class_names(model.extra))}: no flags say where they belong "
+            "(--spec names a layer without settings only); build GPTModel instead"
+        )
+    fields = model.transformer
+    if fields.gated_linear_unit and fields.activation_func not in ("silu", "quick_gelu"):
+        raise ValueError(
+            f"activation_func {fields.activation_func} with gates has no flag; "
+            "build TransformerConfig instead"
+        )
+    if fields.softmax_scale is not None:
+        raise ValueError(
+            f"softmax_scale: got {fields.softmax_scale}, which has no flag; "
+            "build TransformerConfig instead"
+        )
     if model.gpt_model.position_embedding_type == "yarn":
         raise ValueError(
             "position_embedding_type yarn has no flags; build TransformerConfig instead"
@@ -83,7 +102,9 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
     window, pattern = fields.window_size, fields.window_attn_skip_freq
     gated, activation = fields.gated_linear_unit, fields.activation_func
     grouped = fields.num_query_groups != fields.num_attention_heads
+    spec = layer_spec_name(model)
     return {
+        "--spec": None if spec is None else f"scenarios.convert.layer_specs {spec}",
         "--num-layers": fields.num_layers,
         "--hidden-size": fields.hidden_size,
         "--ffn-hidden-size": fields.ffn_hidden_size,
@@ -96,6 +117,7 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
         "--attention-dropout": fields.attention_dropout,
         "--hidden-dropout": fields.hidden_dropout,
         "--normalization": fields.normalization,
+        "--apply-layernorm-1p": fields.layernorm_zero_centered_gamma,
         "--swiglu": gated and activation == "silu",
         "--quick-geglu": gated and activation == "quick_gelu",
         "--openai-gelu": activation == "openai_gelu",
@@ -126,6 +148,7 @@ def _positions(model: MegatronModel) -> dict[str, Flag | None]:
         "--position-embedding-type": gpt.position_embedding_type,
         "--rotary-base": base if rotary else None,
         "--rotary-percent": gpt.rotary_percent if rotary else None,
+        "--rotary-interleaved": model.transformer.rotary_interleaved,
         "--use-rope-scaling": gpt.rope_scaling,
         "--rope-scaling-factor": gpt.rope_scaling_factor if gpt.rope_scaling else None,
         "--rotary-seq-len-interpolation-factor": None if factor is None else int(factor),

@@ -40,6 +40,8 @@ class TransformerFields(_Strict):
     attention_dropout: Probability
     hidden_dropout: Probability = 0.0
     normalization: Literal["RMSNorm", "LayerNorm"] = "LayerNorm"
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + weight."""
     activation_func: Literal["silu", "gelu", "openai_gelu", "quick_gelu"] = "gelu"
     """Name of the function; TransformerConfig takes the function itself."""
     activation_func_clamp_value: PositiveFloat | None = None
@@ -48,6 +50,8 @@ class TransformerFields(_Strict):
     add_bias_linear: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    softmax_scale: PositiveFloat | None = None
+    """Factor on the scores of attention; none: 1 / sqrt(kv_channels)."""
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
     """learnable: a sink for each head."""
     multi_latent_attention: bool = False
@@ -57,6 +61,8 @@ class TransformerFields(_Strict):
     """Tokens a position sees to the left and to the right of itself."""
     window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
     """1 for each layer with the window, 0 for each with full attention."""
+    rotary_interleaved: bool = False
+    """Pairs are neighbours in a head, and not half a head apart."""
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Pairs of a head that time, height and width rotate."""
     num_moe_experts: PositiveInt | None = None
@@ -177,6 +183,23 @@ class GPTModelArguments(_Strict):
     seq_len_interpolation_factor: PositiveFloat | None = None
 
 
+class ExtraModules(_Strict):
+    """What neither TransformerConfig nor GPTModel has a field for; ``extra.py`` has the modules."""
+
+    embedding_scale: PositiveFloat | None = None
+    """Factor on the embeddings, rounded to their dtype."""
+    post_norms: bool = False
+    """Norms after attention and after the MLP, before the sums with the residual."""
+    all_heads_qk_norm: bool = False
+    """One norm over the queries of all heads, and one over the keys."""
+    local_rotary_base: PositiveInt | None = None
+    """Rotary base of the layers with a window; GPTModel's rotary_base is that of the others."""
+    attention_softcap: PositiveFloat | None = None
+    """c of c * tanh(score / c)."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for the logits."""
+
+
 class TokenClassificationHead(_Strict):
     """What takes the place of GPTModel's output_layer: dropout, then a linear layer with a bias."""
 
@@ -191,6 +214,7 @@ class MegatronModel(_Strict):
     transformer: TransformerFields
     gpt_model: GPTModelArguments
     mla: LatentFields | None = None
+    extra: ExtraModules | None = None
     head: TokenClassificationHead | None = None
     ignored: dict[str, str] = Field(default_factory=dict)
     """Field of the source -> why it changes nothing in this model."""
@@ -203,6 +227,11 @@ class MegatronModel(_Strict):
         _check_divisible(
             "max_sequence_length", self.gpt_model.max_sequence_length, 2 * cp if cp > 1 else 1
         )
+        if self.extra is not None and self.extra.attention_softcap is not None and cp > 1:
+            raise ValueError(
+                f"cp: got {cp}, expected 1: capped scores are computed by megatron-core's "
+                "DotProductAttention, which has no context parallelism"
+            )
         return self
 
 

@@ -8,7 +8,7 @@ through its own safetensors files, so what is proven is the conversion of files 
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenarios.convert.build import gpt_model_arguments, layer_spec, transformer_config
+from scenarios.convert import extra
+from scenarios.convert.build import gpt_model, layer_spec, transformer_config
 from scenarios.convert.converter import convert
 from scenarios.convert.families import family_of
 from scenarios.convert.latent_core import NOTE as LATENT_NOTE
@@ -125,8 +126,19 @@ def prove(config: Any, *, overrides: Mapping[str, Any] | None = None, seed: int 
             megatron = build(model, weights)
             actual = run(megatron, tokens, positions)
     errors = {place: relative_error(actual[place], value) for place, value in expected.items()}
-    notes = [family_of(model.model_type).note, LATENT_NOTE if model.mla is not None else ""]
-    return Proof(model.model_type, small, errors, "; ".join(note for note in notes if note))
+    return Proof(model.model_type, small, errors, "; ".join(_notes(model)))
+
+
+def _notes(model: MegatronModel) -> Iterator[str]:
+    """What a reader of the outcome should know of the Megatron side."""
+    if note := family_of(model.model_type).note:
+        yield note
+    if model.mla is not None:
+        yield LATENT_NOTE
+    if names := extra.class_names(model.extra):
+        yield extra.NOTE.format(", ".join(names))
+    if model.transformer.layernorm_zero_centered_gamma:
+        yield extra.ZERO_CENTERED_NOTE
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -140,8 +152,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def build(model: MegatronModel, weights: HuggingFaceWeights) -> Any:
     """megatron-core's GPTModel with these weights, for evaluation, on its local specification."""
-    from megatron.core.models.gpt import GPTModel
-
     settings = {
         "mtp_num_layers": None,
         "use_cpu_initialization": True,
@@ -152,7 +162,7 @@ def build(model: MegatronModel, weights: HuggingFaceWeights) -> Any:
     if model.mla is not None:
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
-    built = GPTModel(config, spec, **gpt_model_arguments(model))
+    built = gpt_model(model, config, spec)
     if model.head is not None:
         built.output_layer = _Head(model.transformer.hidden_size, model.head.num_labels)
     state = {parameter.name: weights.read(parameter) for parameter in parameters(model)}

@@ -13,6 +13,7 @@ LIMITS = {
     "shared_expert_intermediate_size": 40,
     "n_positions": 64,
     "sliding_window": 7,
+    "sliding_window_pattern": 3,
     "max_window_layers": 2,
     "decoder_sparse_step": NUM_LAYERS,
     "first_k_dense_replace": 1,
@@ -22,6 +23,7 @@ LIMITS = {
     "num_mtp_layers": 0,
     "num_nextn_predict_layers": 0,
     "swiglu_limit": 1.5,
+    "attn_logit_softcapping": 2.0,
 }
 """Field -> the largest value the small model has; smaller ones stay."""
 MAX_HEADS, MAX_HIDDEN, MAX_EXPERTS = 8, 128, 16
@@ -57,11 +59,17 @@ def shrink(config: Any) -> dict[str, Any]:
     if hf.get("layer_types") is not None:
         # Derived anew from the fields above where the family does that.
         keep = "use_sliding_window" not in hf
-        hf["layer_types"] = list(hf["layer_types"][:NUM_LAYERS]) if keep else None
+        hf["layer_types"] = _layer_types(hf["layer_types"]) if keep else None
     if hf.get("mlp_only_layers"):
         hf["mlp_only_layers"] = _dense_layers(hf)
     said = {*given, "pad_token_id"}
     return {name: value for name, value in hf.items() if value is not None or name in said}
+
+
+def _layer_types(types: list[str]) -> list[str]:
+    """Those of the first layers; the last one stands for a kind that comes later only."""
+    kept, missing = list(types[:NUM_LAYERS]), {*types[NUM_LAYERS:]} - {*types[:NUM_LAYERS]}
+    return [*kept[:-1], missing.pop()] if missing else kept
 
 
 def _dense_layers(hf: dict[str, Any]) -> list[int]:

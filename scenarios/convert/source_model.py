@@ -9,14 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scenarios.convert.every_family import TOKEN_CLASSIFICATION
+from scenarios.convert.every_family import labels_tokens
+from scenarios.convert.families import family_of
+from scenarios.convert.mapping import Copy
+from scenarios.convert.weight_names import AFTER_ATTENTION, AFTER_MLP
 
-TINY_VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "fullatt_block_indexes": [0],
+TINY_VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "fullatt_block_indexes": [0],
+    },
+    "gemma3": {
+        "model_type": "siglip_vision_model",
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "image_size": 224,
+        "patch_size": 14,
+    },
 }
 """A vision model has to be there for the text model's sake; it is never run."""
 
@@ -38,17 +52,18 @@ class SourceModel:
         fields = copy.deepcopy(dict(config))  # transformers writes into what it is given
         model_type = fields.pop("model_type")
         kind = "AutoModelForCausalLM"
-        if any(name.endswith(TOKEN_CLASSIFICATION) for name in fields.get("architectures") or ()):
+        if labels_tokens({"architectures": None} | fields):
             kind = "AutoModelForTokenClassification"
-        if model_type == "qwen2_5_vl":
+        if model_type in TINY_VISION:
             kind = "AutoModelForImageTextToText"
-            vision = TINY_VISION | {"out_hidden_size": fields["hidden_size"]}
+            vision = TINY_VISION[model_type] | {"out_hidden_size": fields["hidden_size"]}
             fields = {
                 "text_config": {k: v for k, v in fields.items() if k != "vision_config"},
                 "vision_config": vision,
                 "tie_word_embeddings": fields["tie_word_embeddings"],
                 "dtype": "float32",
             }
+        self._ends = _ends_of_branches(model_type)
         source = AutoConfig.for_model(model_type, **fields)
         auto = getattr(transformers, kind)
         # The grouped products of the default experts need sizes that small models do not have.
@@ -74,8 +89,10 @@ class SourceModel:
         handles.append(layers[0].register_forward_pre_hook(note_input, with_kwargs=True))
         for index, layer in enumerate(layers):
             children = dict(layer.named_children())
-            attention = children.get("self_attn", children.get("attn"))
-            mlp = children.get("mlp", children.get("block_sparse_moe"))
+            attention, mlp = (
+                next((children[name] for name in names if name in children), None)
+                for names in self._ends
+            )
             assert attention is not None, [*children]
             assert mlp is not None, [*children]
             handles.append(attention.register_forward_hook(note(f"layer {index} attention")))
@@ -110,7 +127,8 @@ def randomise(module: nn.Module) -> None:
             noise = torch.randn_like(tensor)
             if tensor.dim() == 1:
                 is_norm = re.search(r"(norm|ln_\w)\.weight$", name) is not None
-                tensor.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise)
+                # Norms are made with 1, or with 0 where the source multiplies by 1 + weight.
+                tensor.copy_((tensor.mean().round() if is_norm else 0) + 0.3 * noise)
             elif "embed" in name or "wte" in name:
                 # No token near zero, of which a norm would enlarge the rounding.
                 tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)))
@@ -122,11 +140,21 @@ def _router_biases(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, b) for n, b in module.named_buffers() if n.endswith("e_score_correction_bias")]
 
 
+def _ends_of_branches(model_type: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the modules whose outputs join the residual: of attention, of the MLP."""
+    weights = family_of(model_type).weights
+    ends = [("self_attn", "attn"), ("mlp", "block_sparse_moe")]
+    for index, norm in enumerate((AFTER_ATTENTION, AFTER_MLP)):
+        if isinstance(form := weights.get(norm), Copy):
+            ends[index] = (form.source.split(".")[-2],)
+    return ends[0], ends[1]
+
+
 def _layers(module: nn.Module) -> list[nn.Module]:
     named = [
         child
         for name, child in module.named_modules()
-        if re.search(r"(^|\.)(layers|h)\.\d+$", name) and "visual" not in name
+        if re.search(r"(^|\.)(layers|h)\.\d+$", name) and not re.search(r"visual|vision", name)
     ]
     assert named, "no decoder layers"
     return named
@@ -136,6 +164,8 @@ def _final_norm(module: nn.Module) -> nn.Module:
     names = [
         name
         for name, _ in module.named_modules()
-        if re.search(r"(^|\.)(norm|ln_f)$", name) and "layers." not in name and "visual" not in name
+        if re.search(r"(^|\.)(norm|ln_f)$", name)
+        and "layers." not in name
+        and not re.search("visual|vision", name)
     ]
     return module.get_submodule(names[0])

@@ -4,6 +4,8 @@ from scenarios.convert.mapping import QKV, Copy, Mapped, Stacked
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "{base}layers.{layer}."
 ATTENTION, HF_ATTENTION = f"{LAYER}self_attention.", f"{HF_LAYER}self_attn."
+AFTER_ATTENTION = f"{ATTENTION}linear_proj.post_layernorm.weight"
+AFTER_MLP = f"{LAYER}mlp.linear_fc2.post_layernorm.weight"
 
 HEAD: dict[str, Mapped] = {
     "embedding.word_embeddings.weight": Copy("{base}embed_tokens.weight"),
@@ -22,6 +24,16 @@ QUERY_KEY_NORMS: dict[str, Mapped] = {
     f"{ATTENTION}q_layernorm.weight": Copy(f"{HF_ATTENTION}q_norm.weight"),
     f"{ATTENTION}k_layernorm.weight": Copy(f"{HF_ATTENTION}k_norm.weight"),
 }
+
+
+def sandwich_norms(after_attention: str, before_mlp: str, after_mlp: str) -> dict[str, Mapped]:
+    """Norms on both sides of attention and MLP; those after them belong to their last linear."""
+    return {
+        f"{LAYER}input_layernorm.weight": Copy(f"{HF_LAYER}input_layernorm.weight"),
+        AFTER_ATTENTION: Copy(f"{HF_LAYER}{after_attention}.weight"),
+        f"{LAYER}pre_mlp_layernorm.weight": Copy(f"{HF_LAYER}{before_mlp}.weight"),
+        AFTER_MLP: Copy(f"{HF_LAYER}{after_mlp}.weight"),
+    }
 
 
 def attention(kind: str = "weight") -> dict[str, Mapped]:

@@ -100,7 +100,9 @@ def _norm_kinds(model: MegatronModel) -> tuple[str, ...]:
 
 
 def _norms(model: MegatronModel) -> dict[str, Cut]:
-    names = ("input_layernorm", "pre_mlp_layernorm")
+    names = ["input_layernorm", "pre_mlp_layernorm"]
+    if model.extra is not None and model.extra.post_norms:
+        names += ["self_attention.linear_proj.post_layernorm", "mlp.linear_fc2.post_layernorm"]
     return {f"{name}.{kind}": "none" for name in names for kind in _norm_kinds(model)}
 
 
@@ -125,8 +127,10 @@ def _attention(model: MegatronModel) -> dict[str, Cut]:
     cuts: dict[str, Cut] = {f"{at}linear_qkv.weight": "rows"}
     if fields.add_qkv_bias or fields.add_bias_linear:
         cuts[f"{at}linear_qkv.bias"] = "rows"
-    if fields.qk_layernorm:
-        cuts |= {f"{at}{name}_layernorm.weight": "none" for name in "qk"}
+    all_heads = model.extra is not None and model.extra.all_heads_qk_norm
+    if fields.qk_layernorm or all_heads:
+        cut: Cut = "rows" if all_heads else "none"
+        cuts |= {f"{at}{name}_layernorm.weight": cut for name in "qk"}
     if fields.softmax_type == "learnable":
         cuts[f"{at}core_attention.softmax_offset"] = "rows"
     cuts[f"{at}linear_proj.weight"] = "columns"
