@@ -24,6 +24,12 @@ DEFAULT: dict[str, Config] = {
     "deepseek_v3": {},
     "glm4_moe": {"head_dim": 128},
     "gpt_oss": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gemma3": {},
+    "glm4": {},
+    "olmoe": {},
 }
 
 LLAMA3 = {
@@ -252,6 +258,103 @@ PUBLISHED: dict[str, tuple[str, Config]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 12,
             "rope_theta": 150000,
             "swiglu_limit": 7.0,
+        },
+    ),
+    "gemma": (
+        "google/gemma-2b",
+        {
+            "architectures": ["GemmaForCausalLM"],
+            "hidden_act": "gelu",
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+        },
+    ),
+    "gemma2": (
+        "google/gemma-2-27b",
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "head_dim": 128,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 4608,
+            "intermediate_size": 36864,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "query_pre_attn_scalar": 144,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "sliding_window_size": 4096,
+        },
+    ),
+    "gemma3_text": (
+        "google/gemma-3-1b-it",
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "attn_logit_softcapping": None,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": None,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "vocab_size": 262144,
+        },
+    ),
+    "gemma3": (
+        "google/gemma-3-4b-it",
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "boi_token_index": 255999,
+            "eoi_token_index": 256000,
+            "image_token_index": 262144,
+            "initializer_range": 0.02,
+            "mm_tokens_per_image": 256,
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+        },
+    ),
+    "glm4": (
+        "zai-org/GLM-4-9B-0414",
+        {
+            "architectures": ["Glm4ForCausalLM"],
+            "attention_bias": True,
+            "max_position_embeddings": 32768,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+        },
+    ),
+    "olmoe": (
+        "allenai/OLMoE-1B-7B-0924",
+        {
+            "architectures": ["OlmoeForCausalLM"],
+            "clip_qkv": None,
+            "intermediate_size": 1024,
+            "num_key_value_heads": 16,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
         },
     ),
 }
@@ -484,14 +587,69 @@ def _glm4_moe(draw: Draw) -> Config:
 
 def _gpt_oss(draw: Draw) -> Config:
     config = _sizes(draw) | _head_dim(draw) | _experts(draw, "num_local_experts")
-    types = st.sampled_from(["sliding_attention", "full_attention"])
-    layers = config["num_hidden_layers"]
     return config | {
-        "layer_types": draw(st.none() | st.lists(types, min_size=layers, max_size=layers)),
+        **_layer_types(draw, config["num_hidden_layers"]),
         "sliding_window": draw(st.integers(1, 9)),
         "swiglu_limit": draw(st.sampled_from([0.5, 7.0])),
         **(_rope(draw, ("none", "yarn")) if draw(st.booleans()) else {}),
     }
+
+
+def _layer_types(draw: Draw, layers: int) -> Config:
+    types = st.sampled_from(["sliding_attention", "full_attention"])
+    return {"layer_types": draw(st.none() | st.lists(types, min_size=layers, max_size=layers))}
+
+
+def _gemma(draw: Draw) -> Config:
+    act = draw(st.sampled_from(["gelu", "gelu_pytorch_tanh"]))
+    return _sizes(draw) | _head_dim(draw) | _rope(draw) | {"hidden_act": act}
+
+
+def _later_gemma(draw: Draw) -> Config:
+    config = _sizes(draw) | _head_dim(draw)
+    return config | {
+        "query_pre_attn_scalar": draw(st.integers(1, 300)),
+        "final_logit_softcapping": draw(st.sampled_from([None, 7.5, 30.0])),
+        "sliding_window": draw(st.integers(1, 9)),
+        **_layer_types(draw, config["num_hidden_layers"]),
+    }
+
+
+def _gemma2(draw: Draw) -> Config:
+    cap = draw(st.sampled_from([None, 0.5, 2, 50.0]))
+    return _later_gemma(draw) | _rope(draw) | {"attn_logit_softcapping": cap}
+
+
+def _gemma3(draw: Draw) -> Config:
+    rope = _rope(draw, ("none", "linear", "llama3"))
+    local = draw(st.sampled_from([100, 10000]))
+    if "rope_parameters" in rope:
+        alone = {"rope_type": "default", "rope_theta": local}
+        both = {"full_attention": rope["rope_parameters"], "sliding_attention": alone}
+        rope = {"rope_parameters": both}
+    else:
+        if rope["rope_scaling"] is not None and "type" in rope["rope_scaling"]:
+            rope["rope_scaling"]["rope_type"] = rope["rope_scaling"].pop("type")
+        rope["rope_local_base_freq"] = local
+    return _later_gemma(draw) | rope | {"sliding_window_pattern": draw(st.integers(1, 5))}
+
+
+def _glm4(draw: Draw) -> Config:
+    rope = _rope(draw, ("none", "linear", "llama3"))
+    return (
+        _sizes(draw)
+        | rope
+        | {
+            "head_dim": 4 * draw(st.integers(1, 5)),
+            "partial_rotary_factor": draw(st.sampled_from([0.5, 1.0])),
+            "attention_bias": draw(st.booleans()),
+        }
+    )
+
+
+def _olmoe(draw: Draw) -> Config:
+    config = _sizes(draw) | _rope(draw) | _experts(draw, "num_experts")
+    return config | _even_heads(draw, config) | {"norm_topk_prob": draw(st.booleans())}
 
 
 _ODD: dict[str, Callable[[Draw], Config]] = {
@@ -509,4 +667,10 @@ _ODD: dict[str, Callable[[Draw], Config]] = {
     "deepseek_v3": _deepseek_v3,
     "glm4_moe": _glm4_moe,
     "gpt_oss": _gpt_oss,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "gemma3": _gemma3,
+    "glm4": _glm4,
+    "olmoe": _olmoe,
 }

@@ -23,13 +23,18 @@ from tests.convert_cases import DEEPSEEK_YARN, DEFAULT, LLAMA3, PUBLISHED, defau
 Config = dict[str, Any]
 
 
+TEXT_MODELS = {"qwen2_5_vl": "qwen2_5_vl_text", "gemma3": "gemma3_text"}
+AROUND_TEXT = ("architectures", "vision", "image", "boi", "eoi", "mm_", "model_type")
+
+
 def as_object(config: Config) -> Any:
     """The configuration as transformers holds it."""
     fields = json.loads(json.dumps(config))
     model_type = fields.pop("model_type")
-    if model_type == "qwen2_5_vl":
-        model_type = "qwen2_5_vl_text"
-        for name in [n for n in fields if n.startswith("vision") or n == "architectures"]:
+    if model_type in TEXT_MODELS:
+        model_type = TEXT_MODELS[model_type]
+        fields |= fields.pop("text_config", {})
+        for name in [n for n in fields if n.startswith(AROUND_TEXT)]:
             del fields[name]
     return AutoConfig.for_model(model_type, **fields)
 
@@ -43,6 +48,7 @@ def test_file_and_object_are_one_model(model_type: str, kind: Callable[[str], Co
     assert from_file.transformer == from_object.transformer
     assert from_file.gpt_model == from_object.gpt_model
     assert from_file.mla == from_object.mla
+    assert from_file.extra == from_object.extra
     assert from_object == convert(as_object(config).to_dict())
 
 
@@ -198,6 +204,13 @@ def test_the_search_finds_a_converter_that_loses_fields() -> None:
         ("glm4_moe", {}, {"rotary_percent": 0.5, "add_qkv_bias": True}),
         ("qwen2_5_vl", {}, {"position_embedding_type": "mrope", "mrope_section": (16, 24, 24)}),
         ("gpt2", {}, {"position_embedding_type": "learned_absolute", "kv_channels": 64}),
+        ("gemma", {}, {"embedding_scale": 2048**0.5, "layernorm_zero_centered_gamma": True}),
+        ("gemma", {"hidden_act": "gelu"}, {"activation_func": "openai_gelu"}),
+        ("gemma2", {}, {"softmax_scale": 1 / 12, "attention_softcap": 50.0, "logit_softcap": 30.0}),
+        ("gemma3", {}, {"seq_len_interpolation_factor": 8.0, "local_rotary_base": 10000}),
+        ("gemma3_text", {}, {"window_attn_skip_freq": ((1,) * 5 + (0,)) * 4 + (1, 1)}),
+        ("glm4", {}, {"rotary_percent": 0.5, "rotary_interleaved": True, "post_norms": True}),
+        ("olmoe", {}, {"qk_layernorm": False, "all_heads_qk_norm": True}),
     ],
 )
 def test_what_other_converters_lose(
@@ -205,6 +218,7 @@ def test_what_other_converters_lose(
 ) -> None:
     model = convert(published(model_type) | change)
     fields = model.transformer.model_dump() | model.gpt_model.model_dump()
+    fields |= model.extra.model_dump() if model.extra is not None else {}
     assert {name: fields[name] for name in expected} == expected
 
 
@@ -246,6 +260,29 @@ def test_what_other_converters_lose(
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "rope type 'su'"),
         ("qwen2_5_vl", {"rope_scaling": None}, "mrope_section: got None"),
         ("qwen2_5_vl", {"text_config": {"hidden_size": 1}}, "and 1 in text_config"),
+        ("gemma", {"use_bidirectional_attention": True}, "attention to later tokens"),
+        ("gemma", {"hidden_act": "silu"}, "another activation than tanh-GELU"),
+        ("gemma", {"attention_bias": True}, "a bias on all four projections"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "expected a positive number or none"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "expected a positive number"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "expected 46 of"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "the source's class does not compute"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window: got None"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}, "expected objects"),
+        ("gemma3_text", {"rope_scaling": DEEPSEEK_YARN}, "in layers with a window, too"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope of layers with a window: got type 'linear'",
+        ),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 500.0}}},
+            "rope_theta: got 10000 and 500.0",
+        ),
+        ("gemma3", {"text_config": {"head_dim": 0}}, "head_dim: got 0"),
+        ("glm4", {"partial_rotary_factor": 1.0, "rope_scaling": DEEPSEEK_YARN}, "neighbours"),
+        ("olmoe", {"clip_qkv": 8.0}, "clipped queries, keys and values"),
         ("mistral", {"layer_types": ["sliding_attention"] * 32}, "some layers only"),
     ],
 )
@@ -299,10 +336,12 @@ def test_output_forms(model_type: str) -> None:
     document = yaml.safe_load(to_yaml(model))
     assert document == json.loads(json.dumps(plain(model)))
     assert document["transformer"]["num_layers"] == model.transformer.num_layers
-    if model_type == "gpt_oss":
-        with pytest.raises(ValueError, match="yarn has no flags"):
-            flags(model)
-        return
+    no_flags = {"gpt_oss": "yarn has no flags", "gemma": "extra modules ScaledEmbedding"}
+    for name, reason in no_flags.items():
+        if model_type.startswith(name):
+            with pytest.raises(ValueError, match=reason):
+                flags(model)
+            return
     given_words = words(flags(model))
     assert given_words[given_words.index("--num-layers") + 1] == str(model.transformer.num_layers)
     assert all(isinstance(word, str) and word for word in given_words)

@@ -54,7 +54,15 @@ def test_proof_of_odd_models(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "name"),
-    [("llama", "Llama"), ("qwen2", "Qwen2"), ("mistral", "Mistral"), ("qwen3_moe", "Qwen3Moe")],
+    [
+        *(
+            ("llama", "Llama"),
+            ("qwen2", "Qwen2"),
+            ("mistral", "Mistral"),
+            ("qwen3_moe", "Qwen3Moe"),
+        ),
+        *(("gemma2", "Gemma2"), ("glm4", "Glm4")),
+    ],
 )
 def test_proof_of_token_classification(model_type: str, name: str) -> None:
     labels = {str(index): f"L{index}" for index in range(5)}
@@ -101,6 +109,25 @@ MUTATIONS: list[tuple[str, Config, Config, str]] = [
     ("gpt_oss", {}, {"activation_func_clamp_value": None}, "layer 0 mlp"),
     ("gpt_oss", {}, {"window_attn_skip_freq": (0, 1, 0, 1)}, "layer 0 attention"),
     ("gpt2", {}, {"activation_func": "gelu"}, "layer 0 mlp"),
+    ("gemma", {}, {"embedding_scale": None}, "embedding"),
+    ("gemma", {}, {"layernorm_zero_centered_gamma": False}, "layer 0 attention"),
+    ("gemma", {}, {"activation_func": "gelu"}, "layer 0 mlp"),
+    ("gemma2", {}, {"softmax_scale": None}, "layer 0 attention"),
+    ("gemma2", {}, {"attention_softcap": None}, "layer 0 attention"),
+    ("gemma2", {}, {"logit_softcap": None}, "logits"),
+    ("gemma2", {}, {"window_attn_skip_freq": (0, 1, 0, 1)}, "layer 0 attention"),
+    ("gemma3_text", {}, {"local_rotary_base": 1000000}, "layer 0 attention"),
+    (
+        "gemma3_text",
+        {},
+        {"local_rotary_base": 1000000, "rotary_base": 10000},
+        "layer 0 attention",
+    ),
+    ("gemma3_text", {}, {"rotary_base": 10000}, "layer 2 attention"),
+    ("gemma3", {}, {"seq_len_interpolation_factor": None}, "layer 2 attention"),
+    ("glm4", {}, {"rotary_interleaved": False}, "layer 0 attention"),
+    ("glm4", {}, {"rotary_percent": 1.0}, "layer 0 attention"),
+    ("olmoe", {}, {"moe_router_pre_softmax": False}, "layer 0 mlp"),
 ]
 
 
@@ -123,6 +150,10 @@ def test_a_wrong_field_is_caught(
         ("gpt_oss", {"softmax_type": "vanilla"}, "sinks"),
         ("qwen2_moe", {"moe_shared_expert_gate": False}, "shared_expert_gate.weight"),
         ("deepseek_v3", {"moe_router_enable_expert_bias": False}, "e_score_correction_bias"),
+        ("gemma2", {"post_norms": False}, "post_attention_layernorm.weight"),
+        ("glm4", {"post_norms": False}, "post_mlp_layernorm.weight"),
+        ("gemma3_text", {"qk_layernorm": False}, "k_norm.weight"),
+        ("olmoe", {"all_heads_qk_norm": False}, "k_norm.weight"),
     ],
 )
 def test_a_missing_part_leaves_tensors_over(model_type: str, wrong: Config, left: str) -> None:
@@ -221,3 +252,6 @@ def test_a_proof_needs_more_than_an_agreement_of_configurations() -> None:
     assert (
         shrink(published("gpt_oss"))["layer_types"] == ["sliding_attention", "full_attention"] * 2
     )
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    later = shrink(published("gemma3_text") | {"num_hidden_layers": 6, "layer_types": types})
+    assert later["layer_types"] == ["sliding_attention"] * 3 + ["full_attention"]

@@ -166,7 +166,7 @@ def _merged(whole: dict[str, Any], text: dict[str, Any], part: str) -> dict[str,
     tied = text.get("tie_word_embeddings")
     if tied or str(whole.get("transformers_version")).startswith("4."):
         # transformers 4 ties by the text model alone; 5 also where the larger model says so.
-        whole = {**whole, "tie_word_embeddings": tied}
+        whole = {name: v for name, v in whole.items() if name != "tie_word_embeddings"}
     for name in sorted(text.keys() & whole.keys() - {"architectures", "transformers_version"}):
         if _plain(text[name]) != _plain(whole[name]) and None not in (text[name], whole[name]):
             raise ValueError(
