@@ -22,8 +22,10 @@ EXTRA = [name for name in DEFAULT if convert(published(name)).extra is not None]
 NEEDED = {
     "gemma": {"ScaledEmbedding"},
     "gemma2": {"ScaledEmbedding", "NormAfter", "SoftCappedAttention", "SoftCappedOutputLayer"},
-    "gemma3_text": {"ScaledEmbedding", "NormAfter", "LocalRotaryAttention"},
-    "gemma3": {"ScaledEmbedding", "NormAfter", "LocalRotaryAttention"},
+    **dict.fromkeys(
+        ("gemma3_text", "gemma3"),
+        frozenset(("ScaledEmbedding", "NormAfter", "GlobalAndLocalRotary", "LocalRotaryAttention")),
+    ),
     "glm4": {"NormAfter"},
     "olmoe": {"AllHeadsRMSNorm"},
 }
@@ -136,7 +138,7 @@ def test_a_wrong_module_is_caught(
 
 def test_the_proof_says_what_is_ours() -> None:
     lines = "\n".join(prove(published("gemma3_text")).lines())
-    assert "ours: ScaledEmbedding, NormAfter, LocalRotaryAttention" in lines
+    assert "ours: ScaledEmbedding, NormAfter, GlobalAndLocalRotary, " in lines
     assert "norms with 1 + weight are written out here" in lines
 
 

@@ -35,9 +35,15 @@ def listing(extra: ExtraModules | None) -> list[dict[str, Any]]:
         ),
         (
             extra.local_rotary_base is not None,
+            "extra_attention.GlobalAndLocalRotary",
+            "GPTModel.rotary_pos_emb",
+            {"local_base": extra.local_rotary_base},
+        ),
+        (
+            extra.local_rotary_base is not None,
             "extra_attention.LocalRotaryAttention",
             "self_attention of every layer",
-            {"local_rotary_base": extra.local_rotary_base},
+            {},
         ),
         (
             extra.attention_softcap is not None,
@@ -90,7 +96,7 @@ def extend_layer(layer: Any, extra: ExtraModules, norm: Any) -> Any:
 
     Args:
         layer: ModuleSpec of a TransformerLayer.
-        extra: the model's; embedding and logits are no part of a layer.
+        extra: the model's; embedding, rotations and logits are no part of a layer.
         norm: class of the norms after attention and MLP.
     """
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -119,8 +125,7 @@ def extend_layer(layer: Any, extra: ExtraModules, norm: Any) -> Any:
         inner = replace(inner, core_attention=capped)
     attention = replace(attention, submodules=inner)
     if extra.local_rotary_base is not None:
-        base = {"local_rotary_base": extra.local_rotary_base}
-        attention = replace(attention, module=LocalRotaryAttention, params=attention.params | base)
+        attention = replace(attention, module=LocalRotaryAttention)
     mlp = parts.mlp
     if extra.post_norms:
         linear = normed(mlp.submodules.linear_fc2)
@@ -152,16 +157,21 @@ def zero_center_block(block: Any) -> Any:
 
 
 def extend_model(model: Any, extra: ExtraModules) -> None:
-    """Give a GPTModel, or a pipeline stage of one, its scaled embedding and its capped logits.
+    """Give a GPTModel, or a pipeline stage of one, the extra modules outside its layers.
 
-    megatron-core takes no specification for these two: the modules that it has built change
-    their class, and so keep their parameters.
+    megatron-core takes no specification for them. The embedding and the output layer that it has
+    built change their class, and so keep their parameters; rotations have none.
     """
+    from scenarios.convert.extra_attention import GlobalAndLocalRotary
     from scenarios.convert.extra_modules import ScaledEmbedding, SoftCappedOutputLayer
 
     if extra.embedding_scale is not None and hasattr(model, "embedding"):
         model.embedding.__class__ = ScaledEmbedding
         model.embedding.embedding_scale = extra.embedding_scale
+    if extra.local_rotary_base is not None:
+        model.rotary_pos_emb = GlobalAndLocalRotary(
+            model.rotary_pos_emb, model.config, extra.local_rotary_base
+        )
     if extra.logit_softcap is not None and hasattr(model, "output_layer"):
         model.output_layer.__class__ = SoftCappedOutputLayer
         model.output_layer.logit_softcap = extra.logit_softcap

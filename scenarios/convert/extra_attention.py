@@ -95,30 +95,37 @@ class AllHeadsRMSNorm(nn.Module):
         )
 
 
-class LocalRotaryAttention(SelfAttention):  # type: ignore[misc]
-    """Self-attention whose layers with a window rotate by a base of their own (Gemma 3)."""
+class GlobalAndLocalRotary(nn.Module):
+    """Two rotations for one GPTModel, side by side: its own, and one for layers with a window."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: Any,
-        layer_number: int,
-        *args: Any,
-        local_rotary_base: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(config, submodules, layer_number, *args, **kwargs)
-        self.local_rotary = None
-        if is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        ):
-            self.local_rotary = RotaryEmbedding(
-                config.kv_channels,
-                rotary_percent=1.0,
-                rotary_base=local_rotary_base,
-                use_cpu_initialization=config.use_cpu_initialization,
-                cp_group=self.pg_collection.cp,
-            )
+    def __init__(self, rotary: RotaryEmbedding, config: TransformerConfig, local_base: int) -> None:
+        """Args: the model's RotaryEmbedding, its configuration, the other rotation's base."""
+        super().__init__()
+        self.rotary = rotary
+        self.local_rotary = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=local_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=rotary.cp_group,
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles, [tokens / cp, 1, 1, 2 * head size]: the model's, then the local ones."""
+        return torch.cat([self.rotary(*args, **kwargs), self.local_rotary(*args, **kwargs)], -1)
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        """How many positions GPTModel asks for."""
+        length: int = self.rotary.get_rotary_seq_len(*args, **kwargs)
+        return length
+
+    def get_cos_sin(self, *_: Any) -> None:
+        """Raises: ValueError: flash decoding takes one rotation for all layers."""
+        raise ValueError("flash_decode: got True, expected False where layers rotate differently")
+
+
+class LocalRotaryAttention(SelfAttention):  # type: ignore[misc]
+    """Self-attention that takes its layer's part of ``GlobalAndLocalRotary`` (Gemma 3)."""
 
     def forward(
         self,
@@ -126,27 +133,25 @@ class LocalRotaryAttention(SelfAttention):  # type: ignore[misc]
         attention_mask: Tensor | None,
         *args: Any,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As SelfAttention's; in a layer with a window the given rotation only says the length.
+        """As SelfAttention's.
 
         Raises:
-            ValueError: a layer with a window gets no rotation, or one that is computed already.
+            ValueError: ``rotary_pos_emb`` is not what ``GlobalAndLocalRotary`` gives.
         """
-        if self.local_rotary is not None:
-            if rotary_pos_emb is None:
-                raise ValueError("rotary_pos_emb: got None, expected the rotation of all positions")
-            packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-            parts = 1 if packed else self.pg_collection.cp.size()
-            rotary_pos_emb = self.local_rotary(rotary_pos_emb.shape[0] * parts, packed_seq=packed)
+        width = 2 * self.config.kv_channels
+        if rotary_pos_emb is None or rotary_pos_emb.shape[-1] != width:
+            got = None if rotary_pos_emb is None else rotary_pos_emb.shape[-1]
+            raise ValueError(
+                f"rotary_pos_emb: got {got} angles of a head, expected {width}: two rotations"
+            )
+        is_local = is_layer_window_attention(
+            self.config.window_size, self.config.window_attn_skip_freq, self.layer_number
+        )
+        rotation = rotary_pos_emb.chunk(2, dim=-1)[is_local].contiguous()
         return super().forward(
-            hidden_states,
-            attention_mask,
-            *args,
-            rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=packed_seq_params,
-            **kwargs,
+            hidden_states, attention_mask, *args, rotary_pos_emb=rotation, **kwargs
         )
 
 
