@@ -269,7 +269,12 @@ def test_what_other_converters_lose(
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "the source's class does not compute"),
         ("gemma3_text", {"sliding_window": None}, "sliding_window: got None"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}, "expected objects"),
-        ("gemma3_text", {"rope_scaling": DEEPSEEK_YARN}, "in layers with a window, too"),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "in layers with a window, too",
+        ),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "expected rope_type"),
         (
             "gemma3_text",
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},

@@ -43,6 +43,12 @@ def two_rotations(hf: HF, fields: Fields) -> None:
         raise ValueError(
             f"rope_parameters: got {given!r}, expected objects {FULL!r} and {SLIDING!r}"
         )
+    scaling = hf["rope_scaling"]
+    if isinstance(scaling, Mapping) and scaling and "rope_type" not in scaling:
+        raise ValueError(
+            f"rope_scaling: got {scaling!r}, expected rope_type: 'type' counts in transformers 4 "
+            "and not in 5"
+        )
     rope({**hf, "rope_parameters": given.get(FULL)}, fields, unsaid=GLOBAL)
     if fields.gpt_model["position_embedding_type"] == "yarn":
         raise ValueError(
