@@ -318,6 +318,16 @@ def test_ties_of_a_text_model_inside_a_larger_one() -> None:
         tied(True, False, "5.23.0")
 
 
+def test_the_text_model_of_gemma_3_with_images() -> None:
+    source = AutoConfig.for_model("gemma3", text_config={"num_hidden_layers": 12})
+    inside, alone = convert(source), convert(source.text_config)
+    assert inside.model_type == "gemma3"
+    assert alone == inside.model_copy(
+        update={"model_type": "gemma3_text", "ignored": alone.ignored}
+    )
+    assert "the text model is converted" in inside.ignored["vision_config"]
+
+
 def test_token_classification() -> None:
     config = published("qwen2") | {
         "architectures": ["Qwen2ForTokenClassification"],

@@ -5,7 +5,7 @@ from typing import Any
 from scenarios.convert.extra import class_names, layer_spec_name, listing
 from scenarios.convert.megatron import MegatronModel
 
-Flag = bool | int | float | str
+Flag = bool | int | float | str | tuple[int | str, ...]
 
 
 def flags(model: MegatronModel) -> dict[str, Flag]:
@@ -14,12 +14,14 @@ def flags(model: MegatronModel) -> dict[str, Flag]:
     Args:
         model: the converted model.
     Returns:
-        Flag -> value, True for a switch.
+        Flag -> value, True for a switch, a tuple for several words.
     Raises:
         ValueError: the model needs a field that has no flag.
     """
+    _refuse_extra_modules(model)
     _refuse_what_has_no_flag(model)
     given = _attention(model) | _positions(model) | _experts(model) | _latent(model) | _cut(model)
+    given |= _layers(model)
     return {
         flag: value for flag, value in given.items() if value is not None and value is not False
     }
@@ -27,11 +29,14 @@ def flags(model: MegatronModel) -> dict[str, Flag]:
 
 def words(given: dict[str, Flag]) -> list[str]:
     """The flags as a command line's words."""
-    return [
-        word
-        for flag, value in given.items()
-        for word in ([flag] if value is True else [flag, str(value)])
-    ]
+    line: list[str] = []
+    for flag, value in given.items():
+        line.append(flag)
+        if isinstance(value, tuple):
+            line += map(str, value)
+        elif value is not True:
+            line.append(str(value))
+    return line
 
 
 def to_yaml(model: MegatronModel) -> str:
@@ -50,32 +55,15 @@ def plain(model: MegatronModel) -> dict[str, Any]:
         "transformer_config": "MLATransformerConfig" if mla else "TransformerConfig",
         "transformer": transformer | mla,
         "gpt_model": model.gpt_model.model_dump(exclude_none=True, mode="json"),
+        **({"extra_modules": extra} if (extra := listing(model.extra)) else {}),
         "ignored": model.ignored,
     }
-    if extra := listing(model.extra):
-        document["extra_modules"] = extra
     if model.head is not None:
         document["token_classification"] = model.head.model_dump(mode="json")
     return document
 
 
 def _refuse_what_has_no_flag(model: MegatronModel) -> None:
-    if model.extra is not None and class_names(model.extra) and not layer_spec_name(model):
-        raise ValueError(
-            f"extra modules {', '.join(class_names(model.extra))}: no flags say where they belong "
-            "(--spec names a layer without settings only); build GPTModel instead"
-        )
-    fields = model.transformer
-    if fields.gated_linear_unit and fields.activation_func not in ("silu", "quick_gelu"):
-        raise ValueError(
-            f"activation_func {fields.activation_func} with gates has no flag; "
-            "build TransformerConfig instead"
-        )
-    if fields.softmax_scale is not None:
-        raise ValueError(
-            f"softmax_scale: got {fields.softmax_scale}, which has no flag; "
-            "build TransformerConfig instead"
-        )
     if model.gpt_model.position_embedding_type == "yarn":
         raise ValueError(
             "position_embedding_type yarn has no flags; build TransformerConfig instead"
@@ -97,14 +85,36 @@ def _refuse_what_has_no_flag(model: MegatronModel) -> None:
                 )
 
 
+def _refuse_extra_modules(model: MegatronModel) -> None:
+    names = class_names(model.extra)
+    if names and layer_spec_name(model) is None:
+        raise ValueError(
+            f"extra modules {', '.join(names)}: no flag says where they belong (--spec names a "
+            "layer without settings); use build.gpt_model instead"
+        )
+    if model.transformer.softmax_scale is not None:
+        raise ValueError(
+            f"softmax_scale: got {model.transformer.softmax_scale}, which has no flag; "
+            "build TransformerConfig instead"
+        )
+
+
+def _layers(model: MegatronModel) -> dict[str, Flag | None]:
+    """What else a layer is made of."""
+    spec = layer_spec_name(model)
+    return {
+        "--spec": None if spec is None else ("scenarios.convert.layer_specs", spec),
+        "--apply-layernorm-1p": model.transformer.layernorm_zero_centered_gamma,
+        "--rotary-interleaved": model.transformer.rotary_interleaved,
+    }
+
+
 def _attention(model: MegatronModel) -> dict[str, Flag | None]:
     fields = model.transformer
     window, pattern = fields.window_size, fields.window_attn_skip_freq
     gated, activation = fields.gated_linear_unit, fields.activation_func
     grouped = fields.num_query_groups != fields.num_attention_heads
-    spec = layer_spec_name(model)
     return {
-        "--spec": None if spec is None else f"scenarios.convert.layer_specs {spec}",
         "--num-layers": fields.num_layers,
         "--hidden-size": fields.hidden_size,
         "--ffn-hidden-size": fields.ffn_hidden_size,
@@ -117,7 +127,6 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
         "--attention-dropout": fields.attention_dropout,
         "--hidden-dropout": fields.hidden_dropout,
         "--normalization": fields.normalization,
-        "--apply-layernorm-1p": fields.layernorm_zero_centered_gamma,
         "--swiglu": gated and activation == "silu",
         "--quick-geglu": gated and activation == "quick_gelu",
         "--openai-gelu": activation == "openai_gelu",
@@ -148,11 +157,10 @@ def _positions(model: MegatronModel) -> dict[str, Flag | None]:
         "--position-embedding-type": gpt.position_embedding_type,
         "--rotary-base": base if rotary else None,
         "--rotary-percent": gpt.rotary_percent if rotary else None,
-        "--rotary-interleaved": model.transformer.rotary_interleaved,
         "--use-rope-scaling": gpt.rope_scaling,
         "--rope-scaling-factor": gpt.rope_scaling_factor if gpt.rope_scaling else None,
         "--rotary-seq-len-interpolation-factor": None if factor is None else int(factor),
-        "--mrope-section": None if sections is None else " ".join(map(str, sections)),
+        "--mrope-section": sections,
     }
 
 

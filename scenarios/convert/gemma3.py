@@ -5,7 +5,9 @@ from dataclasses import replace
 from scenarios.convert import gemma3_text
 from scenarios.convert.family import Ignored
 
-_VISION = Ignored("belongs to the images; the text model is converted")
+_VISION = Ignored(
+    "belongs to images, whose tokens see each other in the source; the text model is converted"
+)
 FAMILY = replace(
     gemma3_text.FAMILY,
     model_type="gemma3",
@@ -21,5 +23,4 @@ FAMILY = replace(
         *("vision_tower.", "model.vision_tower."),
         *("multi_modal_projector.", "model.multi_modal_projector."),
     ),
-    note="text alone is run: tokens of one image, which see each other in the source, are not",
 )
