@@ -134,7 +134,7 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     elif isinstance(default, int) and value is not None:
         right = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         expected = "an integer"
-    elif isinstance(default, float):
+    elif isinstance(default, float) and value is not None:
         right = isinstance(value, int | float) and not isinstance(value, bool)
         expected = "a number"
     else:
