@@ -78,7 +78,7 @@ class NormAfter:
         """
         if kwargs.get("bias"):
             raise ValueError("add_bias_linear: got True, expected False beside norms after linears")
-        super().__init__(*args, config=config, **kwargs)
+        super().__init__(*args, config=config, **kwargs)  # type: ignore[call-arg]
         self.post_layernorm = norm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )

@@ -128,7 +128,8 @@ def randomise(module: nn.Module) -> None:
             if tensor.dim() == 1:
                 is_norm = re.search(r"(norm|ln_\w)\.weight$", name) is not None
                 # Norms are made with 1, or with 0 where the source multiplies by 1 + weight.
-                tensor.copy_((tensor.mean().round() if is_norm else 0) + 0.3 * noise)
+                centre = float(tensor.mean().round()) if is_norm else 0.0
+                tensor.copy_(centre + 0.3 * noise)
             elif "embed" in name or "wte" in name:
                 # No token near zero, of which a norm would enlarge the rounding.
                 tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)))
@@ -143,7 +144,7 @@ def _router_biases(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _ends_of_branches(model_type: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the modules whose outputs join the residual: of attention, of the MLP."""
     weights = family_of(model_type).weights
-    ends = [("self_attn", "attn"), ("mlp", "block_sparse_moe")]
+    ends: list[tuple[str, ...]] = [("self_attn", "attn"), ("mlp", "block_sparse_moe")]
     for index, norm in enumerate((AFTER_ATTENTION, AFTER_MLP)):
         if isinstance(form := weights.get(norm), Copy):
             ends[index] = (form.source.split(".")[-2],)
