@@ -616,7 +616,7 @@ def _later_gemma(draw: Draw) -> Config:
 
 
 def _gemma2(draw: Draw) -> Config:
-    cap = draw(st.sampled_from([None, 0.5, 2, 50.0]))
+    cap = draw(st.sampled_from([None, 0.5, 2.0, 50.0]))
     return _later_gemma(draw) | _rope(draw) | {"attn_logit_softcapping": cap}
 
 
@@ -670,7 +670,7 @@ _ODD: dict[str, Callable[[Draw], Config]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
-    "gemma3": _gemma3,
+    "gemma3": lambda draw: _gemma3(draw) | {"final_logit_softcapping": None},
     "glm4": _glm4,
     "olmoe": _olmoe,
 }

@@ -286,6 +286,7 @@ def test_what_other_converters_lose(
             "rope_theta: got 10000 and 500.0",
         ),
         ("gemma3", {"text_config": {"head_dim": 0}}, "head_dim: got 0"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "the source's class does not compute"),
         ("glm4", {"partial_rotary_factor": 1.0, "rope_scaling": DEEPSEEK_YARN}, "neighbours"),
         ("olmoe", {"clip_qkv": 8.0}, "clipped queries, keys and values"),
         ("mistral", {"layer_types": ["sliding_attention"] * 32}, "some layers only"),

@@ -158,6 +158,8 @@ class LocalRotaryAttention(SelfAttention):  # type: ignore[misc]
 class SoftCappedAttention(DotProductAttention):  # type: ignore[misc]
     """megatron-core's own unfused attention with scores between -softcap and softcap (Gemma 2)."""
 
+    scale_mask_softmax: nn.Module
+
     def __init__(
         self, config: TransformerConfig, *args: Any, softcap: float, **kwargs: Any
     ) -> None:

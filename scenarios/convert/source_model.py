@@ -120,6 +120,10 @@ class SourceModel:
                 logging.enable_progress_bar()
 
 
+_SCALE = "scalar_embed_scale"
+"""Attribute of an embedding that multiplies by it (Gemma)."""
+
+
 def randomise(module: nn.Module) -> None:
     """Weights that keep activations of the order of 1, and leave no parameter without effect."""
     with torch.no_grad():
@@ -131,8 +135,10 @@ def randomise(module: nn.Module) -> None:
                 centre = float(tensor.mean().round()) if is_norm else 0.0
                 tensor.copy_(centre + 0.3 * noise)
             elif "embed" in name or "wte" in name:
-                # No token near zero, of which a norm would enlarge the rounding.
-                tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)))
+                # No token near zero, of which a norm would enlarge the rounding; nor one that the
+                # source's factor makes so large that the layers would not count beside it.
+                factor = getattr(module.get_submodule(name.rpartition(".")[0]), _SCALE, 1.0)
+                tensor.copy_(noise.sign() * (1.5 + torch.rand_like(tensor)) / factor)
             else:
                 tensor.copy_(noise / tensor.shape[-1] ** 0.5)
 
