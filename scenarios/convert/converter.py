@@ -10,6 +10,7 @@ from scenarios.convert.families import family_of
 from scenarios.convert.family import Family, Fields, Ignored, Only, Row
 from scenarios.convert.layout import ParallelLayout
 from scenarios.convert.megatron import (
+    BertArguments,
     GPTModelArguments,
     LatentFields,
     MegatronModel,
@@ -59,6 +60,7 @@ def convert(
         transformer=TransformerFields.build(**fields.transformer),
         gpt_model=GPTModelArguments.build(**fields.gpt_model),
         mla=LatentFields.build(**fields.mla) if fields.mla else None,
+        bert=BertArguments.build(**fields.bert) if fields.bert else None,
         head=TokenClassificationHead.build(**fields.head) if fields.head else None,
         ignored=fields.ignored,
     )
@@ -146,6 +148,7 @@ def _override(fields: Fields, overrides: Mapping[str, Any]) -> None:
         (TransformerFields, fields.transformer),
         (GPTModelArguments, fields.gpt_model),
         *(((LatentFields, fields.mla),) if fields.mla else ()),
+        *(((BertArguments, fields.bert),) if fields.bert else ()),
     ):
         for name in model.model_fields:
             sections.setdefault(name, []).append(section)

@@ -1,6 +1,7 @@
 """The families that are converted, and those that Megatron-LM cannot express."""
 
 from scenarios.convert import (
+    bert,
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
@@ -20,7 +21,7 @@ from scenarios.convert.family import Family
 from scenarios.flags import close_match
 
 _MODULES = (
-    *(gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen2_5_vl, qwen3, qwen3_moe),
+    *(bert, gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen2_5_vl, qwen3, qwen3_moe),
     *(phi3, deepseek_v2, deepseek_v3, glm4_moe, gpt_oss),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
@@ -29,8 +30,6 @@ FAMILIES["qwen2_5_vl_text"] = FAMILIES["qwen2_5_vl"]
 _SANDWICH = "norms after attention and MLP, for which its layer has no place"
 _GEMMA = f"embeddings multiplied by sqrt(hidden_size), for which GPTModel has no field; {_SANDWICH}"
 REFUSED: dict[str, str] = {
-    "bert": "norms after the residual sum; megatron-core 0.16.1 normalises before, and reads "
-    "apply_residual_connection_post_layernorm nowhere",
     "gemma": "embeddings multiplied by sqrt(hidden_size), for which GPTModel has no field",
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA),
     "glm4": f"{_SANDWICH}",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from scenarios.convert.bert_build import EXTRA_MODULES, bert_arguments
 from scenarios.convert.megatron import MegatronModel
 
 Flag = bool | int | float | str
@@ -51,6 +52,11 @@ def plain(model: MegatronModel) -> dict[str, Any]:
         "gpt_model": model.gpt_model.model_dump(exclude_none=True, mode="json"),
         "ignored": model.ignored,
     }
+    if model.bert is not None:
+        del document["gpt_model"]
+        document["bert_model"] = bert_arguments(model)
+        document["bert_heads"] = model.bert.model_dump(exclude={"num_tokentypes"})
+        document["extra_modules"] = EXTRA_MODULES
     if model.head is not None:
         document["token_classification"] = model.head.model_dump(mode="json")
     return document

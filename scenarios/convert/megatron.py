@@ -177,6 +177,28 @@ class GPTModelArguments(_Strict):
     seq_len_interpolation_factor: PositiveFloat | None = None
 
 
+class BertArguments(_Strict):
+    """What megatron.core.models.bert.BertModel takes besides, and which of its heads there are.
+
+    BertModel always has an LM head, and with its pooler a head for pairs of sentences; a head that
+    the source's class has not is taken out.
+    """
+
+    num_tokentypes: PositiveInt
+    lm_head: bool
+    """Linear, GELU and norm, then the output layer with a bias for each word."""
+    pooler: bool
+    """Linear and tanh of the first token; BertModel's add_binary_head."""
+    binary_head: bool
+    """Two logits of the pooled token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.binary_head and not self.pooler:
+            raise ValueError("binary_head: got true without pooler, of which it takes the output")
+        return self
+
+
 class TokenClassificationHead(_Strict):
     """What takes the place of GPTModel's output_layer: dropout, then a linear layer with a bias."""
 
@@ -191,6 +213,8 @@ class MegatronModel(_Strict):
     transformer: TransformerFields
     gpt_model: GPTModelArguments
     mla: LatentFields | None = None
+    bert: BertArguments | None = None
+    """With it the model is BertModel, to which ``gpt_model``'s arguments go as well."""
     head: TokenClassificationHead | None = None
     ignored: dict[str, str] = Field(default_factory=dict)
     """Field of the source -> why it changes nothing in this model."""
@@ -203,6 +227,10 @@ class MegatronModel(_Strict):
         _check_divisible(
             "max_sequence_length", self.gpt_model.max_sequence_length, 2 * cp if cp > 1 else 1
         )
+        if self.bert is not None and cp > 1:
+            raise ValueError(
+                f"cp: got {cp}, expected 1: BertModel counts positions from 0 on every rank"
+            )
         return self
 
 

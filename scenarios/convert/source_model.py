@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scenarios.convert.every_family import TOKEN_CLASSIFICATION
+from scenarios.convert.predictor import add_predictors, run_predictors
 
 TINY_VISION = {
     "depth": 1,
@@ -19,6 +20,14 @@ TINY_VISION = {
     "fullatt_block_indexes": [0],
 }
 """A vision model has to be there for the text model's sake; it is never run."""
+
+
+BERT_CLASSES = {
+    "BertForPreTraining": "AutoModelForPreTraining",
+    "BertForMaskedLM": "AutoModelForMaskedLM",
+    "BertModel": "AutoModel",
+    "BertForTokenClassification": "AutoModelForTokenClassification",
+}
 
 
 class SourceModel:
@@ -40,6 +49,8 @@ class SourceModel:
         kind = "AutoModelForCausalLM"
         if any(name.endswith(TOKEN_CLASSIFICATION) for name in fields.get("architectures") or ()):
             kind = "AutoModelForTokenClassification"
+        if model_type == "bert":
+            kind = BERT_CLASSES[(fields.get("architectures") or [*BERT_CLASSES])[0]]
         if model_type == "qwen2_5_vl":
             kind = "AutoModelForImageTextToText"
             vision = TINY_VISION | {"out_hidden_size": fields["hidden_size"]}
@@ -54,6 +65,8 @@ class SourceModel:
         # The grouped products of the default experts need sizes that small models do not have.
         source._experts_implementation = "eager"
         self.module = auto.from_config(source, attn_implementation="eager").float().eval()
+        number = fields.get("num_nextn_predict_layers") or 0
+        self.predictors = add_predictors(self.module, number) if number else []
         randomise(self.module)
 
     def run(self, tokens: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -70,7 +83,7 @@ class SourceModel:
             seen["embedding"] = args[0] if args else kwargs["hidden_states"]
 
         handles = []
-        layers = _layers(self.module)
+        layers = [layer for layer in _layers(self.module) if layer not in self.predictors]
         handles.append(layers[0].register_forward_pre_hook(note_input, with_kwargs=True))
         for index, layer in enumerate(layers):
             children = dict(layer.named_children())
@@ -86,6 +99,9 @@ class SourceModel:
             seen["logits"] = self.module(
                 input_ids=tokens, position_ids=positions, use_cache=False
             ).logits
+            if self.predictors:
+                states = seen["final norm"]
+                seen |= run_predictors(self.module, self.predictors, tokens, states)
         for handle in handles:
             handle.remove()
         return seen
@@ -109,7 +125,7 @@ def randomise(module: nn.Module) -> None:
         for name, tensor in [*module.named_parameters(), *_router_biases(module)]:
             noise = torch.randn_like(tensor)
             if tensor.dim() == 1:
-                is_norm = re.search(r"(norm|ln_\w)\.weight$", name) is not None
+                is_norm = re.search(r"((?i:norm)|ln_\w)\.weight$", name) is not None
                 tensor.copy_(1 + 0.3 * noise if is_norm else 0.3 * noise)
             elif "embed" in name or "wte" in name:
                 # No token near zero, of which a norm would enlarge the rounding.
