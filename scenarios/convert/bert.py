@@ -86,7 +86,9 @@ def _pair(megatron: str, hf: str) -> dict[str, Mapped]:
 
 
 def _qkv(kind: str) -> Mapped:
-    query, key, value = (f"{HF_BERT_LAYER}attention.self.{n}.{kind}" for n in ("query", "key", "value"))
+    query, key, value = (
+        f"{HF_BERT_LAYER}attention.self.{n}.{kind}" for n in ("query", "key", "value")
+    )
     return QKV((query, key, value))
 
 
@@ -133,7 +135,9 @@ FAMILY = Family(
         **_pair("embedding.embedding_dropout.norm", "{base}embeddings.LayerNorm"),
         f"{BERT_LAYER}self_attention.linear_qkv.weight": _qkv("weight"),
         f"{BERT_LAYER}self_attention.linear_qkv.bias": _qkv("bias"),
-        **_pair(f"{BERT_LAYER}self_attention.linear_proj", f"{HF_BERT_LAYER}attention.output.dense"),
+        **_pair(
+            f"{BERT_LAYER}self_attention.linear_proj", f"{HF_BERT_LAYER}attention.output.dense"
+        ),
         **_pair(f"{BERT_LAYER}self_attn_bda.norm", f"{HF_BERT_LAYER}attention.output.LayerNorm"),
         **_pair(f"{BERT_LAYER}mlp.linear_fc1", f"{HF_BERT_LAYER}intermediate.dense"),
         **_pair(f"{BERT_LAYER}mlp.linear_fc2", f"{HF_BERT_LAYER}output.dense"),

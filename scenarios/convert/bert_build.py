@@ -73,9 +73,7 @@ def bert_model(
     from megatron.core.models.bert.bert_model import BertModel
 
     spec = bert_layer_spec(config, use_transformer_engine=use_transformer_engine)
-    built = BertModel(
-        config, transformer_layer_spec=spec, **bert_arguments(model), **choices
-    )
+    built = BertModel(config, transformer_layer_spec=spec, **bert_arguments(model), **choices)
     if built.pre_process:
         norm = bert_norm(use_transformer_engine)
         built.embedding.embedding_dropout = NormThenDropout(config, norm)

@@ -228,8 +228,8 @@ def run(megatron: Any, tokens: Tensor, positions: Tensor) -> Values:
         layer.transformer_layer.register_forward_hook(note(f"prediction {depth} layer"))
         layer.final_layernorm.register_forward_hook(note(f"prediction {depth} norm"))
     logits: list[Tensor] = []
-    megatron.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0]))
-    # With labels, which only change what is returned, the predictors run.
+    # The loss, which is computed where there are predictors, writes into the logits.
+    megatron.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0].clone()))
     megatron(tokens, positions, None, labels=tokens if predictors else None)
     *ahead, seen["logits"] = (value.transpose(0, 1) for value in logits)
     for depth, value in enumerate(ahead, start=1):
