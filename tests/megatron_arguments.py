@@ -19,29 +19,28 @@ import torch
 import torch.nn.functional as F
 
 # _add_network_size_args, "exclude": fields of TransformerConfig that have no flag of their own.
-WITHOUT_FLAG = frozenset(
-    """
-    timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func
-    _cpu_offloading_context init_method output_layer_init_method embedding_init_method
-    activation_func pipeline_model_parallel_layout window_size window_attn_skip_freq no_rope_freq
-    moe_layer_freq linear_attention_freq moe_router_load_balancing_type moe_aux_loss_coeff
-    cp_comm_type cuda_graph_scope virtual_pipeline_model_parallel_size params_dtype enable_autocast
-    autocast_dtype num_microbatches_with_partial_activation_checkpoints tp_comm_overlap_disable_qkv
-    tp_comm_overlap_disable_fc1 pipeline_dtype variable_seq_lengths batch_p2p_comm batch_p2p_sync
-    deallocate_pipeline_outputs cpu_offloading cpu_offloading_activations cpu_offloading_weights
-    cpu_offloading_double_buffering num_layers_in_first_pipeline_stage
-    num_layers_in_last_pipeline_stage softmax_scale gated_linear_unit bias_activation_fusion
-    activation_func_fp8_input_store test_mode memory_efficient_layer_norm fused_single_qkv_rope
-    fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red use_kitchen
-    moe_token_dropping cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
-    disable_parameter_transpose_cache inference_sampling_seed use_inference_optimized_layers
-    heterogeneous_block_specs hetereogenous_dist_checkpoint quant_recipe tp_comm_atomic_ag
-    tp_comm_atomic_rs moe_router_topk_limited_devices inference_rng_tracker use_te_rng_tracker
-    log_max_attention_logit barrier_with_L1_time num_moe_experts fp8_param
-    gradient_accumulation_fusion overlap_p2p_comm attention_softmax_in_fp32 masked_softmax_fusion
-    persist_layer_norm bias_dropout_fusion apply_rope_fusion
-    """.split()
-)
+_NAMES = """
+timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func
+_cpu_offloading_context init_method output_layer_init_method embedding_init_method
+activation_func pipeline_model_parallel_layout window_size window_attn_skip_freq no_rope_freq
+moe_layer_freq linear_attention_freq moe_router_load_balancing_type moe_aux_loss_coeff
+cp_comm_type cuda_graph_scope virtual_pipeline_model_parallel_size params_dtype enable_autocast
+autocast_dtype num_microbatches_with_partial_activation_checkpoints tp_comm_overlap_disable_qkv
+tp_comm_overlap_disable_fc1 pipeline_dtype variable_seq_lengths batch_p2p_comm batch_p2p_sync
+deallocate_pipeline_outputs cpu_offloading cpu_offloading_activations cpu_offloading_weights
+cpu_offloading_double_buffering num_layers_in_first_pipeline_stage
+num_layers_in_last_pipeline_stage softmax_scale gated_linear_unit bias_activation_fusion
+activation_func_fp8_input_store test_mode memory_efficient_layer_norm fused_single_qkv_rope
+fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red use_kitchen
+moe_token_dropping cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
+disable_parameter_transpose_cache inference_sampling_seed use_inference_optimized_layers
+heterogeneous_block_specs hetereogenous_dist_checkpoint quant_recipe tp_comm_atomic_ag
+tp_comm_atomic_rs moe_router_topk_limited_devices inference_rng_tracker use_te_rng_tracker
+log_max_attention_logit barrier_with_L1_time num_moe_experts fp8_param
+gradient_accumulation_fusion overlap_p2p_comm attention_softmax_in_fp32 masked_softmax_fusion
+persist_layer_norm bias_dropout_fusion apply_rope_fusion
+"""
+WITHOUT_FLAG = frozenset(_NAMES.split())
 
 
 def tuple_type(text: str) -> tuple[int, ...]:

@@ -25,10 +25,11 @@ Config = dict[str, Any]
 PARSER = functools.cache(megatron_arguments.parser)
 # What training or a machine is set to, and functions that are made anew each time.
 NOT_THE_MODELS = frozenset(
-    """
-    params_dtype pipeline_dtype apply_rope_fusion activation_func bias_activation_fusion
-    init_method output_layer_init_method embedding_init_method use_cpu_initialization
-    """.split()
+    (
+        *("params_dtype", "pipeline_dtype", "apply_rope_fusion", "use_cpu_initialization"),
+        *("activation_func", "bias_activation_fusion"),
+        *("init_method", "output_layer_init_method", "embedding_init_method"),
+    )
 )
 LAYOUTS = ["tp1", "tp2,sp", "pp2", "pp4,vpp2", "pp2,first3", "cp2", "tp2,pp2,sp,ep2", "ep2,etp2"]
 
@@ -70,8 +71,7 @@ def differing(model: MegatronModel) -> dict[str, tuple[Any, Any]]:
 def has_flags(model: MegatronModel) -> bool:
     try:
         flags(model)
-    except ValueError as error:
-        assert len(str(error)) > 30, error
+    except ValueError:
         return False
     return True
 
@@ -166,10 +166,9 @@ def test_the_parser_refuses_what_megatron_refuses(line: str, expected: str) -> N
 
 def test_the_comparison_finds_a_flag_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     model = convert(published("mixtral"))
-    lost = {name: value for name, value in flags(model).items() if name != "--moe-router-topk"}
-    assert differing(convert(published("mixtral"), overrides={"moe_router_topk": 3})) == {}
+    lost = {name: value for name, value in flags(model).items() if name != "--normalization"}
     monkeypatch.setitem(globals(), "flags", lambda _: lost | {"--kv-channels": 64})
-    assert set(differing(convert(published("mixtral")))) == {"kv_channels"}
+    assert set(differing(model)) == {"normalization", "kv_channels"}
 
 
 def test_the_line_that_is_printed_is_one_for_a_shell(

@@ -74,8 +74,6 @@ class Family:
     """Tensor that a file may hold besides -> the tensor that it must equal."""
     label_layer: str = "score"
     """Name of the linear layer of token classification."""
-    note: str = ""
-    """What the proof does not cover, for the output."""
 
 
 def whole(hf: HF, name: str, minimum: int = 1) -> int:

@@ -92,8 +92,8 @@ def _refuse_what_has_no_flag(model: MegatronModel) -> None:
     if gpt.seq_len_interpolation_factor is not None:
         raise ValueError(
             f"seq_len_interpolation_factor: got {gpt.seq_len_interpolation_factor}; "
-            "gpt_builders.py does not hand --rotary-seq-len-interpolation-factor to GPTModel; build "
-            "that instead"
+            "gpt_builders.py does not hand --rotary-seq-len-interpolation-factor to GPTModel; "
+            "build that instead"
         )
     if gpt.rope_scaling and gpt.rope_scaling_factor != 8:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""BERT's two modules that megatron-core 0.16.1 lacks: its layers norm before attention and MLP only.
+"""BERT's two modules that megatron-core 0.16.1 lacks: its layers norm before attention and MLP.
 
 The source norms after: the embeddings, and each sum of a residual. ``bert_build`` puts these
 modules into the real BertModel.
@@ -13,7 +13,7 @@ Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 class SumThenNorm(nn.Module):
-    """In place of bias-dropout-add in a layer specification: the sum with the residual is normed."""
+    """In place of bias-dropout-add in a layer specification: the sum with a residual is normed."""
 
     def __init__(self, config: Any, norm: Any) -> None:
         """Args: config: the TransformerConfig. norm: class of the norm, built as a layer's own."""

@@ -24,7 +24,6 @@ from scenarios.convert.build import (
     transformer_config,
 )
 from scenarios.convert.converter import convert
-from scenarios.convert.families import family_of
 from scenarios.convert.heads import LabelHead
 from scenarios.convert.latent_core import NOTE as LATENT_NOTE
 from scenarios.convert.latent_core import LatentCoreAttention
@@ -133,7 +132,7 @@ def prove(config: Any, *, overrides: Mapping[str, Any] | None = None, seed: int 
         tokens = torch.randint(0, small["vocab_size"], (NUM_SEQUENCES, SEQ_LENGTH))
         expected, actual = run_both(source, model, weights, tokens)
     errors = {place: relative_error(actual[place], value) for place, value in expected.items()}
-    notes = [family_of(model.model_type).note, LATENT_NOTE if model.mla is not None else ""]
+    notes = [LATENT_NOTE] if model.mla is not None else []
     outputs, megatron_class = ["logits"], "GPTModel"
     if model.transformer.mtp_num_layers:
         notes.append(predictor.NOTE)
@@ -142,7 +141,7 @@ def prove(config: Any, *, overrides: Mapping[str, Any] | None = None, seed: int 
     if model.bert is not None:
         notes.append(bert_build.NOTE)
         outputs, megatron_class = [*bert_proof.outputs_of(model)], "BertModel"
-    note = "; ".join(note for note in notes if note)
+    note = "; ".join(notes)
     return Proof(model.model_type, small, errors, note, tuple(outputs), megatron_class)
 
 

@@ -125,7 +125,7 @@ def _linear(name: str) -> tuple[str, str]:
     return (f"{name}.weight", f"{name}.bias")
 
 
-_PREDICTOR_CUTS: dict[str, Cut] = {name: "none" for name in PREDICTION} | {
+_PREDICTOR_CUTS: dict[str, Cut] = dict.fromkeys(PREDICTION, "none") | {
     f"{PREDICTOR}eh_proj.weight": "rows"
 }
 
