@@ -52,7 +52,8 @@ def run_predictors(
     Returns:
         [sequences, tokens - depth, ...] for the predictor of that depth, counted from 1.
     """
-    model, seen = module.model, {}
+    model = module.model
+    seen: dict[str, Tensor] = {}
     for depth, predictor in enumerate(predictors, start=1):
         layer: Any = predictor
         following = model.embed_tokens(tokens[:, depth:])
