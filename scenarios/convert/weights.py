@@ -16,7 +16,6 @@ from scenarios.convert.weight_names import (
     HF_LAYER,
     LAYER,
     PREDICTION,
-    PREDICTOR,
     PREDICTOR_LAYER,
 )
 
@@ -125,8 +124,8 @@ def _linear(name: str) -> tuple[str, str]:
     return (f"{name}.weight", f"{name}.bias")
 
 
-_PREDICTOR_CUTS: dict[str, Cut] = dict.fromkeys(PREDICTION, "none") | {
-    f"{PREDICTOR}eh_proj.weight": "rows"
+_PREDICTOR_CUTS: dict[str, Cut] = {
+    name: "rows" if name.endswith("eh_proj.weight") else "none" for name in PREDICTION
 }
 
 
