@@ -36,6 +36,7 @@ from scenarios.convert.weights import parameters
 
 TOLERANCE = 1e-5
 """Largest difference of a token's logits, relative to its largest logit."""
+FEW_OUTPUTS = 8
 NUM_SEQUENCES, SEQ_LENGTH = 2, 24
 
 Values = dict[str, Tensor]
@@ -164,10 +165,14 @@ def _run_bert(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference of a token, relative to the token's largest value; NaN counts as one."""
+    """Largest difference of a token, relative to the token's largest value; NaN counts as one.
+
+    A head of few outputs leaves a token near zero by chance: its errors are relative to all tokens'.
+    """
     if actual.shape != expected.shape:
         return float("inf")
-    scale = expected.abs().amax(dim=-1).clamp_min(1e-30)
+    few = expected.shape[-1] < FEW_OUTPUTS
+    scale = (expected.abs().max() if few else expected.abs().amax(dim=-1)).clamp_min(1e-30)
     error = ((actual - expected).abs().amax(dim=-1) / scale).max().detach()
     return float(error) if bool(torch.isfinite(error)) else float("inf")
 
