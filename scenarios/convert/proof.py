@@ -167,7 +167,7 @@ def _run_bert(
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference of a token, relative to the token's largest value; NaN counts as one.
 
-    A head of few outputs leaves a token near zero by chance: its errors are relative to all tokens'.
+    A head of few outputs leaves a token near zero by chance: its scale is that of all tokens.
     """
     if actual.shape != expected.shape:
         return float("inf")
