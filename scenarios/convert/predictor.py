@@ -34,7 +34,7 @@ def add_predictors(module: Any, number: int) -> list[nn.Module]:
         predictor.hnorm = type(norm)(hidden, eps=epsilon)
         predictor.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
         predictor.shared_head = nn.ModuleDict({"norm": type(norm)(hidden, eps=epsilon)})
-        predictors.append(predictor)
+        predictors.append(predictor.train(module.training))
     layers.extend(predictors)
     return predictors
 
