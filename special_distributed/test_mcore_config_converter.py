@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    BertConfig,
     DeepseekV3Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -60,6 +61,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any], ParallelLayout]] = {
     "qwen3": (Qwen3Config, {}, LAYOUT),
     "qwen2_moe": (Qwen2MoeConfig, {}, EXPERTS),
     "qwen3_moe": (Qwen3MoeConfig, {}, EXPERTS),
+    "bert": (BertConfig, {}, LAYOUT),
     "gemma3_text": (Gemma3TextConfig, {}, LAYOUT),
     "olmoe": (OlmoeConfig, {}, EXPERTS),
     "deepseek_v3": (DeepseekV3Config, {}, EXPERTS.model_copy(update={"first": 30, "last": 31})),
@@ -110,7 +112,8 @@ def own_part(model: MegatronModel, tp_rank: int, pp_rank: int) -> dict[str, tupl
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ranks_agree_and_their_parts_make_the_model(name: str) -> None:
-    layout = CONFIGS[name][2].model_copy(update={"cp": context_parallel_size()})
+    cp = 1 if name == "bert" else context_parallel_size()  # BertModel has no context parallelism.
+    layout = CONFIGS[name][2].model_copy(update={"cp": cp})
     model = convert(config_of(name), layout=layout)
     models = gathered(model.model_dump_json())
     assert models == [models[0]] * len(models)

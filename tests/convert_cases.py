@@ -10,6 +10,7 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 # What a class's own defaults lack for a model that can be run.
 DEFAULT: dict[str, Config] = {
+    "bert": {},
     "gpt2": {},
     "llama": {},
     "mistral": {},
@@ -49,6 +50,27 @@ DEEPSEEK_YARN = {
 
 # The models' config.json on huggingface.co, as their cards publish them.
 PUBLISHED: dict[str, tuple[str, Config]] = {
+    "bert": (
+        "google-bert/bert-large-uncased, with the class that its original checkpoint was made by",
+        {
+            "architectures": ["BertForPreTraining"],
+            "attention_probs_dropout_prob": 0.1,
+            "gradient_checkpointing": False,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.1,
+            "hidden_size": 1024,
+            "initializer_range": 0.02,
+            "intermediate_size": 4096,
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": 512,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "pad_token_id": 0,
+            "position_embedding_type": "absolute",
+            "type_vocab_size": 2,
+            "vocab_size": 30522,
+        },
+    ),
     "gpt2": (
         "openai-community/gpt2-xl",
         {"n_embd": 1600, "n_head": 25, "n_layer": 48, "n_positions": 1024, "vocab_size": 50257},
@@ -446,6 +468,32 @@ def _pattern(draw: Draw, num_layers: int) -> Config:
     return {"decoder_sparse_step": step, "mlp_only_layers": kept}
 
 
+def _bert(draw: Draw) -> Config:
+    heads = draw(st.integers(1, 5))
+    kind = draw(st.sampled_from(["PreTraining", "MaskedLM", "TokenClassification", None]))
+    has_lm_head = kind in ("PreTraining", "MaskedLM")
+    config = {
+        "architectures": [f"BertFor{kind}" if kind else "BertModel"],
+        "vocab_size": draw(st.integers(17, 60)),
+        "hidden_size": heads * draw(st.integers(8, 15)),
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw(st.integers(1, 4)),
+        "intermediate_size": draw(st.integers(3, 40)),
+        "hidden_act": draw(st.sampled_from(["gelu"] if has_lm_head else ["gelu", "gelu_new"])),
+        "hidden_dropout_prob": draw(st.sampled_from([0.0, 0.1])),
+        "attention_probs_dropout_prob": draw(st.sampled_from([0.0, 0.25])),
+        "max_position_embeddings": draw(st.integers(24, 50)),
+        "type_vocab_size": draw(st.integers(1, 3)),
+        "layer_norm_eps": draw(st.sampled_from([1e-12, 1e-5, 1e-3])),
+    }
+    if kind == "TokenClassification":
+        config |= {
+            "id2label": {str(label): f"L{label}" for label in range(draw(st.integers(1, 5)))},
+            "classifier_dropout": draw(st.none() | st.just(0.3)),
+        }
+    return config
+
+
 def _gpt2(draw: Draw) -> Config:
     heads, dropout = draw(st.integers(1, 5)), draw(st.sampled_from([0.0, 0.1]))
     return {
@@ -567,12 +615,17 @@ def _deepseek_v2(draw: Draw) -> Config:
 
 
 def _deepseek_v3(draw: Draw) -> Config:
-    return _latent(draw) | _grouped(draw, 2)
+    return _latent(draw) | _grouped(draw, 2) | _predictors(draw)
+
+
+def _predictors(draw: Draw) -> Config:
+    return {"num_nextn_predict_layers": draw(st.integers(0, 2))}
 
 
 def _glm4_moe(draw: Draw) -> Config:
     config = _sizes(draw) | _grouped(draw, 2) | {"head_dim": 4 * draw(st.integers(1, 5))}
     return config | {
+        **_predictors(draw),
         "num_hidden_layers": draw(st.integers(2, 4)),
         "attention_bias": draw(st.booleans()),
         "use_qk_norm": draw(st.booleans()),
@@ -653,6 +706,7 @@ def _olmoe(draw: Draw) -> Config:
 
 
 _ODD: dict[str, Callable[[Draw], Config]] = {
+    "bert": _bert,
     "gpt2": _gpt2,
     "llama": _llama,
     "mistral": _mistral,

@@ -48,6 +48,7 @@ def test_file_and_object_are_one_model(model_type: str, kind: Callable[[str], Co
     assert from_file.transformer == from_object.transformer
     assert from_file.gpt_model == from_object.gpt_model
     assert from_file.mla == from_object.mla
+    assert from_file.bert == from_object.bert
     assert from_file.extra == from_object.extra
     assert from_object == convert(as_object(config).to_dict())
 
@@ -254,6 +255,14 @@ def test_what_other_converters_lose(
         ("gpt_oss", {"swiglu_alpha": 1.5}, "another slope"),
         ("gpt_oss", {"layer_types": ["full_attention"]}, "expected 24 of"),
         ("gpt_oss", {"experts_per_token": 3}, "two spellings of one field"),
+        ("bert", {"architectures": ["BertLMHeadModel"]}, "expected one of ['BertForPreTraining'"),
+        ("bert", {"is_decoder": True}, "a decoder"),
+        ("bert", {"position_embedding_type": "relative_key"}, "relative positions"),
+        ("bert", {"hidden_act": "gelu_new"}, "BertLMHead has gelu built in"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act: got 'relu'"),
+        ("bert", {"tie_word_embeddings": False}, "two biases of the output and reads one"),
+        ("bert", {"type_vocab_size": 0}, "type_vocab_size: got 0"),
+        ("bert", {"hidden_size": 1000}, "expected a multiple of the 16 heads"),
         ("gpt2", {"embd_pdrop": 0.0}, "one hidden_dropout for both"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "divided by the layer's number"),
         ("gpt2", {"activation_function": "relu"}, "activation_function: got 'relu'"),
@@ -352,7 +361,11 @@ def test_output_forms(model_type: str) -> None:
     document = yaml.safe_load(to_yaml(model))
     assert document == json.loads(json.dumps(plain(model)))
     assert document["transformer"]["num_layers"] == model.transformer.num_layers
-    no_flags = {"gpt_oss": "yarn has no flags", "gemma": "extra modules ScaledEmbedding"}
+    no_flags = {
+        "bert": "BERT has no flags",
+        "gpt_oss": "yarn has no flags",
+        "gemma": "extra modules ScaledEmbedding",
+    }
     for name, reason in no_flags.items():
         if model_type.startswith(name):
             with pytest.raises(ValueError, match=reason):
@@ -383,6 +396,42 @@ def test_neither_help_nor_conversion_imports_transformers_or_megatron() -> None:
     )
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=root)
+
+
+def test_heads_of_bert() -> None:
+    """Each class has its own; what is not there is no part of the output."""
+    labels = {"0": "O", "1": "B", "2": "I"}
+    config = {"hidden_dropout_prob": 0.2, "id2label": labels}
+    heads = {}
+    for name in ("ForPreTraining", "ForMaskedLM", "Model", "ForTokenClassification"):
+        changed = published("bert") | config | {"architectures": [f"Bert{name}"]}
+        model = convert(changed)
+        assert model.bert is not None
+        heads[name] = (model.bert.lm_head, model.bert.pooler, model.bert.binary_head)
+        assert model.gpt_model.share_embeddings_and_output_weights == model.bert.lm_head
+        assert (model.head is not None) == (name == "ForTokenClassification")
+        assert lost(changed) == []
+    assert heads == {
+        "ForPreTraining": (True, True, True),
+        "ForMaskedLM": (True, False, False),
+        "Model": (False, True, False),
+        "ForTokenClassification": (False, False, False),
+    }
+    assert model.head is not None
+    assert (model.head.num_labels, model.head.dropout) == (3, 0.2)
+
+
+def test_the_output_names_the_modules_that_bert_needs_besides() -> None:
+    document = plain(convert(published("bert")))
+    assert "gpt_model" not in document
+    assert document["bert_model"]["num_tokentypes"] == 2
+    assert document["bert_model"]["add_binary_head"]
+    names = [module["module"].rpartition(".")[2] for module in document["extra_modules"]]
+    assert names == ["SumThenNorm", "NormThenDropout"]
+    with pytest.raises(ValueError, match="BertModel counts positions from 0 on every rank"):
+        convert(published("bert"), layout=ParallelLayout(cp=2))
+    with pytest.raises(ValueError, match="binary_head: got true without pooler"):
+        convert(published("bert"), overrides={"pooler": False})
 
 
 LAYOUTS = ["tp2", "pp4", "tp2,pp2", "pp2,vpp2", "pp4,first5,last3", "cp2", "pp3", "tp2,sp", "ep4"]

@@ -100,6 +100,25 @@ def gpt_model(
     return built
 
 
+def prediction_spec(
+    model: MegatronModel, config: "TransformerConfig", spec: Any, **choices: Any
+) -> Any:
+    """The specification of multi-token prediction, GPTModel's mtp_block_spec; None without it.
+
+    Args:
+        model: the converted model.
+        config: its ``transformer_config``.
+        spec: its ``layer_spec``, of which the last layer is repeated.
+        choices: use_transformer_engine, vp_stage, pp_rank of get_gpt_mtp_block_spec.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    if not model.transformer.mtp_num_layers:
+        return None
+    choices.setdefault("use_transformer_engine", True)
+    return get_gpt_mtp_block_spec(config, spec, **choices)
+
+
 def _activation(name: str) -> Any:
     import torch.nn.functional as F
     from megatron.core.activations import quick_gelu

@@ -10,6 +10,7 @@ from scenarios.convert.families import family_of
 from scenarios.convert.family import Family, Fields, Ignored, Only, Row
 from scenarios.convert.layout import ParallelLayout
 from scenarios.convert.megatron import (
+    BertArguments,
     ExtraModules,
     GPTModelArguments,
     LatentFields,
@@ -61,6 +62,7 @@ def convert(
         transformer=TransformerFields.build(**fields.transformer),
         gpt_model=GPTModelArguments.build(**fields.gpt_model),
         mla=LatentFields.build(**fields.mla) if fields.mla else None,
+        bert=BertArguments.build(**fields.bert) if fields.bert else None,
         extra=ExtraModules.build(**fields.extra) if fields.extra else None,
         head=TokenClassificationHead.build(**fields.head) if fields.head else None,
         ignored=fields.ignored,
@@ -149,6 +151,7 @@ def _override(fields: Fields, overrides: Mapping[str, Any]) -> None:
         (TransformerFields, fields.transformer),
         (GPTModelArguments, fields.gpt_model),
         *(((LatentFields, fields.mla),) if fields.mla else ()),
+        *(((BertArguments, fields.bert),) if fields.bert else ()),
         *(((ExtraModules, fields.extra),) if fields.extra else ()),
     ):
         for name in model.model_fields:

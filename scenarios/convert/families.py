@@ -1,6 +1,7 @@
 """The families that are converted, and those that Megatron-LM cannot express."""
 
 from scenarios.convert import (
+    bert,
     deepseek_v2,
     deepseek_v3,
     gemma,
@@ -26,7 +27,7 @@ from scenarios.convert.family import Family
 from scenarios.flags import close_match
 
 _MODULES = (
-    *(gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen2_5_vl, qwen3, qwen3_moe),
+    *(bert, gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen2_5_vl, qwen3, qwen3_moe),
     *(phi3, deepseek_v2, deepseek_v3, glm4_moe, gpt_oss),
     *(gemma, gemma2, gemma3_text, gemma3, glm4, olmoe),
 )
@@ -34,8 +35,6 @@ FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for modul
 FAMILIES["qwen2_5_vl_text"] = FAMILIES["qwen2_5_vl"]
 
 REFUSED: dict[str, str] = {
-    "bert": "norms after the residual sum; megatron-core 0.16.1 normalises before, and reads "
-    "apply_residual_connection_post_layernorm nowhere",
     "qwen3_next": "gated delta net layers, which megatron-core computes with "
     "flash-linear-attention on a GPU only; nothing here could prove them",
 }

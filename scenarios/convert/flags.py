@@ -1,7 +1,13 @@
-"""A converted model as Megatron-LM's command-line flags, and as YAML."""
+"""A converted model as Megatron-LM's command-line flags, and as YAML.
+
+The flags are those of pretrain_gpt.py beside megatron-core 0.16: ``megatron/training/arguments.py``
+makes most of them from TransformerConfig's fields, and ``gpt_builders.py`` hands some to GPTModel.
+A setting that the command line takes and no model gets is refused here.
+"""
 
 from typing import Any
 
+from scenarios.convert.bert_build import EXTRA_MODULES, bert_arguments
 from scenarios.convert.extra import class_names, layer_spec_name, listing
 from scenarios.convert.megatron import MegatronModel
 
@@ -58,31 +64,72 @@ def plain(model: MegatronModel) -> dict[str, Any]:
         **({"extra_modules": extra} if (extra := listing(model.extra)) else {}),
         "ignored": model.ignored,
     }
+    if model.bert is not None:
+        del document["gpt_model"]
+        document["bert_model"] = bert_arguments(model)
+        document["bert_heads"] = model.bert.model_dump(exclude={"num_tokentypes"})
+        document["extra_modules"] = EXTRA_MODULES
     if model.head is not None:
         document["token_classification"] = model.head.model_dump(mode="json")
     return document
 
 
+BUILT_IN = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+"""MLATransformerConfig's defaults, which no flag changes."""
+ACTIVATIONS = {(True, "silu"), (True, "quick_gelu"), (False, "gelu"), (False, "openai_gelu")}
+"""Gated or not, and the function; openai_gelu is what the fusion of bias and GELU computes."""
+
+
 def _refuse_what_has_no_flag(model: MegatronModel) -> None:
-    if model.gpt_model.position_embedding_type == "yarn":
+    gpt, fields, mla = model.gpt_model, model.transformer, model.mla
+    if model.bert is not None:
         raise ValueError(
-            "position_embedding_type yarn has no flags; build TransformerConfig instead"
-        )
-    factor = model.gpt_model.seq_len_interpolation_factor
-    if factor is not None and not factor.is_integer():
-        raise ValueError(
-            f"seq_len_interpolation_factor: got {factor}, the flag takes integers only"
+            "BERT has no flags: --spec of pretrain_bert.py brings layers with SumThenNorm, but its "
+            "BertModel keeps its embedding and its final norm; use bert_build.bert_model instead"
         )
     if model.head is not None:
         raise ValueError("a token classification head has no flags; build GPTModel instead")
-    if model.mla is not None:
-        fixed = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
-        for name, value in fixed.items():
-            if getattr(model.mla, name) != value:
-                raise ValueError(
-                    f"{name}: got {getattr(model.mla, name)}, which has no flag; expected {value}, "
-                    "or build MLATransformerConfig instead"
-                )
+    if gpt.position_embedding_type == "yarn":
+        raise ValueError(
+            "position_embedding_type yarn has no flags; build TransformerConfig instead"
+        )
+    if gpt.seq_len_interpolation_factor is not None:
+        raise ValueError(
+            f"seq_len_interpolation_factor: got {gpt.seq_len_interpolation_factor}; "
+            "gpt_builders.py does not hand --rotary-seq-len-interpolation-factor to GPTModel; "
+            "build that instead"
+        )
+    if gpt.rope_scaling and gpt.rope_scaling_factor != 8:
+        raise ValueError(
+            f"rope_scaling_factor: got {gpt.rope_scaling_factor}, expected GPTModel's 8; "
+            "gpt_builders.py does not hand --rope-scaling-factor to it; build GPTModel instead"
+        )
+    activation = (fields.gated_linear_unit, fields.activation_func)
+    if activation not in ACTIVATIONS or (activation[1] == "openai_gelu" and not _has_bias(model)):
+        raise ValueError(
+            f"activation_func {fields.activation_func}, gated_linear_unit "
+            f"{fields.gated_linear_unit}, add_bias_linear {fields.add_bias_linear} have no flag "
+            "together; build TransformerConfig instead"
+        )
+    if mla is None:
+        return
+    if not mla.rotary_base.is_integer():
+        raise ValueError(f"rotary_base: got {mla.rotary_base}, the flag takes integers only")
+    for name, value in BUILT_IN.items():
+        if getattr(mla, name) != value:
+            raise ValueError(
+                f"{name}: got {getattr(mla, name)}, which has no flag; expected {value}, "
+                "or build MLATransformerConfig instead"
+            )
+
+
+def _has_bias(model: MegatronModel) -> bool:
+    return model.transformer.add_bias_linear and model.transformer.num_moe_experts is None
+
+
+def _pattern(layers: tuple[int, ...] | None) -> str | None:
+    """A list as Megatron-LM evaluates it: without blanks."""
+    return None if layers is None else f"[{','.join(map(str, layers))}]"
 
 
 def _refuse_extra_modules(model: MegatronModel) -> None:
@@ -111,7 +158,7 @@ def _layers(model: MegatronModel) -> dict[str, Flag | None]:
 
 def _attention(model: MegatronModel) -> dict[str, Flag | None]:
     fields = model.transformer
-    window, pattern = fields.window_size, fields.window_attn_skip_freq
+    window = fields.window_size
     gated, activation = fields.gated_linear_unit, fields.activation_func
     grouped = fields.num_query_groups != fields.num_attention_heads
     return {
@@ -129,8 +176,8 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
         "--normalization": fields.normalization,
         "--swiglu": gated and activation == "silu",
         "--quick-geglu": gated and activation == "quick_gelu",
-        "--openai-gelu": activation == "openai_gelu",
-        "--no-bias-gelu-fusion": activation in ("gelu", "openai_gelu"),
+        # The fusion is GELU by tanh; --openai-gelu is read by legacy models only.
+        "--no-bias-gelu-fusion": activation in ("gelu", "quick_gelu"),
         "--activation-func-clamp-value": fields.activation_func_clamp_value,
         "--glu-linear-offset": fields.glu_linear_offset or None,
         "--disable-bias-linear": not fields.add_bias_linear,
@@ -140,26 +187,25 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
         "--bf16": fields.bf16,
         "--fp16": fields.fp16,
         "--window-size": None if window is None else f"{window[0]},{window[1]}",
-        "--window-attn-skip-freq": None if pattern is None else str([*pattern]),
+        "--window-attn-skip-freq": _pattern(fields.window_attn_skip_freq),
         "--mtp-num-layers": fields.mtp_num_layers or None,
     }
 
 
 def _positions(model: MegatronModel) -> dict[str, Flag | None]:
     gpt, sections = model.gpt_model, model.transformer.mrope_section
-    factor = gpt.seq_len_interpolation_factor
     base = gpt.rotary_base if model.mla is None else int(model.mla.rotary_base)
     rotary = gpt.position_embedding_type != "learned_absolute"
     return {
         "--vocab-size": gpt.vocab_size,
+        # Else it would be rounded up to a multiple of 128 tp.
+        "--padded-vocab-size": gpt.vocab_size,
         "--max-position-embeddings": gpt.max_sequence_length,
         "--untie-embeddings-and-output-weights": not gpt.share_embeddings_and_output_weights,
         "--position-embedding-type": gpt.position_embedding_type,
         "--rotary-base": base if rotary else None,
         "--rotary-percent": gpt.rotary_percent if rotary else None,
         "--use-rope-scaling": gpt.rope_scaling,
-        "--rope-scaling-factor": gpt.rope_scaling_factor if gpt.rope_scaling else None,
-        "--rotary-seq-len-interpolation-factor": None if factor is None else int(factor),
         "--mrope-section": sections,
     }
 
@@ -168,11 +214,10 @@ def _experts(model: MegatronModel) -> dict[str, Flag | None]:
     fields = model.transformer
     if fields.num_moe_experts is None:
         return {}
-    pattern = fields.moe_layer_freq
     return {
         "--num-experts": fields.num_moe_experts,
         "--moe-ffn-hidden-size": fields.moe_ffn_hidden_size,
-        "--moe-layer-freq": None if pattern is None else str([*pattern]),
+        "--moe-layer-freq": _pattern(fields.moe_layer_freq),
         "--moe-shared-expert-intermediate-size": fields.moe_shared_expert_intermediate_size,
         "--moe-shared-expert-gate": fields.moe_shared_expert_gate,
         "--moe-router-topk": fields.moe_router_topk,
@@ -198,6 +243,8 @@ def _latent(model: MegatronModel) -> dict[str, Flag | None]:
         "--qk-pos-emb-head-dim": model.mla.qk_pos_emb_head_dim,
         "--v-head-dim": model.mla.v_head_dim,
         "--rope-type": model.mla.rope_type,
+        # MLATransformerConfig refuses the fusion, which is on by itself, but for yarn.
+        "--no-rope-fusion": model.mla.rope_type == "rope",
         "--rotary-scaling-factor": model.mla.rotary_scaling_factor,
         "--mscale": model.mla.mscale,
         "--mscale-all-dim": model.mla.mscale_all_dim,

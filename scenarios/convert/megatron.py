@@ -183,6 +183,28 @@ class GPTModelArguments(_Strict):
     seq_len_interpolation_factor: PositiveFloat | None = None
 
 
+class BertArguments(_Strict):
+    """What megatron.core.models.bert.BertModel takes besides, and which of its heads there are.
+
+    BertModel always has an LM head, and with its pooler a head for pairs of sentences; a head that
+    the source's class has not is taken out.
+    """
+
+    num_tokentypes: PositiveInt
+    lm_head: bool
+    """Linear, GELU and norm, then the output layer with a bias for each word."""
+    pooler: bool
+    """Linear and tanh of the first token; BertModel's add_binary_head."""
+    binary_head: bool
+    """Two logits of the pooled token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.binary_head and not self.pooler:
+            raise ValueError("binary_head: got true without pooler, of which it takes the output")
+        return self
+
+
 class ExtraModules(_Strict):
     """What neither TransformerConfig nor GPTModel has a field for; ``extra.py`` has the modules."""
 
@@ -214,6 +236,8 @@ class MegatronModel(_Strict):
     transformer: TransformerFields
     gpt_model: GPTModelArguments
     mla: LatentFields | None = None
+    bert: BertArguments | None = None
+    """With it the model is BertModel, to which ``gpt_model``'s arguments go as well."""
     extra: ExtraModules | None = None
     head: TokenClassificationHead | None = None
     ignored: dict[str, str] = Field(default_factory=dict)
@@ -227,6 +251,10 @@ class MegatronModel(_Strict):
         _check_divisible(
             "max_sequence_length", self.gpt_model.max_sequence_length, 2 * cp if cp > 1 else 1
         )
+        if self.bert is not None and cp > 1:
+            raise ValueError(
+                f"cp: got {cp}, expected 1: BertModel counts positions from 0 on every rank"
+            )
         if self.extra is not None and self.extra.attention_softcap is not None and cp > 1:
             raise ValueError(
                 f"cp: got {cp}, expected 1: capped scores are computed by megatron-core's "

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenarios.convert import extra
-from scenarios.convert.build import gpt_model, layer_spec, transformer_config
+from scenarios.convert import bert_build, bert_proof, extra, predictor
+from scenarios.convert.build import gpt_model, layer_spec, prediction_spec, transformer_config
 from scenarios.convert.converter import convert
-from scenarios.convert.families import family_of
+from scenarios.convert.heads import LabelHead
 from scenarios.convert.latent_core import NOTE as LATENT_NOTE
 from scenarios.convert.latent_core import LatentCoreAttention
 from scenarios.convert.megatron import MegatronModel
@@ -31,6 +31,7 @@ from scenarios.convert.weights import parameters
 
 TOLERANCE = 1e-5
 """Largest difference of a token's logits, relative to its largest logit."""
+FEW_OUTPUTS = 8
 NUM_SEQUENCES, SEQ_LENGTH = 2, 24
 
 Values = dict[str, Tensor]
@@ -47,16 +48,19 @@ class Proof:
     errors: dict[str, float]
     """Place -> largest difference there, relative to the token's largest value."""
     note: str
-    """What of the family was not run."""
+    """What stands in on either side."""
+    outputs: tuple[str, ...] = ("logits",)
+    """The places of what the model returns, which must agree."""
+    megatron_class: str = "GPTModel"
 
     @property
     def error(self) -> float:
-        """Of the logits."""
-        return self.errors["logits"]
+        """The largest of an output."""
+        return max(self.errors[place] for place in self.outputs)
 
     @property
     def passed(self) -> bool:
-        """Whether the logits agree."""
+        """Whether the outputs agree."""
         return self.error <= TOLERANCE
 
     @property
@@ -68,14 +72,15 @@ class Proof:
 
     def lines(self) -> list[str]:
         """The outcome for a person."""
-        about = f"{self.model_type}: logits differ by {self.error:.1e} (at most {TOLERANCE:.0e})"
+        outputs = ", ".join(self.outputs)
+        about = f"{self.model_type}: {outputs} differ by {self.error:.1e} (at most {TOLERANCE:.0e})"
         lines = [f"pass  {about}" if self.passed else f"FAIL  {about}"]
         if not self.passed:
             place = self.first_difference
             lines.append(f"      first difference: {place}, {self.errors[str(place)]:.1e}")
         lines.append(
             f"      {NUM_SEQUENCES} x {SEQ_LENGTH} tokens, {len(self.errors)} places, fp32, random "
-            "weights; Megatron side: megatron-core's GPTModel on CPU"
+            f"weights; Megatron side: megatron-core's {self.megatron_class} on CPU"
         )
         if self.note:
             lines.append(f"      {self.note}")
@@ -114,57 +119,74 @@ def prove(config: Any, *, overrides: Mapping[str, Any] | None = None, seed: int 
     convert(config, overrides=overrides)
     small = shrink(config)
     model = convert(small, overrides=overrides)
+    run_both = _run_gpt if model.bert is None else _run_bert
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         source = SourceModel(small)
-        tokens = torch.randint(0, small["vocab_size"], (NUM_SEQUENCES, SEQ_LENGTH))
-        positions = _positions(model)
-        expected = source.run(tokens, positions)
         source.save(Path(folder))
         weights = HuggingFaceWeights(Path(folder), model)
-        with megatron_on_cpu(), torch.no_grad():
-            megatron = build(model, weights)
-            actual = run(megatron, tokens, positions)
+        tokens = torch.randint(0, small["vocab_size"], (NUM_SEQUENCES, SEQ_LENGTH))
+        expected, actual = run_both(source, model, weights, tokens)
     errors = {place: relative_error(actual[place], value) for place, value in expected.items()}
-    return Proof(model.model_type, small, errors, "; ".join(_notes(model)))
+    outputs, megatron_class = ["logits"], "GPTModel"
+    depths = range(1, (model.transformer.mtp_num_layers or 0) + 1)
+    outputs += [f"prediction {depth} logits" for depth in depths]
+    if model.bert is not None:
+        outputs, megatron_class = [*bert_proof.outputs_of(model)], "BertModel"
+    note = "; ".join(_notes(model))
+    return Proof(model.model_type, small, errors, note, tuple(outputs), megatron_class)
 
 
 def _notes(model: MegatronModel) -> Iterator[str]:
-    """What a reader of the outcome should know of the Megatron side."""
-    if note := family_of(model.model_type).note:
-        yield note
+    """What a reader of the outcome should know of both sides."""
     if model.mla is not None:
         yield LATENT_NOTE
+    if model.transformer.mtp_num_layers:
+        yield predictor.NOTE
+    if model.bert is not None:
+        yield bert_build.NOTE
     if names := extra.class_names(model.extra):
         yield extra.NOTE.format(", ".join(names))
     if model.transformer.layernorm_zero_centered_gamma:
         yield extra.ZERO_CENTERED_NOTE
 
 
+def _run_gpt(
+    source: SourceModel, model: MegatronModel, weights: HuggingFaceWeights, tokens: Tensor
+) -> tuple[Values, Values]:
+    positions = _positions(model)
+    expected = source.run(tokens, positions)
+    with megatron_on_cpu(), torch.no_grad():
+        return expected, run(build(model, weights), tokens, positions)
+
+
+def _run_bert(
+    source: SourceModel, model: MegatronModel, weights: HuggingFaceWeights, tokens: Tensor
+) -> tuple[Values, Values]:
+    texts = bert_proof.random_texts(model, tokens)
+    expected = bert_proof.run_source(source.module, model, texts)
+    with megatron_on_cpu(), torch.no_grad():
+        return expected, bert_proof.run_megatron(build(model, weights), model, texts)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference of a token, relative to the token's largest value; NaN counts as one."""
+    """Largest difference of a token, relative to the token's largest value; NaN counts as one.
+
+    A head of few outputs leaves a token near zero by chance: its scale is that of all tokens.
+    """
     if actual.shape != expected.shape:
         return float("inf")
-    scale = expected.abs().amax(dim=-1).clamp_min(1e-30)
+    few = expected.shape[-1] < FEW_OUTPUTS
+    scale = (expected.abs().max() if few else expected.abs().amax(dim=-1)).clamp_min(1e-30)
     error = ((actual - expected).abs().amax(dim=-1) / scale).max().detach()
     return float(error) if bool(torch.isfinite(error)) else float("inf")
 
 
 def build(model: MegatronModel, weights: HuggingFaceWeights) -> Any:
-    """megatron-core's GPTModel with these weights, for evaluation, on its local specification."""
-    settings = {
-        "mtp_num_layers": None,
-        "use_cpu_initialization": True,
-        "perform_initialization": False,
-    }
+    """megatron-core's model with these weights, for evaluation, on its local specification."""
+    settings = {"use_cpu_initialization": True, "perform_initialization": False}
     config = transformer_config(model, **settings)
-    spec = layer_spec(model, config, use_transformer_engine=False)
-    if model.mla is not None:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
-    built = gpt_model(model, config, spec)
-    if model.head is not None:
-        built.output_layer = _Head(model.transformer.hidden_size, model.head.num_labels)
+    built = (_gpt if model.bert is None else bert_proof.build)(model, config)
     state = {parameter.name: weights.read(parameter) for parameter in parameters(model)}
     found = built.load_state_dict(state, strict=False)
     missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
@@ -173,11 +195,16 @@ def build(model: MegatronModel, weights: HuggingFaceWeights) -> Any:
     return built.eval()
 
 
-class _Head(torch.nn.Linear):
-    """A linear layer that is called as GPTModel calls its output_layer."""
-
-    def forward(self, states: Tensor, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        return super().forward(states), None
+def _gpt(model: MegatronModel, config: Any) -> Any:
+    spec = layer_spec(model, config, use_transformer_engine=False)
+    if model.mla is not None:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
+    prediction = prediction_spec(model, config, spec, use_transformer_engine=False)
+    built = gpt_model(model, config, spec, mtp_block_spec=prediction)
+    if model.head is not None:
+        built.output_layer = LabelHead(model.transformer.hidden_size, model.head)
+    return built
 
 
 def run(megatron: Any, tokens: Tensor, positions: Tensor) -> Values:
@@ -190,8 +217,9 @@ def run(megatron: Any, tokens: Tensor, positions: Tensor) -> Values:
             # Attention and MLP leave their bias to the sum.
             if bias is not None and re.search("attention|mlp", place):
                 value = value + bias
-            # Megatron-LM has tokens first, and adds the residual in place.
-            seen[place] = value.transpose(0, 1).clone()
+            # Megatron-LM has tokens first, and adds the residual in place. Multi-token prediction
+            # embeds again.
+            seen.setdefault(place, value.transpose(0, 1).clone())
 
         return hook
 
@@ -201,7 +229,21 @@ def run(megatron: Any, tokens: Tensor, positions: Tensor) -> Values:
         layer.mlp.register_forward_hook(note(f"layer {index} mlp"))
         layer.register_forward_hook(note(f"layer {index}"))
     megatron.decoder.final_layernorm.register_forward_hook(note("final norm"))
-    seen["logits"] = megatron(tokens, positions, None)
+    predictors = megatron.mtp.layers if megatron.mtp_process else ()
+    for depth, layer in enumerate(predictors, start=1):
+        layer.eh_proj.register_forward_hook(note(f"prediction {depth} input"))
+        layer.transformer_layer.register_forward_hook(note(f"prediction {depth} layer"))
+        layer.final_layernorm.register_forward_hook(note(f"prediction {depth} norm"))
+    logits: list[Tensor] = []
+    # The loss, which is computed where there are predictors, writes into the logits.
+    megatron.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0].clone()))
+    megatron(tokens, positions, None, labels=tokens if predictors else None)
+    *ahead, seen["logits"] = (value.transpose(0, 1) for value in logits)
+    for depth, value in enumerate(ahead, start=1):
+        seen[f"prediction {depth} logits"] = value
+        # The last tokens have none that follow.
+        for place in (p for p in seen if p.startswith(f"prediction {depth} ")):
+            seen[place] = seen[place][:, : tokens.shape[1] - depth]
     return seen
 
 

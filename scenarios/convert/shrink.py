@@ -20,8 +20,7 @@ LIMITS = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "n_shared_experts": 2,
-    "num_mtp_layers": 0,
-    "num_nextn_predict_layers": 0,
+    "num_nextn_predict_layers": 2,
     "swiglu_limit": 1.5,
     "attn_logit_softcapping": 2.0,
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scenarios.convert.every_family import labels_tokens
 from scenarios.convert.families import family_of
 from scenarios.convert.mapping import Copy
+from scenarios.convert.predictor import add_predictors, run_predictors
 from scenarios.convert.weight_names import AFTER_ATTENTION, AFTER_MLP
 
 TINY_VISION: dict[str, dict[str, Any]] = {
@@ -35,6 +36,14 @@ TINY_VISION: dict[str, dict[str, Any]] = {
 """A vision model has to be there for the text model's sake; it is never run."""
 
 
+BERT_CLASSES = {
+    "BertForPreTraining": "AutoModelForPreTraining",
+    "BertForMaskedLM": "AutoModelForMaskedLM",
+    "BertModel": "AutoModel",
+    "BertForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
 class SourceModel:
     """A model of transformers, in fp32, eager and for evaluation."""
 
@@ -54,6 +63,8 @@ class SourceModel:
         kind = "AutoModelForCausalLM"
         if labels_tokens({"architectures": None} | fields):
             kind = "AutoModelForTokenClassification"
+        if model_type == "bert":
+            kind = BERT_CLASSES[(fields.get("architectures") or [*BERT_CLASSES])[0]]
         if model_type in TINY_VISION:
             kind = "AutoModelForImageTextToText"
             vision = TINY_VISION[model_type] | {"out_hidden_size": fields["hidden_size"]}
@@ -69,6 +80,8 @@ class SourceModel:
         # The grouped products of the default experts need sizes that small models do not have.
         source._experts_implementation = "eager"
         self.module = auto.from_config(source, attn_implementation="eager").float().eval()
+        number = fields.get("num_nextn_predict_layers") or 0
+        self.predictors = add_predictors(self.module, number) if number else []
         randomise(self.module)
 
     def run(self, tokens: Tensor, positions: Tensor) -> dict[str, Tensor]:
@@ -85,7 +98,7 @@ class SourceModel:
             seen["embedding"] = args[0] if args else kwargs["hidden_states"]
 
         handles = []
-        layers = _layers(self.module)
+        layers = [layer for layer in _layers(self.module) if layer not in self.predictors]
         handles.append(layers[0].register_forward_pre_hook(note_input, with_kwargs=True))
         for index, layer in enumerate(layers):
             children = dict(layer.named_children())
@@ -103,6 +116,9 @@ class SourceModel:
             seen["logits"] = self.module(
                 input_ids=tokens, position_ids=positions, use_cache=False
             ).logits
+            if self.predictors:
+                states = seen["final norm"]
+                seen |= run_predictors(self.module, self.predictors, tokens, states)
         for handle in handles:
             handle.remove()
         return seen
@@ -130,7 +146,7 @@ def randomise(module: nn.Module) -> None:
         for name, tensor in [*module.named_parameters(), *_router_biases(module)]:
             noise = torch.randn_like(tensor)
             if tensor.dim() == 1:
-                is_norm = re.search(r"(norm|ln_\w)\.weight$", name) is not None
+                is_norm = re.search(r"((?i:norm)|ln_\w)\.weight$", name) is not None
                 # Norms are made with 1, or with 0 where the source multiplies by 1 + weight.
                 centre = float(tensor.mean().round()) if is_norm else 0.0
                 tensor.copy_(centre + 0.3 * noise)

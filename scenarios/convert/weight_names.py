@@ -3,6 +3,10 @@
 from scenarios.convert.mapping import QKV, Copy, Mapped, Stacked
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "{base}layers.{layer}."
+BERT_LAYER, HF_BERT_LAYER = "encoder.layers.{layer}.", "{base}encoder.layer.{layer}."
+PREDICTOR = "mtp.layers.{layer}."
+"""A module of multi-token prediction; its layer counts on after the model's in the source."""
+PREDICTOR_LAYER = f"{PREDICTOR}transformer_layer."
 ATTENTION, HF_ATTENTION = f"{LAYER}self_attention.", f"{HF_LAYER}self_attn."
 AFTER_ATTENTION = f"{ATTENTION}linear_proj.post_layernorm.weight"
 AFTER_MLP = f"{LAYER}mlp.linear_fc2.post_layernorm.weight"
@@ -12,9 +16,11 @@ HEAD: dict[str, Mapped] = {
     "decoder.final_layernorm.weight": Copy("{base}norm.weight"),
     "output_layer.weight": Copy("lm_head.weight"),
 }
-TOKEN_CLASSIFICATION: dict[str, Mapped] = {
-    "output_layer.weight": Copy("score.weight"),
-    "output_layer.bias": Copy("score.bias"),
+PREDICTION: dict[str, Mapped] = {
+    f"{PREDICTOR}enorm.weight": Copy(f"{HF_LAYER}enorm.weight"),
+    f"{PREDICTOR}hnorm.weight": Copy(f"{HF_LAYER}hnorm.weight"),
+    f"{PREDICTOR}eh_proj.weight": Copy(f"{HF_LAYER}eh_proj.weight"),
+    f"{PREDICTOR}final_layernorm.weight": Copy(f"{HF_LAYER}shared_head.norm.weight"),
 }
 NORMS: dict[str, Mapped] = {
     f"{LAYER}input_layernorm.weight": Copy(f"{HF_LAYER}input_layernorm.weight"),
