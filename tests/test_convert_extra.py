@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 
-from scenarios.convert import MegatronModel, ParallelLayout, convert, proof
+from scenarios.convert import MegatronModel, ParallelLayout, convert, gpt_proof, proof
 from scenarios.convert.build import gpt_model, layer_spec, transformer_config
 from scenarios.convert.extra import listing
 from scenarios.convert.flags import flags, plain, words
@@ -44,7 +44,7 @@ def test_what_the_output_names_is_what_the_model_has() -> None:
     for model_type in EXTRA:
         model = convert(shrink(published(model_type)))
         named = plain(model)["extra_modules"]
-        assert named == listing(model.extra)
+        assert named == listing(model)
         classes = []
         for row in named:
             module, _, name = row["module"].rpartition(".")
@@ -160,7 +160,7 @@ def test_the_layer_that_the_flags_name(
         used.append(import_module(given["--spec"]))
         return used[0]
 
-    monkeypatch.setattr(proof, "layer_spec", named)
+    monkeypatch.setattr(gpt_proof, "layer_spec", named)
     assert prove(published(model_type)).passed
     assert len(used) == 1
 

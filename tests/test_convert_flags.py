@@ -19,7 +19,8 @@ from scenarios.convert.build import gpt_model_arguments, transformer_config
 from scenarios.convert.flags import flags, words
 from scenarios.convert.proof import prove
 from tests import megatron_arguments
-from tests.convert_cases import DEFAULT, LLAMA3, odd, published
+from tests.convert_cases import DEFAULT, LLAMA3, published
+from tests.convert_odd import odd
 
 Config = dict[str, Any]
 PARSER = functools.cache(megatron_arguments.parser)

@@ -7,20 +7,6 @@ from scenarios.convert.heads import AsTheyAre, LabelHead, StatesForLogits
 from scenarios.convert.megatron import MegatronModel
 from scenarios.convert.post_norm import NormThenDropout, SumThenNorm
 
-EXTRA_MODULES = [
-    {
-        "module": "scenarios.convert.post_norm.SumThenNorm",
-        "place": "self_attn_bda and mlp_bda of every layer, whose own norms are left out",
-        "settings": {},
-    },
-    {
-        "module": "scenarios.convert.post_norm.NormThenDropout",
-        "place": "BertModel.embedding.embedding_dropout; BertModel.encoder.final_layernorm is none",
-        "settings": {},
-    },
-]
-NOTE = "besides megatron-core's modules ours: SumThenNorm, NormThenDropout"
-
 
 def bert_arguments(model: MegatronModel) -> dict[str, Any]:
     """What BertModel takes besides the configuration and the layer specification."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from scenarios.convert.bert_build import bert_model
 from scenarios.convert.megatron import MegatronModel
+from scenarios.convert.source_model import SourceModel
 
+MEGATRON_CLASS = "BertModel"
 Values = dict[str, Tensor]
 
 
@@ -26,7 +28,7 @@ class Texts:
     """True: a token, False: padding."""
 
 
-def random_texts(model: MegatronModel, tokens: Tensor) -> Texts:
+def random_inputs(model: MegatronModel, tokens: Tensor) -> Texts:
     """Types from torch's generator; the first text fills two thirds of its length."""
     assert model.bert is not None
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -43,10 +45,10 @@ def outputs_of(model: MegatronModel) -> tuple[str, ...]:
     return (first, second) if bert.pooler else (first,)
 
 
-def run_source(module: Any, model: MegatronModel, texts: Texts) -> Values:
+def run_source(source: SourceModel, model: MegatronModel, texts: Texts) -> Values:
     """Values at every place of the source's model, in order: those of tokens [tokens, ...]."""
     assert model.bert is not None
-    seen = _Seen(texts)
+    seen, module = _Seen(texts), source.module
     base = module.base_model
     watched = {"embedding": base.embeddings}
     for index, layer in enumerate(base.encoder.layer):

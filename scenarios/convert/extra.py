@@ -11,10 +11,22 @@ ZERO_CENTERED_NOTE = (
 )
 
 
-def listing(extra: ExtraModules | None) -> list[dict[str, Any]]:
+def listing(model: MegatronModel) -> list[dict[str, Any]]:
     """The extra modules of a model: class, place and settings of each."""
-    extra = extra or ExtraModules()
+    extra, is_bert = model.extra or ExtraModules(), model.bert is not None
     rows: list[tuple[bool, str, str, dict[str, Any]]] = [
+        (
+            is_bert,
+            "post_norm.SumThenNorm",
+            "self_attn_bda and mlp_bda of every layer, whose own norms are left out",
+            {},
+        ),
+        (
+            is_bert,
+            "post_norm.NormThenDropout",
+            "BertModel.embedding.embedding_dropout; BertModel.encoder.final_layernorm is none",
+            {},
+        ),
         (
             extra.embedding_scale is not None,
             "extra_modules.ScaledEmbedding",
@@ -65,9 +77,9 @@ def listing(extra: ExtraModules | None) -> list[dict[str, Any]]:
     ]
 
 
-def class_names(extra: ExtraModules | None) -> list[str]:
+def class_names(model: MegatronModel) -> list[str]:
     """The names of the extra modules' classes."""
-    return [row["module"].rpartition(".")[2] for row in listing(extra)]
+    return [row["module"].rpartition(".")[2] for row in listing(model)]
 
 
 def layer_spec_name(model: MegatronModel) -> str | None:

@@ -7,7 +7,7 @@ A setting that the command line takes and no model gets is refused here.
 
 from typing import Any
 
-from scenarios.convert.bert_build import EXTRA_MODULES, bert_arguments
+from scenarios.convert.bert_build import bert_arguments
 from scenarios.convert.extra import class_names, layer_spec_name, listing
 from scenarios.convert.megatron import MegatronModel
 
@@ -26,8 +26,8 @@ def flags(model: MegatronModel) -> dict[str, Flag]:
     """
     _refuse_extra_modules(model)
     _refuse_what_has_no_flag(model)
-    given = _attention(model) | _positions(model) | _experts(model) | _latent(model) | _cut(model)
-    given |= _layers(model)
+    given = _layers(model) | _attention(model) | _positions(model) | _experts(model)
+    given |= _latent(model) | _cut(model)
     return {
         flag: value for flag, value in given.items() if value is not None and value is not False
     }
@@ -60,18 +60,17 @@ def plain(model: MegatronModel) -> dict[str, Any]:
         "model_type": model.model_type,
         "transformer_config": "MLATransformerConfig" if mla else "TransformerConfig",
         "transformer": transformer | mla,
-        "gpt_model": model.gpt_model.model_dump(exclude_none=True, mode="json"),
-        **({"extra_modules": extra} if (extra := listing(model.extra)) else {}),
-        "ignored": model.ignored,
     }
     if model.bert is not None:
-        del document["gpt_model"]
         document["bert_model"] = bert_arguments(model)
         document["bert_heads"] = model.bert.model_dump(exclude={"num_tokentypes"})
-        document["extra_modules"] = EXTRA_MODULES
+    else:
+        document["gpt_model"] = model.gpt_model.model_dump(exclude_none=True, mode="json")
     if model.head is not None:
         document["token_classification"] = model.head.model_dump(mode="json")
-    return document
+    if extra := listing(model):
+        document["extra_modules"] = extra
+    return document | {"ignored": model.ignored}
 
 
 BUILT_IN = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -80,13 +79,22 @@ ACTIVATIONS = {(True, "silu"), (True, "quick_gelu"), (False, "gelu"), (False, "o
 """Gated or not, and the function; openai_gelu is what the fusion of bias and GELU computes."""
 
 
-def _refuse_what_has_no_flag(model: MegatronModel) -> None:
-    gpt, fields, mla = model.gpt_model, model.transformer, model.mla
+def _refuse_extra_modules(model: MegatronModel) -> None:
     if model.bert is not None:
         raise ValueError(
             "BERT has no flags: --spec of pretrain_bert.py brings layers with SumThenNorm, but its "
             "BertModel keeps its embedding and its final norm; use bert_build.bert_model instead"
         )
+    names = class_names(model)
+    if names and layer_spec_name(model) is None:
+        raise ValueError(
+            f"extra modules {', '.join(names)}: no flag says where they belong (--spec names a "
+            "layer without settings); use build.gpt_model instead"
+        )
+
+
+def _refuse_what_has_no_flag(model: MegatronModel) -> None:
+    gpt, fields, mla = model.gpt_model, model.transformer, model.mla
     if model.head is not None:
         raise ValueError("a token classification head has no flags; build GPTModel instead")
     if gpt.position_embedding_type == "yarn":
@@ -103,6 +111,11 @@ def _refuse_what_has_no_flag(model: MegatronModel) -> None:
         raise ValueError(
             f"rope_scaling_factor: got {gpt.rope_scaling_factor}, expected GPTModel's 8; "
             "gpt_builders.py does not hand --rope-scaling-factor to it; build GPTModel instead"
+        )
+    if fields.softmax_scale is not None:
+        raise ValueError(
+            f"softmax_scale: got {fields.softmax_scale}, which has no flag; "
+            "build TransformerConfig instead"
         )
     activation = (fields.gated_linear_unit, fields.activation_func)
     if activation not in ACTIVATIONS or (activation[1] == "openai_gelu" and not _has_bias(model)):
@@ -130,20 +143,6 @@ def _has_bias(model: MegatronModel) -> bool:
 def _pattern(layers: tuple[int, ...] | None) -> str | None:
     """A list as Megatron-LM evaluates it: without blanks."""
     return None if layers is None else f"[{','.join(map(str, layers))}]"
-
-
-def _refuse_extra_modules(model: MegatronModel) -> None:
-    names = class_names(model.extra)
-    if names and layer_spec_name(model) is None:
-        raise ValueError(
-            f"extra modules {', '.join(names)}: no flag says where they belong (--spec names a "
-            "layer without settings); use build.gpt_model instead"
-        )
-    if model.transformer.softmax_scale is not None:
-        raise ValueError(
-            f"softmax_scale: got {model.transformer.softmax_scale}, which has no flag; "
-            "build TransformerConfig instead"
-        )
 
 
 def _layers(model: MegatronModel) -> dict[str, Flag | None]:

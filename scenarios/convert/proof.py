@@ -6,7 +6,6 @@ through its own safetensors files, so what is proven is the conversion of files 
 """
 
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenarios.convert import bert_build, bert_proof, extra, predictor
-from scenarios.convert.build import gpt_model, layer_spec, prediction_spec, transformer_config
+from scenarios.convert import bert_proof, extra, gpt_proof, latent_core, predictor
+from scenarios.convert.build import transformer_config
 from scenarios.convert.converter import convert
-from scenarios.convert.heads import LabelHead
-from scenarios.convert.latent_core import NOTE as LATENT_NOTE
-from scenarios.convert.latent_core import LatentCoreAttention
 from scenarios.convert.megatron import MegatronModel
 from scenarios.convert.megatron_on_cpu import megatron_on_cpu
 from scenarios.convert.shrink import shrink
@@ -33,9 +29,6 @@ TOLERANCE = 1e-5
 """Largest difference of a token's logits, relative to its largest logit."""
 FEW_OUTPUTS = 8
 NUM_SEQUENCES, SEQ_LENGTH = 2, 24
-
-Values = dict[str, Tensor]
-"""Place in the model -> its values, [sequences, tokens, ...]; in the order of the computation."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +42,9 @@ class Proof:
     """Place -> largest difference there, relative to the token's largest value."""
     note: str
     """What stands in on either side."""
-    outputs: tuple[str, ...] = ("logits",)
+    outputs: tuple[str, ...]
     """The places of what the model returns, which must agree."""
-    megatron_class: str = "GPTModel"
+    megatron_class: str
 
     @property
     def error(self) -> float:
@@ -119,54 +112,37 @@ def prove(config: Any, *, overrides: Mapping[str, Any] | None = None, seed: int 
     convert(config, overrides=overrides)
     small = shrink(config)
     model = convert(small, overrides=overrides)
-    run_both = _run_gpt if model.bert is None else _run_bert
+    kind = gpt_proof if model.bert is None else bert_proof
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         source = SourceModel(small)
         source.save(Path(folder))
         weights = HuggingFaceWeights(Path(folder), model)
         tokens = torch.randint(0, small["vocab_size"], (NUM_SEQUENCES, SEQ_LENGTH))
-        expected, actual = run_both(source, model, weights, tokens)
-    errors = {place: relative_error(actual[place], value) for place, value in expected.items()}
-    outputs, megatron_class = ["logits"], "GPTModel"
-    depths = range(1, (model.transformer.mtp_num_layers or 0) + 1)
-    outputs += [f"prediction {depth} logits" for depth in depths]
-    if model.bert is not None:
-        outputs, megatron_class = [*bert_proof.outputs_of(model)], "BertModel"
-    note = "; ".join(_notes(model))
-    return Proof(model.model_type, small, errors, note, tuple(outputs), megatron_class)
+        inputs = kind.random_inputs(model, tokens)
+        expected = kind.run_source(source, model, inputs)
+        with megatron_on_cpu(), torch.no_grad():
+            actual = kind.run_megatron(build(model, weights), model, inputs)
+    return Proof(
+        model.model_type,
+        small,
+        {place: relative_error(actual[place], value) for place, value in expected.items()},
+        "; ".join(_notes(model)),
+        kind.outputs_of(model),
+        kind.MEGATRON_CLASS,
+    )
 
 
 def _notes(model: MegatronModel) -> Iterator[str]:
     """What a reader of the outcome should know of both sides."""
     if model.mla is not None:
-        yield LATENT_NOTE
+        yield latent_core.NOTE
     if model.transformer.mtp_num_layers:
         yield predictor.NOTE
-    if model.bert is not None:
-        yield bert_build.NOTE
-    if names := extra.class_names(model.extra):
+    if names := extra.class_names(model):
         yield extra.NOTE.format(", ".join(names))
     if model.transformer.layernorm_zero_centered_gamma:
         yield extra.ZERO_CENTERED_NOTE
-
-
-def _run_gpt(
-    source: SourceModel, model: MegatronModel, weights: HuggingFaceWeights, tokens: Tensor
-) -> tuple[Values, Values]:
-    positions = _positions(model)
-    expected = source.run(tokens, positions)
-    with megatron_on_cpu(), torch.no_grad():
-        return expected, run(build(model, weights), tokens, positions)
-
-
-def _run_bert(
-    source: SourceModel, model: MegatronModel, weights: HuggingFaceWeights, tokens: Tensor
-) -> tuple[Values, Values]:
-    texts = bert_proof.random_texts(model, tokens)
-    expected = bert_proof.run_source(source.module, model, texts)
-    with megatron_on_cpu(), torch.no_grad():
-        return expected, bert_proof.run_megatron(build(model, weights), model, texts)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -186,70 +162,10 @@ def build(model: MegatronModel, weights: HuggingFaceWeights) -> Any:
     """megatron-core's model with these weights, for evaluation, on its local specification."""
     settings = {"use_cpu_initialization": True, "perform_initialization": False}
     config = transformer_config(model, **settings)
-    built = (_gpt if model.bert is None else bert_proof.build)(model, config)
+    built = (gpt_proof if model.bert is None else bert_proof).build(model, config)
     state = {parameter.name: weights.read(parameter) for parameter in parameters(model)}
     found = built.load_state_dict(state, strict=False)
     missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
     assert not missing, missing
     assert not found.unexpected_keys, found.unexpected_keys
     return built.eval()
-
-
-def _gpt(model: MegatronModel, config: Any) -> Any:
-    spec = layer_spec(model, config, use_transformer_engine=False)
-    if model.mla is not None:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = LatentCoreAttention
-    prediction = prediction_spec(model, config, spec, use_transformer_engine=False)
-    built = gpt_model(model, config, spec, mtp_block_spec=prediction)
-    if model.head is not None:
-        built.output_layer = LabelHead(model.transformer.hidden_size, model.head)
-    return built
-
-
-def run(megatron: Any, tokens: Tensor, positions: Tensor) -> Values:
-    """megatron-core's values at the places that ``SourceModel.run`` has too."""
-    seen: Values = {}
-
-    def note(place: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            value, bias = output if isinstance(output, tuple) else (output, None)
-            # Attention and MLP leave their bias to the sum.
-            if bias is not None and re.search("attention|mlp", place):
-                value = value + bias
-            # Megatron-LM has tokens first, and adds the residual in place. Multi-token prediction
-            # embeds again.
-            seen.setdefault(place, value.transpose(0, 1).clone())
-
-        return hook
-
-    megatron.embedding.register_forward_hook(note("embedding"))
-    for index, layer in enumerate(megatron.decoder.layers):
-        layer.self_attention.register_forward_hook(note(f"layer {index} attention"))
-        layer.mlp.register_forward_hook(note(f"layer {index} mlp"))
-        layer.register_forward_hook(note(f"layer {index}"))
-    megatron.decoder.final_layernorm.register_forward_hook(note("final norm"))
-    predictors = megatron.mtp.layers if megatron.mtp_process else ()
-    for depth, layer in enumerate(predictors, start=1):
-        layer.eh_proj.register_forward_hook(note(f"prediction {depth} input"))
-        layer.transformer_layer.register_forward_hook(note(f"prediction {depth} layer"))
-        layer.final_layernorm.register_forward_hook(note(f"prediction {depth} norm"))
-    logits: list[Tensor] = []
-    # The loss, which is computed where there are predictors, writes into the logits.
-    megatron.output_layer.register_forward_hook(lambda *args: logits.append(args[2][0].clone()))
-    megatron(tokens, positions, None, labels=tokens if predictors else None)
-    *ahead, seen["logits"] = (value.transpose(0, 1) for value in logits)
-    for depth, value in enumerate(ahead, start=1):
-        seen[f"prediction {depth} logits"] = value
-        # The last tokens have none that follow.
-        for place in (p for p in seen if p.startswith(f"prediction {depth} ")):
-            seen[place] = seen[place][:, : tokens.shape[1] - depth]
-    return seen
-
-
-def _positions(model: MegatronModel) -> Tensor:
-    """Positions in the sequence; three different ones where time, height and width are apart."""
-    line = torch.arange(SEQ_LENGTH).expand(NUM_SEQUENCES, -1)  # [sequences, tokens]
-    if model.transformer.mrope_section is None:
-        return line
-    return torch.stack([line, line * 3 % 17, line * 5 % 13])
