@@ -27,6 +27,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from scenarios.convert import MegatronModel, ParallelLayout, convert
@@ -61,11 +62,14 @@ CONFIGS: dict[str, tuple[type, dict[str, Any], ParallelLayout]] = {
     "qwen3": (Qwen3Config, {}, LAYOUT),
     "qwen2_moe": (Qwen2MoeConfig, {}, EXPERTS),
     "qwen3_moe": (Qwen3MoeConfig, {}, EXPERTS),
+    "qwen3_next": (Qwen3NextConfig, {"num_experts": 64}, EXPERTS),
     "bert": (BertConfig, {}, LAYOUT),
     "gemma3_text": (Gemma3TextConfig, {}, LAYOUT),
     "olmoe": (OlmoeConfig, {}, EXPERTS),
     "deepseek_v3": (DeepseekV3Config, {}, EXPERTS.model_copy(update={"first": 30, "last": 31})),
 }
+WITHOUT_CP = ("bert", "qwen3_next")
+"""megatron-core's BertModel and GatedDeltaNet have no context parallelism."""
 
 
 def config_of(name: str) -> Any:
@@ -112,7 +116,7 @@ def own_part(model: MegatronModel, tp_rank: int, pp_rank: int) -> dict[str, tupl
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ranks_agree_and_their_parts_make_the_model(name: str) -> None:
-    cp = 1 if name == "bert" else context_parallel_size()  # BertModel has no context parallelism.
+    cp = 1 if name in WITHOUT_CP else context_parallel_size()
     layout = CONFIGS[name][2].model_copy(update={"cp": cp})
     model = convert(config_of(name), layout=layout)
     models = gathered(model.model_dump_json())

@@ -16,6 +16,7 @@ DEFAULT: dict[str, Config] = {
     "qwen2_5_vl": {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
     "qwen3": {},
     "qwen3_moe": {},
+    "qwen3_next": {},
     "phi3": {},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "deepseek_v3": {},
@@ -201,6 +202,17 @@ PUBLISHED: dict[str, tuple[str, Config]] = {
             "max_position_embeddings": 40960,
             "max_window_layers": 48,
             "rope_theta": 1000000.0,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "full_attention_interval": 4,
+            "max_position_embeddings": 262144,
+            "partial_rotary_factor": 0.25,
+            "rope_scaling": None,
+            "rope_theta": 10000000,
         },
     ),
     "phi3": (

@@ -187,6 +187,28 @@ def _qwen3_moe(draw: Draw) -> Config:
     }
 
 
+def _qwen3_next(draw: Draw) -> Config:
+    config = _sizes(draw) | _rope(draw, ("none", "linear", "llama3"))
+    config |= _experts(draw, "num_experts") | {"head_dim": 8 * draw(st.integers(1, 3))}
+    layers, heads = config["num_hidden_layers"], draw(st.integers(1, 3))
+    types = st.sampled_from(["linear_attention", "full_attention"])
+    pattern = {"layer_types": draw(st.lists(types, min_size=layers, max_size=layers))}
+    return config | {
+        **draw(st.sampled_from([{}, pattern, {"full_attention_interval": 2}])),
+        "linear_conv_kernel_dim": draw(st.integers(1, 5)),
+        # Fewer numbers may all be near zero by chance, and a norm enlarges their rounding.
+        "linear_key_head_dim": draw(st.integers(4, 10)),
+        "linear_value_head_dim": draw(st.integers(4, 10)),
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads * draw(st.integers(1, 3)),
+        "moe_intermediate_size": draw(st.integers(3, 20)),
+        "shared_expert_intermediate_size": draw(st.integers(3, 20)),
+        "norm_topk_prob": draw(st.booleans()),
+        "partial_rotary_factor": draw(st.sampled_from([0.25, 0.5, 1.0])),
+        **_pattern(draw, layers),
+    }
+
+
 def _phi3(draw: Draw) -> Config:
     config = _sizes(draw) | _rope(draw, ("none",))
     config |= _even_heads(draw, config)
@@ -335,6 +357,7 @@ _ODD: dict[str, Callable[[Draw], Config]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
     "phi3": _phi3,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,

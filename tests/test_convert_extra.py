@@ -28,6 +28,7 @@ NEEDED = {
     ),
     "glm4": {"NormAfter"},
     "olmoe": {"AllHeadsRMSNorm"},
+    "qwen3_next": {"PlainRMSNorm"},
 }
 
 
@@ -55,6 +56,8 @@ def test_what_the_output_names_is_what_the_model_has() -> None:
         for row, kind in zip(named, classes, strict=True):
             count = sum(isinstance(module, kind) for module in modules)
             layers = model.transformer.num_layers
+            if "delta net" in row["place"]:
+                layers = sum(model.transformer.linear_attention_freq or ())
             expected = 1 if "GPTModel" in row["place"] else layers * (1 + (" and " in row["place"]))
             assert count == expected, row
 
@@ -68,6 +71,16 @@ def test_a_pipeline_stage_has_its_part_of_them() -> None:
     assert not hasattr(last, "embedding")
     assert type(first.embedding).__name__ == "ScaledEmbedding"
     assert not hasattr(first, "output_layer")
+
+
+def test_a_pipeline_stage_has_its_delta_nets() -> None:
+    """Of four layers the last has attention; the second of two stages begins with the third."""
+    model = convert(shrink(published("qwen3_next")), layout=ParallelLayout(pp=2))
+    config = transformer_config(model, use_cpu_initialization=True)
+    for stage, expected in enumerate((["GatedDeltaNet"] * 2, ["GatedDeltaNet", "SelfAttention"])):
+        block = layer_spec(model, config, use_transformer_engine=False, pp_rank=stage)
+        kinds = [layer.submodules.self_attention.module.__name__ for layer in block.layer_specs]
+        assert kinds == expected
 
 
 def test_embeddings_are_scaled_with_the_bits_of_the_source() -> None:
@@ -166,17 +179,19 @@ def test_the_layer_that_the_flags_name(
 
 
 def test_what_no_flag_says_is_refused() -> None:
-    for model_type in ("gemma", "gemma2", "gemma3", "gemma3_text"):
-        with pytest.raises(ValueError, match=r"extra modules ScaledEmbedding.*use build.gpt_model"):
+    for model_type in ("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next"):
+        with pytest.raises(ValueError, match=r"extra modules \w+.*use build.gpt_model"):
             flags(convert(published(model_type)))
     scaled = convert(published("llama"), overrides={"softmax_scale": 0.1})
     with pytest.raises(ValueError, match=r"softmax_scale: got 0\.1, which has no flag"):
         flags(scaled)
 
 
-def test_capped_scores_are_not_context_parallel() -> None:
+def test_modules_without_context_parallelism() -> None:
     with pytest.raises(ValueError, match="cp: got 2, expected 1: capped scores"):
         convert(published("gemma2"), layout=ParallelLayout(cp=2))
+    with pytest.raises(ValueError, match="cp: got 2, expected 1: megatron-core's GatedDeltaNet"):
+        convert(published("qwen3_next"), layout=ParallelLayout(cp=2))
     assert convert(published("gemma3"), layout=ParallelLayout(cp=2)).extra is not None
 
 

@@ -75,6 +75,10 @@ MUTATIONS: list[tuple[str, Config, Config, str]] = [
     ("glm4", {}, {"rotary_interleaved": False}, "layer 0 attention"),
     ("glm4", {}, {"rotary_percent": 1.0}, "layer 0 attention"),
     ("olmoe", {}, {"moe_router_pre_softmax": False}, "layer 0 mlp"),
+    ("qwen3_next", {}, {"rotary_percent": 0.5}, "layer 3 attention"),
+    ("qwen3_next", {}, {"moe_router_pre_softmax": True}, "layer 0 mlp"),
+    ("qwen3_next", {}, {"layernorm_zero_centered_gamma": False}, "layer 0 attention"),
+    ("qwen3_next", {}, {"plain_delta_norm": False}, "layer 0 attention"),
 ]
 
 
@@ -104,6 +108,7 @@ def test_a_wrong_field_is_caught(
         ("glm4", {"post_norms": False}, "post_mlp_layernorm.weight"),
         ("gemma3_text", {"qk_layernorm": False}, "k_norm.weight"),
         ("olmoe", {"all_heads_qk_norm": False}, "k_norm.weight"),
+        ("qwen3_next", {"moe_shared_expert_gate": False}, "shared_expert_gate.weight"),
     ],
 )
 def test_a_missing_part_leaves_tensors_over(model_type: str, wrong: Config, left: str) -> None:
@@ -117,9 +122,19 @@ def test_swapped_gate_and_up_are_caught(monkeypatch: pytest.MonkeyPatch) -> None
     assert prove(published("qwen3")).first_difference == "layer 0 mlp"
 
 
-def test_heads_that_are_not_kept_in_groups_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping.QKV, "join", lambda self, parts, shape: torch.cat(parts))
-    assert prove(published("llama")).first_difference == "layer 0 attention"
+@pytest.mark.parametrize(
+    ("model_type", "form", "place"),
+    [
+        ("llama", mapping.QKV, "layer 0 attention"),
+        ("qwen3_next", mapping.GatedQKV, "layer 3 attention"),
+        ("qwen3_next", mapping.DeltaNetInput, "layer 0 attention"),
+    ],
+)
+def test_heads_that_are_not_kept_in_groups_are_caught(
+    model_type: str, form: type, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(form, "join", lambda self, parts, shape: torch.cat(parts))
+    assert prove(published(model_type)).first_difference == place
 
 
 Bend = Callable[[torch.Tensor], torch.Tensor]
@@ -141,6 +156,11 @@ BENT: list[tuple[str, str, Bend, str]] = [
     (
         *("glm4_moe", "mtp.layers.0.transformer_layer.mlp.router.expert_bias"),
         *(lambda t: t.flip(0), "prediction 1 layer"),
+    ),
+    ("qwen3_next", "decoder.layers.1.self_attention.A_log", lambda t: t + 1, "layer 1 attention"),
+    (
+        *("qwen3_next", "decoder.layers.0.self_attention.conv1d.weight"),
+        *(lambda t: t.flip(-1), "layer 0 attention"),
     ),
     ("glm4_moe", "mtp.layers.0.final_layernorm.weight", torch.ones_like, "prediction 1 norm"),
 ]

@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoConfig
 
 from scenarios.convert import convert
-from scenarios.convert.families import REFUSED
 from tests.convert_cases import DEEPSEEK_YARN, LLAMA3, published
 
 Config = dict[str, Any]
@@ -49,6 +48,12 @@ Config = dict[str, Any]
         ("gemma3_text", {}, {"window_attn_skip_freq": ((1,) * 5 + (0,)) * 4 + (1, 1)}),
         ("glm4", {}, {"rotary_percent": 0.5, "rotary_interleaved": True, "post_norms": True}),
         ("olmoe", {}, {"qk_layernorm": False, "all_heads_qk_norm": True}),
+        (
+            "qwen3_next",
+            {"num_hidden_layers": 4},
+            {"linear_attention_freq": (1, 1, 1, 0), "attention_output_gate": True},
+        ),
+        ("qwen3_next", {}, {"rotary_percent": 0.25, "moe_shared_expert_gate": True}),
     ],
 )
 def test_what_other_converters_lose(
@@ -134,6 +139,10 @@ def test_what_other_converters_lose(
         ("gemma3", {"text_config": {"head_dim": 0}}, "head_dim: got 0"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "the source's class does not compute"),
         ("glm4", {"partial_rotary_factor": 1.0, "rope_scaling": DEEPSEEK_YARN}, "neighbours"),
+        ("qwen3_next", {"layer_types": ["linear_attention"]}, "expected 48 of"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 48}, "full_attention_interval 4 says"),
+        ("qwen3_next", {"linear_num_value_heads": 24}, "expected a multiple of linear_num_key"),
+        ("qwen3_next", {"attention_bias": True}, "a bias on all four projections"),
         ("olmoe", {"clip_qkv": 8.0}, "clipped queries, keys and values"),
         ("mistral", {"layer_types": ["sliding_attention"] * 32}, "some layers only"),
     ],
@@ -142,12 +151,6 @@ def test_refused(model_type: str, change: Config, expected: str) -> None:
     with pytest.raises(ValueError) as caught:
         convert(published(model_type) | change)
     assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
-def test_families_that_megatron_cannot_express(model_type: str) -> None:
-    with pytest.raises(ValueError, match=f"model_type '{model_type}' is not supported: the model"):
-        convert(AutoConfig.for_model(model_type))
 
 
 def test_ties_of_a_text_model_inside_a_larger_one() -> None:

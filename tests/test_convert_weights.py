@@ -31,6 +31,7 @@ LAYOUTS = {
     "qwen2_5_vl": "tp2",
     "qwen3": "tp2,pp2,vpp2",
     "qwen3_moe": "ep4,pp2",
+    "qwen3_next": "tp2,sp,ep2,pp2",
     "phi3": "tp2,pp2",
     "deepseek_v2": "tp2,ep2,sp",
     "deepseek_v3": "ep8,pp2,last1",
@@ -276,16 +277,20 @@ def test_folders(tmp_path: Path) -> None:
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),
     degree=st.sampled_from([1, 2, 3, 4]),
-    cut=st.sampled_from(["none", "rows", "columns", "gated rows"]),
+    cut=st.sampled_from(["none", "rows", "columns", "gated rows", "sections"]),
 )
 def test_parts_make_the_whole(rows: int, columns: int, degree: int, cut: Any) -> None:
     shape = (2 * rows * degree, columns * degree)
     whole = torch.arange(shape[0] * shape[1]).reshape(shape)
+    if cut == "sections":
+        cut = ((2 * rows - 1) * degree, degree)
     parts = [cut_part(whole, cut, rank, degree) for rank in range(degree)]
     assert torch.equal(join_parts(parts, cut), whole)
-    if cut == "gated rows":
-        gate, up = whole.chunk(2)
-        assert torch.equal(parts[-1], torch.cat([gate.chunk(degree)[-1], up.chunk(degree)[-1]]))
+    sections = whole.chunk(2) if cut == "gated rows" else ()
+    if isinstance(cut, tuple):
+        sections = whole.split(cut)
+    if sections:
+        assert torch.equal(parts[-1], torch.cat([part.chunk(degree)[-1] for part in sections]))
 
 
 def test_parameters_of_published_sizes() -> None:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from scenarios.convert.delta_net import delta_net_block
 from scenarios.convert.extra import extend_block, extend_model, zero_center_block
 from scenarios.convert.megatron import MegatronModel
 
@@ -10,7 +11,10 @@ if TYPE_CHECKING:
 
 YARN = "yarn_"
 OWN_FORM = frozenset(
-    {"activation_func", "moe_layer_freq", "window_attn_skip_freq", "mrope_section"}
+    {
+        *("activation_func", "moe_layer_freq", "window_attn_skip_freq", "mrope_section"),
+        "linear_attention_freq",
+    }
 )
 """Fields that TransformerConfig takes in another form than the plain one."""
 
@@ -78,6 +82,8 @@ def layer_spec(model: MegatronModel, config: "TransformerConfig", **choices: Any
     )
     if config.layernorm_zero_centered_gamma and not choices["use_transformer_engine"]:
         block = zero_center_block(block)
+    if model.transformer.linear_attention_freq is not None:
+        block = delta_net_block(block, config, **choices)
     return block if model.extra is None else extend_block(block, model.extra)
 
 

@@ -46,6 +46,12 @@ def listing(model: MegatronModel) -> list[dict[str, Any]]:
             {},
         ),
         (
+            extra.plain_delta_norm,
+            "extra_modules.PlainRMSNorm",
+            "self_attention.out_norm of every layer with a delta net",
+            {},
+        ),
+        (
             extra.local_rotary_base is not None,
             "extra_attention.GlobalAndLocalRotary",
             "GPTModel.rotary_pos_emb",
@@ -118,7 +124,14 @@ def extend_layer(layer: Any, extra: ExtraModules, norm: Any) -> Any:
         LocalRotaryAttention,
         SoftCappedAttention,
     )
-    from scenarios.convert.extra_modules import norm_after
+    from scenarios.convert.extra_modules import PlainRMSNorm, norm_after
+
+    if hasattr(layer.submodules.self_attention.submodules, "out_norm"):
+        if not extra.plain_delta_norm:
+            return layer
+        net = layer.submodules.self_attention
+        net = replace(net, submodules=replace(net.submodules, out_norm=PlainRMSNorm))
+        return replace(layer, submodules=replace(layer.submodules, self_attention=net))
 
     def normed(linear: type) -> Any:
         return ModuleSpec(norm_after(linear), {"norm": norm}) if extra.post_norms else linear

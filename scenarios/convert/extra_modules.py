@@ -42,11 +42,10 @@ def softcap(values: Tensor, cap: float) -> Tensor:
     return torch.tanh(values / cap) * cap
 
 
-class ZeroCenteredRMSNorm(nn.Module):
-    """RMSNorm that multiplies by 1 + weight, in fp32 (layernorm_zero_centered_gamma).
+class _RMSNorm(nn.Module):
+    """Division by the root of the mean square, in fp32; what its weight does, its kinds say."""
 
-    Transformer Engine has this norm; megatron-core's local WrappedTorchNorm refuses it.
-    """
+    initial_weight: float
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
@@ -56,15 +55,40 @@ class ZeroCenteredRMSNorm(nn.Module):
         if config.normalization != "RMSNorm":
             raise ValueError(f"normalization: got {config.normalization!r}, expected 'RMSNorm'")
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.weight = nn.Parameter(torch.full((hidden_size,), self.initial_weight))
         # Its gradient is summed over tp ranks where each has some of the tokens.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def normed(self, states: Tensor) -> Tensor:
+        """Over the last dimension, without the weight, in fp32."""
+        values = states.float()
+        return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
+
+
+class PlainRMSNorm(_RMSNorm):
+    """RMSNorm that multiplies by its weight, whatever layernorm_zero_centered_gamma says.
+
+    For Qwen3-Next, whose delta nets have such a norm among others that multiply by 1 + weight.
+    """
+
+    initial_weight = 1.0
+
     def forward(self, states: Tensor) -> Tensor:
         """Normed over the last dimension; the dtype stays."""
-        values = states.float()
-        values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
-        return (values * (1 + self.weight.float())).type_as(states)
+        return (self.weight * self.normed(states).type_as(states)).type_as(states)
+
+
+class ZeroCenteredRMSNorm(_RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, in fp32 (layernorm_zero_centered_gamma).
+
+    Transformer Engine has this norm; megatron-core's local WrappedTorchNorm refuses it.
+    """
+
+    initial_weight = 0.0
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normed over the last dimension; the dtype stays."""
+        return (self.normed(states) * (1 + self.weight.float())).type_as(states)
 
 
 class NormAfter:

@@ -61,6 +61,16 @@ class TransformerFields(_Strict):
     """Tokens a position sees to the left and to the right of itself."""
     window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
     """1 for each layer with the window, 0 for each with full attention."""
+    attention_output_gate: bool = False
+    """The output of attention is multiplied by the sigmoid of a gate beside the query."""
+    experimental_attention_variant: Literal["gated_delta_net"] | None = None
+    linear_attention_freq: tuple[Literal[0, 1], ...] | None = None
+    """1 for each layer with that variant, 0 for each with attention."""
+    linear_conv_kernel_dim: PositiveInt | None = None
+    linear_key_head_dim: PositiveInt | None = None
+    linear_value_head_dim: PositiveInt | None = None
+    linear_num_key_heads: PositiveInt | None = None
+    linear_num_value_heads: PositiveInt | None = None
     rotary_interleaved: bool = False
     """Pairs are neighbours in a head, and not half a head apart."""
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
@@ -110,6 +120,7 @@ class TransformerFields(_Strict):
         for name, degree in {
             "num_attention_heads": tp,
             "num_query_groups": tp,
+            "linear_num_key_heads": tp,
             "ffn_hidden_size": tp,
             "moe_shared_expert_intermediate_size": tp,
             "moe_ffn_hidden_size": etp,
@@ -124,6 +135,11 @@ class TransformerFields(_Strict):
             raise ValueError(
                 f"tp {tp} with experts: Megatron-LM trains that with sequence parallelism only; "
                 "add sp to the layout"
+            )
+        if self.linear_attention_freq is not None and self.context_parallel_size > 1:
+            raise ValueError(
+                f"cp: got {self.context_parallel_size}, expected 1: megatron-core's GatedDeltaNet "
+                "has no context parallelism"
             )
         self.stages()
         return self
@@ -141,6 +157,10 @@ class TransformerFields(_Strict):
             first=self.num_layers_in_first_pipeline_stage,
             last=self.num_layers_in_last_pipeline_stage,
         )
+
+    def has_delta_net(self, layer: int) -> bool:
+        """Whether the layer, counted from 0, has linear attention."""
+        return self.linear_attention_freq is not None and bool(self.linear_attention_freq[layer])
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer, counted from 0, is a mixture of experts."""
@@ -214,6 +234,8 @@ class ExtraModules(_Strict):
     """Norms after attention and after the MLP, before the sums with the residual."""
     all_heads_qk_norm: bool = False
     """One norm over the queries of all heads, and one over the keys."""
+    plain_delta_norm: bool = False
+    """The norm inside delta nets multiplies by its weight where others do by 1 + weight."""
     local_rotary_base: PositiveInt | None = None
     """Rotary base of the layers with a window; GPTModel's rotary_base is that of the others."""
     attention_softcap: PositiveFloat | None = None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scenarios.convert import bert_proof, extra, gpt_proof, latent_core, predictor
+from scenarios.convert import bert_proof, delta_net, extra, gpt_proof, latent_core, predictor
 from scenarios.convert.build import transformer_config
 from scenarios.convert.converter import convert
 from scenarios.convert.megatron import MegatronModel
@@ -137,6 +137,8 @@ def _notes(model: MegatronModel) -> Iterator[str]:
     """What a reader of the outcome should know of both sides."""
     if model.mla is not None:
         yield latent_core.NOTE
+    if model.transformer.linear_attention_freq is not None:
+        yield delta_net.NOTE
     if model.transformer.mtp_num_layers:
         yield predictor.NOTE
     if names := extra.class_names(model):

@@ -22,6 +22,9 @@ LIMITS = {
     "n_shared_experts": 2,
     "num_nextn_predict_layers": 2,
     "swiglu_limit": 1.5,
+    "full_attention_interval": NUM_LAYERS,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
     "attn_logit_softcapping": 2.0,
 }
 """Field -> the largest value the small model has; smaller ones stay."""
@@ -48,6 +51,7 @@ def shrink(config: Any) -> dict[str, Any]:
     hf |= {"model_type": family.model_type, "dtype": "float32", "pad_token_id": None}
     no_layer_has_a_window = (hf.get("max_window_layers") or 0) >= hf.get("num_hidden_layers", 0)
     _heads(hf)
+    _delta_nets(hf)
     _experts(hf)
     for name, limit in LIMITS.items():
         value = hf.get(name)
@@ -97,6 +101,14 @@ def _heads(hf: dict[str, Any]) -> None:
         hf |= {hidden: 16 * hf[heads], "head_dim": head_dim}
     else:
         hf[hidden] = hf[heads] * head_dim
+
+
+def _delta_nets(hf: dict[str, Any]) -> None:
+    """Fewer heads of linear attention; several values for a key stay several."""
+    if "linear_num_key_heads" in hf:
+        ratio = hf["linear_num_value_heads"] // hf["linear_num_key_heads"]
+        hf["linear_num_key_heads"] = min(hf["linear_num_key_heads"], 2)
+        hf["linear_num_value_heads"] = hf["linear_num_key_heads"] * min(ratio, MAX_HEADS // 2)
 
 
 def _experts(hf: dict[str, Any]) -> None:

@@ -149,6 +149,9 @@ def randomise(module: nn.Module) -> None:
                 is_norm = re.search(r"((?i:norm)|ln_\w)\.weight$", name) is not None
                 # Norms are made with 1, or with 0 where the source multiplies by 1 + weight.
                 centre = float(tensor.mean().round()) if is_norm else 0.0
+                # A delta net that forgot at once would hold numbers near zero, of which its norm
+                # enlarges the rounding.
+                centre = -2.0 if name.endswith("A_log") else centre
                 tensor.copy_(centre + 0.3 * noise)
             elif "embed" in name or "wte" in name:
                 # No token near zero, of which a norm would enlarge the rounding; nor one that the
@@ -166,7 +169,10 @@ def _router_biases(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _ends_of_branches(model_type: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the modules whose outputs join the residual: of attention, of the MLP."""
     weights = family_of(model_type).weights
-    ends: list[tuple[str, ...]] = [("self_attn", "attn"), ("mlp", "block_sparse_moe")]
+    ends: list[tuple[str, ...]] = [
+        ("self_attn", "attn", "linear_attn"),
+        ("mlp", "block_sparse_moe"),
+    ]
     for index, norm in enumerate((AFTER_ATTENTION, AFTER_MLP)):
         if isinstance(form := weights.get(norm), Copy):
             ends[index] = (form.source.split(".")[-2],)

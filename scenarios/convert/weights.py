@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scenarios.convert.families import family_of
 from scenarios.convert.family import Family
-from scenarios.convert.mapping import Copy, Mapped
+from scenarios.convert.mapping import Copy, Mapped, delta_net_rows
 from scenarios.convert.megatron import BertArguments, MegatronModel
 from scenarios.convert.weight_names import (
     BERT_LAYER,
@@ -19,8 +19,9 @@ from scenarios.convert.weight_names import (
     PREDICTOR_LAYER,
 )
 
-Cut = Literal["none", "rows", "columns", "gated rows"]
-"""What tp cuts: nothing, dimension 0, dimension 1, or dimension 0 of gate and of up."""
+Cut = Literal["none", "rows", "columns", "gated rows"] | tuple[int, ...]
+"""What tp cuts: nothing, dimension 0, dimension 1, dimension 0 of gate and of up, or of sections
+of these many rows."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def cut_part(tensor: Tensor, cut: Cut, rank: int, degree: int) -> Tensor:
     """The part of a whole parameter that one of ``degree`` ranks holds."""
     if cut == "none" or degree == 1:
         return tensor
-    if cut == "gated rows":
-        return torch.cat([half.chunk(degree)[rank] for half in tensor.chunk(2)])
+    if cut == "gated rows" or isinstance(cut, tuple):
+        return torch.cat([part.chunk(degree)[rank] for part in _sections(tensor, cut, 1)])
     return tensor.chunk(degree, dim=0 if cut == "rows" else 1)[rank]
 
 
@@ -110,10 +111,17 @@ def join_parts(parts: list[Tensor], cut: Cut) -> Tensor:
     """The whole parameter from the parts of all ranks; the opposite of ``cut_part``."""
     if cut == "none" or len(parts) == 1:
         return parts[0]
-    if cut == "gated rows":
-        halves = [part.chunk(2) for part in parts]
-        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+    if cut == "gated rows" or isinstance(cut, tuple):
+        sections = zip(*(_sections(part, cut, len(parts)) for part in parts), strict=True)
+        return torch.cat([part for section in sections for part in section])
     return torch.cat(parts, dim=0 if cut == "rows" else 1)
+
+
+def _sections(tensor: Tensor, cut: Cut, degree: int) -> tuple[Tensor, ...]:
+    """What is cut apart from each other, of the part that one of ``degree`` ranks holds."""
+    if not isinstance(cut, tuple):
+        return tensor.chunk(2)
+    return torch.split(tensor, [rows // degree for rows in cut])
 
 
 def _outer(name: str, cut: Cut = "none") -> Parameter:
@@ -132,8 +140,10 @@ _PREDICTOR_CUTS: dict[str, Cut] = {
 def _layer(model: MegatronModel, at: str, layer: int, number: int) -> Iterator[Parameter]:
     """A layer's parameters: ``at`` says where it is, as the ``number``-th there."""
     # A predictor's layer is one like the model's last.
-    has_experts = model.transformer.has_experts(min(layer, model.transformer.num_layers - 1))
-    body = {**_norms(model), **_attention(model), **(_sparse if has_experts else _dense)(model)}
+    like = min(layer, model.transformer.num_layers - 1)
+    attention = _delta_net if model.transformer.has_delta_net(like) else _attention
+    mlp = _sparse if model.transformer.has_experts(like) else _dense
+    body = {**_norms(model), **attention(model), **mlp(model)}
     for short, cut in body.items():
         pattern = at + short
         count = model.transformer.num_moe_experts or 0
@@ -196,6 +206,18 @@ def _attention(model: MegatronModel) -> dict[str, Cut]:
     if fields.add_bias_linear:
         cuts[f"{at}linear_proj.bias"] = "none"
     return cuts
+
+
+def _delta_net(model: MegatronModel) -> dict[str, Cut]:
+    rows, at = delta_net_rows(model.transformer), "self_attention."
+    return {
+        f"{at}in_proj.weight": rows,
+        f"{at}conv1d.weight": rows[:3],
+        f"{at}dt_bias": "rows",
+        f"{at}A_log": "rows",
+        f"{at}out_norm.weight": "none",
+        f"{at}out_proj.weight": "columns",
+    }
 
 
 def _mlp(model: MegatronModel, at: str, bias: bool) -> dict[str, Cut]:
