@@ -209,10 +209,12 @@ PUBLISHED: dict[str, tuple[str, Config]] = {
         {
             "architectures": ["Qwen3NextForCausalLM"],
             "full_attention_interval": 4,
+            "intermediate_size": 5120,
             "max_position_embeddings": 262144,
             "partial_rotary_factor": 0.25,
             "rope_scaling": None,
             "rope_theta": 10000000,
+            "use_sliding_window": False,
         },
     ),
     "phi3": (

@@ -81,6 +81,7 @@ FAMILY = Family(
         "tie_word_embeddings": (False, "gpt_model.share_embeddings_and_output_weights"),
         "attention_bias": (False, no_attention_bias),
         "attention_dropout": (0.0, "transformer.attention_dropout"),
+        "use_sliding_window": (False, Only((False,), "a window, which the source's class has not")),
         "layer_types": (None, delta_nets),
         "full_attention_interval": (None, delta_nets),
         "linear_conv_kernel_dim": (4, delta_nets),
