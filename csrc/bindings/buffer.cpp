@@ -65,16 +65,17 @@ std::string name_of(at::ScalarType dtype) { return make_call(Op::kNone, dtype, 0
 }  // namespace
 
 Buffer::Buffer(py::handle object, Access access, const char* what) : what_(what) {
-  if (THPVariable_Check(object.ptr())) {
-    take_tensor(THPVariable_Unpack(object.ptr()));
-    return;
-  }
+  // Whether it is a tensor is asked later: for another class that costs as much as all the rest.
   constexpr int kFlags = PyBUF_STRIDES | PyBUF_FORMAT;
-  if (PyObject_GetBuffer(object.ptr(), &view_, kFlags) == 0) {
+  if (PyObject_CheckBuffer(object.ptr()) && PyObject_GetBuffer(object.ptr(), &view_, kFlags) == 0) {
     take_view(access);
     return;
   }
   PyErr_Clear();
+  if (THPVariable_Check(object.ptr())) {
+    take_tensor(THPVariable_Unpack(object.ptr()));
+    return;
+  }
   // An array of an extension dtype, as of ml_dtypes, shows its memory as integers of that size.
   const at::ScalarType extended =
       py::hasattr(object, "dtype") && py::hasattr(object, "view")

@@ -3,14 +3,14 @@
 #include <ATen/EmptyTensor.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 namespace primitives {
 namespace {
 
-std::string dtype_name(at::ScalarType type) {
+std::string_view dtype_name(at::ScalarType type) {
   switch (type) {
     case at::kFloat:
       return "float32";
@@ -206,8 +206,9 @@ void check_writable(const at::Tensor& tensor, const std::string& what) {
 void check_same_dtype(const at::Tensor& tensor, const at::Tensor& other, const std::string& what) {
   check_tensor(tensor, what);
   if (tensor.scalar_type() == other.scalar_type()) return;
-  throw std::invalid_argument(what + ": expected dtype " + dtype_name(other.scalar_type()) +
-                              ", got " + dtype_name(tensor.scalar_type()));
+  throw std::invalid_argument(what + ": expected dtype " +
+                              std::string(dtype_name(other.scalar_type())) + ", got " +
+                              std::string(dtype_name(tensor.scalar_type())));
 }
 
 void check_numel(const at::Tensor& tensor, int64_t expected, const std::string& what) {
@@ -278,7 +279,7 @@ std::vector<Part> cut(const at::Tensor& tensor, int n, const std::vector<int64_t
 Call make_call(Op op, at::ScalarType dtype, uint64_t numel, int root) {
   Call call;
   call.op = op;
-  std::snprintf(call.dtype, sizeof call.dtype, "%s", dtype_name(dtype).c_str());
+  dtype_name(dtype).copy(call.dtype, sizeof call.dtype - 1);
   call.itemsize = static_cast<uint32_t>(c10::elementSize(dtype));
   call.numel = numel;
   call.root = root;
