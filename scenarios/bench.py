@@ -21,7 +21,7 @@ from primitives.bench.measure import (
 from scenarios.bench_decode import bench_decode
 from scenarios.bench_vocab import bench_vocab
 from scenarios.golden import write_atomically
-from scenarios.provenance import cpu_model, versions
+from scenarios.provenance import cpu_model, gpu_models, versions
 
 if TYPE_CHECKING:
     from primitives.bench.fused import Row as FusedRow
@@ -106,6 +106,13 @@ SIZE = Size()
     "[c10d: gloo; communicator: mpi].",
 )
 @click.option("--case", default="S1", show_default=True, help="What `step` trains, at scale ci.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where vocab_entropy runs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def bench(
     op: tuple[str, ...],
@@ -116,6 +123,7 @@ def bench(
     level: str,
     against: str | None,
     case: str,
+    device: str,
     as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
@@ -123,6 +131,11 @@ def bench(
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
+    elsewhere = [name for name in op if name != "vocab_entropy"]
+    if device == "cuda" and elsewhere:
+        raise click.UsageError(
+            f"--device cuda: only vocab_entropy runs there, got {', '.join(elsewhere)}"
+        )
     if factor is None and step_nbytes is None:
         factor = 2
     against = against or ("gloo" if level == "c10d" else "mpi")
@@ -135,6 +148,8 @@ def bench(
         if name in OPS
     ]  # fmt: skip
     document: dict[str, Any] = {"cpu": cpu_model(), "versions": versions(), "benchmarks": []}
+    if device == "cuda":
+        document["gpus"] = gpu_models()
     absent = plans[0].jobs()[1] if plans else []
     if absent and not as_json:
         click.echo(f"# {absent_message(absent)}")
@@ -169,7 +184,7 @@ def bench(
             if not as_json:
                 click.echo(fused_line(fused_row))
     if "vocab_entropy" in op:
-        document["vocab_entropy"] = bench_vocab(given["num_blocks"], as_json)
+        document["vocab_entropy"] = bench_vocab(given["num_blocks"], device, as_json)
     if "decode" in op:
         document["decode"] = bench_decode(given["num_blocks"], as_json)
     if "step" in op:
