@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread
+.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread gpu-check
 
 setup build:
 	@python3 bootstrap.py
@@ -69,10 +69,11 @@ convert-proofs: setup
 checkpoint-kills: setup
 	$(BIN)/python tests/checkpoint_kills.py --points 200
 
-# 10,000 random collectives and 300 random programs against primitives.reference.
+# 10,000 random collectives and 300 random programs against primitives.reference, 10,000 calls of the
+# CUDA kernels of the vocabulary entropy on an emulated device.
 properties: setup
 	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
-	  tests/test_collective_properties.py tests/test_collective_machine.py
+	  tests/test_collective_properties.py tests/test_collective_machine.py tests/test_vocab_emulator.py
 
 # A million collectives and messages on 8 processes: right, and nothing grows.
 soak: setup
@@ -82,3 +83,8 @@ soak: setup
 # UndefinedBehaviorSanitizer, or under ThreadSanitizer.
 sanitize-address sanitize-thread:
 	$(MAKE) -C tests/native -j2 KIND=$(@:sanitize-%=%) run
+
+# What only a machine with a GPU can say: tests/gpu, compute-sanitizer on a sample of it, the
+# benchmarks on the GPU; results go to docs/performance/.
+gpu-check: setup
+	$(BIN)/python tests/gpu/check.py
