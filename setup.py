@@ -105,7 +105,8 @@ class Build(BuildExtension):
                 ".cu.o"
             )
             objects.append(str(target))
-            headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.hpp"), source]
+            headers = [h for kind in ("h", "hpp", "cuh") for h in ROOT.glob(f"csrc/**/*.{kind}")]
+            headers.append(source)
             if target.exists() and target.stat().st_mtime > max(h.stat().st_mtime for h in headers):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
