@@ -1,6 +1,6 @@
 # Every target sets up what it needs (.venv, pinned packages, native build); a second run starts at once.
 BIN := .venv/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.cu')
 
 .PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread gpu-check
 
@@ -70,10 +70,11 @@ checkpoint-kills: setup
 	$(BIN)/python tests/checkpoint_kills.py --points 200
 
 # 10,000 random collectives and 300 random programs against primitives.reference, 10,000 calls of the
-# CUDA kernels of the vocabulary entropy on an emulated device.
+# CUDA kernels of the vocabulary entropy and of the collectives on an emulated device.
 properties: setup
 	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
-	  tests/test_collective_properties.py tests/test_collective_machine.py tests/test_vocab_emulator.py
+	  tests/test_collective_properties.py tests/test_collective_machine.py tests/test_vocab_emulator.py \
+	  tests/test_cuda_emulation.py
 
 # A million collectives and messages on 8 processes: right, and nothing grows.
 soak: setup

@@ -1,0 +1,80 @@
+#include "collectives/cuda/gpu.cuh"
+#include "collectives/cuda/launch.h"
+#include "collectives/cuda/prepare.hpp"
+
+namespace primitives::cuda {
+namespace {
+
+__global__ void __launch_bounds__(kNumLanes, 1)
+    move_kernel(const __grid_constant__ Ranks ranks, const __grid_constant__ Call call) {
+  Gpu gpu;
+  move_block(gpu, blockIdx.x, ranks, call);
+}
+
+template <class R>
+__global__ void __launch_bounds__(kNumLanes, 1)
+    reduce_kernel(const __grid_constant__ Ranks ranks, const __grid_constant__ Call call) {
+  Gpu gpu;
+  reduce_block<R>(gpu, blockIdx.x, ranks, call);
+}
+
+const void* find_kernel(Op op, DType dtype, ReduceOp reduce_op) {
+  const void* kernel = reinterpret_cast<const void*>(move_kernel);
+  if (op == Op::kAllReduce || op == Op::kReduceScatter) {
+    visit_reducer(dtype, reduce_op, [&](auto reducer) {
+      kernel = reinterpret_cast<const void*>(reduce_kernel<decltype(reducer)>);
+    });
+  }
+  return kernel;
+}
+
+int check(cudaError_t status, char* error, int error_capacity) {
+  if (status == cudaSuccess) return 0;
+  snprintf(error, error_capacity, "%s: %s", cudaGetErrorName(status), cudaGetErrorString(status));
+  return -1;
+}
+
+}  // namespace
+}  // namespace primitives::cuda
+
+using namespace primitives;
+using namespace primitives::cuda;
+
+size_t primitives_cuda_segment_nbytes(uint32_t slot_nbytes) { return segment_nbytes(slot_nbytes); }
+
+int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int num_groups) {
+  return max_blocks(num_multiprocessors, ranks_on_device, num_groups);
+}
+
+int primitives_cuda_load(char* error, int error_capacity) {
+  cudaFuncAttributes attributes;
+  const void* move = find_kernel(Op::kBarrier, DType::kFloat32, ReduceOp::kNone);
+  if (check(cudaFuncGetAttributes(&attributes, move), error, error_capacity) != 0) return -1;
+  for (int dtype = 0; dtype <= static_cast<int>(DType::kBool); dtype++) {
+    for (int op = 0; op <= static_cast<int>(ReduceOp::kBxor); op++) {
+      const void* kernel = find_kernel(Op::kAllReduce, DType(dtype), ReduceOp(op));
+      if (check(cudaFuncGetAttributes(&attributes, kernel), error, error_capacity) != 0) return -1;
+    }
+  }
+  return 0;
+}
+
+int primitives_cuda_prepare(const primitives_cuda_ranks* ranks, primitives_cuda_call* call,
+                            char* error, int error_capacity) {
+  const char* found = prepare(*ranks, call);
+  if (*found == 0) return 0;
+  snprintf(error, error_capacity, "%s", found);
+  return -1;
+}
+
+int primitives_cuda_launch(const primitives_cuda_ranks* ranks, primitives_cuda_call call,
+                           void* stream, char* error, int error_capacity) {
+  if (primitives_cuda_prepare(ranks, &call, error, error_capacity) != 0) return -1;
+  const void* kernel = find_kernel(static_cast<Op>(call.op), static_cast<DType>(call.dtype),
+                                   static_cast<ReduceOp>(call.reduce_op));
+  Ranks by_value = *ranks;
+  void* arguments[] = {&by_value, &call};
+  return check(cudaLaunchKernel(kernel, dim3(call.num_blocks), dim3(kNumLanes), arguments, 0,
+                                static_cast<cudaStream_t>(stream)),
+               error, error_capacity);
+}
