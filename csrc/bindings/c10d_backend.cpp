@@ -50,6 +50,7 @@ Backend::~Backend() {
   close(Milliseconds(30000));
   if (!group_->forked()) return;
   // The threads stayed in the parent: here they can be neither joined nor detached.
+  static_cast<void>(device_.release());
   static_cast<void>(transport_.release());
   static_cast<void>(queue_.release());
 }
@@ -68,7 +69,9 @@ void Backend::close(Milliseconds limit) {
   }
   callbacks_->stop();
   queue_->stop();
+  if (device_) device_->drain();
   transport_->close();
+  if (device_) device_->close();
 }
 
 std::shared_ptr<SymmetricHeap> heap_of_world() {
@@ -92,9 +95,13 @@ void close_all_backends(Milliseconds limit) {
   }
 }
 
-Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Job job) {
+Backend::WorkPtr Backend::run(c10d::OpType type, bool async, const at::Tensor& like,
+                              Tensors outputs, Job job) {
   return translated([&]() -> WorkPtr {
     group_->check();
+    if (like.defined() && !like.device().is_cpu()) {
+      return run_on_stream(type, like.device(), std::move(outputs), job);
+    }
     auto work = c10::make_intrusive<Work>(type, std::move(outputs), callbacks_);
     if (async || coalescing_) {
       queue_->run_async(work, std::move(job));

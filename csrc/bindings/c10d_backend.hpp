@@ -70,7 +70,7 @@ class Backend : public c10d::Backend {
   std::shared_ptr<SymmetricHeap> heap() { return group_->heap(); }
   // Throws when the group has failed.
   void check() {
-    translated([&] { group_->check(); });
+    translated([&] { device_ ? device_->check() : group_->check(); });
   }
   uint64_t num_zero_copy() const { return group_->num_zero_copy(); }
   bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
@@ -106,7 +106,11 @@ class Backend : public c10d::Backend {
   // What a collective does with its tensors, ready to run on any thread.
   using Job = WorkQueue::Job;
 
-  WorkPtr run(c10d::OpType type, bool async, Tensors outputs, Job job);
+  // Runs it where the memory of `like` is; undefined: on the CPU.
+  WorkPtr run(c10d::OpType type, bool async, const at::Tensor& like, Tensors outputs, Job job);
+  WorkPtr run_on_stream(c10d::OpType type, at::Device device, Tensors outputs, const Job& job);
+  // The transport for the memory of a tensor, made when a device comes first.
+  Transport& on(const at::Tensor& tensor);
   WorkPtr receive(Tensors& tensors, int src, int tag);
   Milliseconds resolve(Milliseconds timeout) const;
   Job all_gather_into(const at::Tensor& out, const at::Tensor& in, Milliseconds timeout);
@@ -128,6 +132,8 @@ class Backend : public c10d::Backend {
   c10::intrusive_ptr<Options> options_;
   uint64_t num_monitored_ = 0;  // monitored barriers so far
   std::unique_ptr<Transport> transport_;
+  std::unique_ptr<StreamTransport> device_;  // after the first call on a CUDA tensor
+  at::DeviceIndex device_index_ = -1;
   Group* group_ = nullptr;  // the part of the transport on this host
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();

@@ -37,6 +37,7 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
   return translated([&]() -> WorkPtr {
     const at::Tensor& tensor = only(tensors, "send");
     check_tensor(tensor, "send");
+    check_on_cpu(tensor, "send");
     check_peer(dst, getSize(), "send");
     StagedTensor source(tensor);
     source.load();
@@ -52,6 +53,7 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
 Backend::WorkPtr Backend::receive(Tensors& tensors, int src, int tag) {
   const at::Tensor& tensor = only(tensors, "recv");
   check_writable(tensor, "recv");
+  check_on_cpu(tensor, "recv");
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
   auto work = c10::make_intrusive<Work>(type, tensors, callbacks_);
   StagedTensor result(tensor);

@@ -32,8 +32,8 @@ void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-void check(int code, const char* error) {
-  if (code != 0) throw std::runtime_error(error);
+void check(int code, const primitives_cuda_error& error) {
+  if (code != 0) throw std::runtime_error(error.text);
 }
 
 // The buffers of the host, each with its copy on the device.
@@ -123,8 +123,8 @@ extern "C" int play_on_gpu(int num_calls, int dead_rank, int dead_from, const Ra
                            const Call* calls, const Region* regions, int num_regions, char* report,
                            int capacity) {
   try {
-    char error[256];
-    check(primitives_cuda_load(error, sizeof error), error);
+    primitives_cuda_error error;
+    check(primitives_cuda_load(0, &error), error);
     const int n = ranks[0].world_size;
     Buffers buffers(regions, num_regions);
     std::vector<std::unique_ptr<Rank>> own;
@@ -144,7 +144,7 @@ extern "C" int play_on_gpu(int num_calls, int dead_rank, int dead_from, const Ra
           call.out[s] = buffers.at_device(const_cast<char*>(call.out[s]));
         }
         seen.status = own[r]->status;
-        check(primitives_cuda_launch(&seen, call, own[r]->stream, error, sizeof error), error);
+        check(primitives_cuda_launch(0, &seen, call, own[r]->stream, &error), error);
       }
     }
     wait_for(own, std::chrono::nanoseconds(ranks[0].timeout_ns) * (num_calls + 1) +

@@ -4,12 +4,14 @@
 // steps for S bytes a rank (all_gather: the shard; others: the input), each block on its own part:
 //   all_gather      S in, n S out                 one meeting a chunk (a slot)
 //   reduce_scatter  S in, S / n out               one meeting a chunk (a slot / n)
-//   all_to_all      S in, S out                   as reduce_scatter
+//   all_to_all      S in, S out                   as reduce_scatter; gather and scatter are ones
+//                                                 in which most parts are empty
 //   broadcast       S in on the root, S out       as all_gather
 //   all_reduce      up to one_shot_nbytes: S in, every rank sums all, one meeting a chunk; above:
 //   each
 //                   rank sums 1 / n of a chunk (half a slot), in a pipeline as on the CPU:
 //                   in k | sum k - 1 | out k - 2
+//   reduce          S in, S out on the root       as the one-shot all_reduce
 // When every rank's input lies in symmetric memory, of at least direct_nbytes: two meetings, no
 // staging; each rank reads its peers' inputs in place, all_reduce also writes its sums into them.
 #pragma once
@@ -23,8 +25,9 @@ constexpr size_t kGrainNbytes =
 
 // Whether ranks may offer their inputs to their peers: the same on all ranks.
 HOST_DEVICE_FN bool may_offer(const Ranks& ranks, const Call& call) {
+  const Op op = static_cast<Op>(call.op);
   const bool one_shot =
-      call.op == static_cast<uint8_t>(Op::kAllReduce) && call.in_nbytes[0] <= ranks.one_shot_nbytes;
+      op == Op::kReduce || (op == Op::kAllReduce && call.in_nbytes[0] <= ranks.one_shot_nbytes);
   return !call.has_counts && !one_shot && call.in_nbytes[0] >= ranks.direct_nbytes;
 }
 

@@ -212,10 +212,14 @@ class Meeting {
       if (has_come(*found)) return true;
       if (polls % kPollsPerCheck != 0) continue;
       if (is_poisoned()) return false;
-      if (m_.acquire(&ranks_.status->abort) != 0) return fail(PRIMITIVES_CUDA_ABORTED, peer);
       const uint64_t now = m_.now_ns();
       if (started == 0) started = now;
-      if (now - started >= ranks_.timeout_ns) return fail(PRIMITIVES_CUDA_TIMEOUT, peer);
+      const bool aborted = m_.acquire(&ranks_.status->abort) != 0;
+      if (aborted || now - started >= ranks_.timeout_ns) {
+        *found = flag(peer);  // this block may have been off the device since it looked
+        return has_come(*found) ||
+               fail(aborted ? PRIMITIVES_CUDA_ABORTED : PRIMITIVES_CUDA_TIMEOUT, peer);
+      }
       m_.pause();
     }
   }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kNumLanes, 1)
 
 const void* find_kernel(Op op, DType dtype, ReduceOp reduce_op) {
   const void* kernel = reinterpret_cast<const void*>(move_kernel);
-  if (op == Op::kAllReduce || op == Op::kReduceScatter) {
+  if (is_reduction(op)) {
     visit_reducer(dtype, reduce_op, [&](auto reducer) {
       kernel = reinterpret_cast<const void*>(reduce_kernel<decltype(reducer)>);
     });
@@ -28,9 +28,11 @@ const void* find_kernel(Op op, DType dtype, ReduceOp reduce_op) {
   return kernel;
 }
 
-int check(cudaError_t status, char* error, int error_capacity) {
+int check(cudaError_t status, primitives_cuda_error* error) {
   if (status == cudaSuccess) return 0;
-  snprintf(error, error_capacity, "%s: %s", cudaGetErrorName(status), cudaGetErrorString(status));
+  snprintf(error->text, sizeof error->text, "%s: %s", cudaGetErrorName(status),
+           cudaGetErrorString(status));
+  cudaGetLastError();  // or the next kernel of somebody else would be blamed for it
   return -1;
 }
 
@@ -46,35 +48,32 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
   return max_blocks(num_multiprocessors, ranks_on_device, num_groups);
 }
 
-int primitives_cuda_load(char* error, int error_capacity) {
+int primitives_cuda_load(int device, primitives_cuda_error* error) {
+  if (check(cudaSetDevice(device), error) != 0) return -1;
   cudaFuncAttributes attributes;
   const void* move = find_kernel(Op::kBarrier, DType::kFloat32, ReduceOp::kNone);
-  if (check(cudaFuncGetAttributes(&attributes, move), error, error_capacity) != 0) return -1;
+  if (check(cudaFuncGetAttributes(&attributes, move), error) != 0) return -1;
   for (int dtype = 0; dtype <= static_cast<int>(DType::kBool); dtype++) {
     for (int op = 0; op <= static_cast<int>(ReduceOp::kBxor); op++) {
       const void* kernel = find_kernel(Op::kAllReduce, DType(dtype), ReduceOp(op));
-      if (check(cudaFuncGetAttributes(&attributes, kernel), error, error_capacity) != 0) return -1;
+      if (check(cudaFuncGetAttributes(&attributes, kernel), error) != 0) return -1;
     }
   }
   return 0;
 }
 
-int primitives_cuda_prepare(const primitives_cuda_ranks* ranks, primitives_cuda_call* call,
-                            char* error, int error_capacity) {
-  const char* found = prepare(*ranks, call);
-  if (*found == 0) return 0;
-  snprintf(error, error_capacity, "%s", found);
-  return -1;
-}
-
-int primitives_cuda_launch(const primitives_cuda_ranks* ranks, primitives_cuda_call call,
-                           void* stream, char* error, int error_capacity) {
-  if (primitives_cuda_prepare(ranks, &call, error, error_capacity) != 0) return -1;
+int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
+                           primitives_cuda_call call, void* stream, primitives_cuda_error* error) {
+  if (const char* refused = prepare(*ranks, &call); *refused != 0) {
+    snprintf(error->text, sizeof error->text, "%s", refused);
+    return -1;
+  }
   const void* kernel = find_kernel(static_cast<Op>(call.op), static_cast<DType>(call.dtype),
                                    static_cast<ReduceOp>(call.reduce_op));
   Ranks by_value = *ranks;
   void* arguments[] = {&by_value, &call};
+  if (check(cudaSetDevice(device), error) != 0) return -1;
   return check(cudaLaunchKernel(kernel, dim3(call.num_blocks), dim3(kNumLanes), arguments, 0,
                                 static_cast<cudaStream_t>(stream)),
-               error, error_capacity);
+               error);
 }

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "transport/device_memory.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -70,13 +72,16 @@ typedef struct {
  *   reduce_scatter  in[r]: all of one size; out[0], may be in[rank].
  *   all_reduce      in[0], out[0]: the same, or apart
  *   broadcast       in[0], out[0]: the same, or apart
+ *   reduce          in[0]; out[0]: written on the root only; the same, or apart
+ *   gather          in[root] of every rank; out[every r] on the root      \ with has_counts, and
+ *   scatter         in[every r] on the root; out[root] of every rank      / nothing else
  *   barrier         nothing */
 typedef struct {
   uint8_t op, dtype, reduce_op; /* primitives::Op, DType, ReduceOp */
   uint8_t has_counts;           /* sizes may differ between ranks */
   int32_t root;                 /* -1: none */
   uint32_t seq;                 /* of the call, for messages */
-  int32_t num_blocks;           /* set by primitives_cuda_prepare */
+  int32_t num_blocks;           /* set by primitives_cuda_launch */
   double factor;                /* premul_sum */
   uint64_t place;               /* of in[0] in this rank's heap, or PRIMITIVES_CUDA_NOT_SYMMETRIC */
   const char* in[PRIMITIVES_CUDA_MAX_RANKS];
@@ -92,18 +97,15 @@ size_t primitives_cuda_segment_nbytes(uint32_t slot_nbytes);
  * ranks and `num_groups` groups at a time fit on one device together. 0: not even one does. */
 int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int num_groups);
 
-/* Loads all kernels onto the current device. To be called before the first launch: a kernel that is
- * loaded on demand may have to wait for those that run, and these wait for it. Returns 0, or -1
- * with `error` set. */
-int primitives_cuda_load(char* error, int error_capacity);
+/* Loads all kernels onto the device. To be called before the first launch: a kernel that is loaded
+ * on demand may have to wait for those that run, and these wait for it. Returns 0, or -1 with
+ * `error` set. */
+int primitives_cuda_load(int device, primitives_cuda_error* error);
 
-/* Checks a call and sets num_blocks. Returns 0, or -1 with `error` set: what, got, expected. */
-int primitives_cuda_prepare(const primitives_cuda_ranks* ranks, primitives_cuda_call* call,
-                            char* error, int error_capacity);
-
-/* Prepares and launches on `stream` (a cudaStream_t). Returns 0, or -1 with `error` set. */
-int primitives_cuda_launch(const primitives_cuda_ranks* ranks, primitives_cuda_call call,
-                           void* stream, char* error, int error_capacity);
+/* Checks the call, sets num_blocks and launches on `stream`, a cudaStream_t of the device. Returns
+ * 0, or -1 with `error` set: what, got, expected. */
+int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
+                           primitives_cuda_call call, void* stream, primitives_cuda_error* error);
 
 #ifdef __cplusplus
 }

@@ -9,6 +9,10 @@ namespace primitives::cuda {
 
 constexpr int kNumLanes = 512;  // of a block
 
+inline bool is_reduction(Op op) {
+  return op == Op::kAllReduce || op == Op::kReduceScatter || op == Op::kReduce;
+}
+
 // The error, or "" with call->num_blocks set. The number must be the same on all ranks, so it
 // follows from what they must agree on.
 inline const char* prepare(const Ranks& ranks, Call* call) {
@@ -23,16 +27,19 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
   }
   if (ranks.block_nbytes == 0) return "block_nbytes: expected more than 0";
   const Op op = static_cast<Op>(call->op);
-  const bool reduces = op == Op::kAllReduce || op == Op::kReduceScatter;
-  const bool many_in = op == Op::kAllGather || op == Op::kAllToAll || op == Op::kReduceScatter;
-  const bool many_out = op == Op::kAllGather || op == Op::kAllToAll;
-  const bool equal_in = op != Op::kAllToAll || !call->has_counts;
+  const bool reduces = is_reduction(op);
+  const bool all_to_some = op == Op::kAllToAll || op == Op::kGather || op == Op::kScatter;
+  const bool many_in = op == Op::kAllGather || all_to_some || op == Op::kReduceScatter;
+  const bool many_out = op == Op::kAllGather || all_to_some;
+  const bool rooted = op == Op::kBroadcast || op == Op::kReduce || op == Op::kGather ||
+                      op == Op::kScatter;
+  const bool equal_in = !all_to_some || !call->has_counts;
   if (!reduces && !many_in && op != Op::kBroadcast && op != Op::kBarrier) {
-    return "op: expected all_gather, reduce_scatter, all_reduce, all_to_all, broadcast or barrier";
+    return "op: expected a collective that is not fused";
   }
-  if (call->has_counts && !many_out) return "has_counts: expected of all_gather or all_to_all only";
-  if (op == Op::kBroadcast ? call->root < 0 || call->root >= n : call->root != -1) {
-    return "root: expected a rank for broadcast, else -1";
+  if (call->has_counts && !many_out) return "has_counts: expected none for this op";
+  if (rooted ? call->root < 0 || call->root >= n : call->root != -1) {
+    return "root: expected a rank for a rooted op, else -1";
   }
   uint64_t total = 0;
   for (int r = 0; r < n; r++) {
@@ -53,14 +60,12 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
     return "out_nbytes: expected the size of the input's part";
   }
   if (reduces) {
+    const DType dtype = static_cast<DType>(call->dtype);
     size_t itemsize = 0;
-    visit_kind(static_cast<DType>(call->dtype), [&](auto kind) {
-      const auto ignore = [](auto, auto) {};
-      if (kind.visit(static_cast<ReduceOp>(call->reduce_op), ignore)) {
-        itemsize = sizeof(typename decltype(kind)::Store);
-      }
-    });
-    if (itemsize == 0) return "reduce_op: it has no meaning for the dtype";
+    visit_type(dtype, [&](auto d) { itemsize = sizeof(typename decltype(d)::Store); });
+    if (itemsize == 0 || !has_meaning(static_cast<ReduceOp>(call->reduce_op), dtype)) {
+      return "reduce_op: it has no meaning for the dtype";
+    }
     for (int r = 0; r < n; r++) {
       if ((call->in_nbytes[r] | reinterpret_cast<uintptr_t>(call->in[r]) |
            reinterpret_cast<uintptr_t>(call->out[r])) %
@@ -86,7 +91,7 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
       }
     }
   }
-  if (op == Op::kAllToAll && call->has_counts) total = UINT64_MAX / 2;
+  if (all_to_some && call->has_counts) total = UINT64_MAX / 2;  // nobody knows it
   const uint64_t wanted =
       larger<uint64_t>(1, (total + ranks.block_nbytes - 1) / ranks.block_nbytes);
   call->num_blocks = static_cast<int32_t>(smaller<uint64_t>(wanted, ranks.max_blocks));

@@ -37,23 +37,23 @@ struct Reducer {
   using Acc = typename D::Acc;
 
   // This lane's part of out[each of num_out] = the tree over the n ranks of in[rank], `nbytes`
-  // long. An output may be one of the inputs, but may not overlap them otherwise. By packs when all
-  // lie at the same distance from a multiple of 16 bytes, else by elements.
+  // long. An output may be one of the inputs, but may not overlap them otherwise. By words when all
+  // lie at the same distance from a multiple of their size, else by elements.
   template <class M>
-  DEVICE_FN static void run(M& m, int lane, const Call& call, int n, const Inputs& in,
-                            const Outputs& out, int num_out, size_t nbytes) {
-    const bool is_avg = static_cast<ReduceOp>(call.reduce_op) == ReduceOp::kAvg;
-    const Acc f = static_cast<Acc>(is_avg ? n : call.factor);
+  DEVICE_CALL static void run(M& m, int lane, const Call& call, int n, const Inputs& in,
+                              const Outputs& out, int num_out, size_t nbytes) {
+    const O op(static_cast<ReduceOp>(call.reduce_op), static_cast<DType>(call.dtype), call.factor,
+               n);
     const size_t numel = nbytes / sizeof(Store), step = m.num_lanes();
     Split split(out.at[0], numel, sizeof(Store), sizeof(Word));
     if (!are_congruent(in, n, out, num_out, sizeof(Word)))
       split.head = numel, split.num_words = split.tail = 0;
     for (size_t i = lane; i < split.num_words; i += step) {
       const size_t at = split.head * sizeof(Store) + i * sizeof(Word);
-      reduce_word<Word>(m, at, n, f, in, out, num_out);
+      reduce_word<Word>(m, at, n, op, in, out, num_out);
     }
     for (size_t i = lane; i < split.head + split.tail; i += step) {
-      reduce_word<Store>(m, split.edge(i, numel) * sizeof(Store), n, f, in, out, num_out);
+      reduce_word<Store>(m, split.edge(i, numel) * sizeof(Store), n, op, in, out, num_out);
     }
   }
 
@@ -66,7 +66,7 @@ struct Reducer {
   };
 
   template <class W, class M>
-  DEVICE_FN static void reduce_word(M& m, size_t at, int n, Acc factor, const Inputs& in,
+  DEVICE_FN static void reduce_word(M& m, size_t at, int n, const O& op, const Inputs& in,
                                     const Outputs& out, int num_out) {
     constexpr int kNum = Values<W>::kNum;
     W words[kMaxRanks];
@@ -79,77 +79,48 @@ struct Reducer {
       memcpy(x, &words[r], sizeof x);
       Values<W> values;
       DEVICE_UNROLL
-      for (int e = 0; e < kNum; e++) values.at[e] = O::in(D::widen(x[e]), factor);
+      for (int e = 0; e < kNum; e++) values.at[e] = op.in(D::widen(x[e]));
       return values;
     };
-    auto two = [](Values<W> a, const Values<W>& b) {
+    auto two = [&](Values<W> a, const Values<W>& b) {
       DEVICE_UNROLL
-      for (int e = 0; e < kNum; e++) a.at[e] = O::two(a.at[e], b.at[e]);
+      for (int e = 0; e < kNum; e++) a.at[e] = op.two(a.at[e], b.at[e]);
       return a;
     };
     const Values<W> sum = tree(n, get, two);
     Store x[kNum];
     DEVICE_UNROLL
-    for (int e = 0; e < kNum; e++) x[e] = D::narrow(O::out(sum.at[e], factor));
+    for (int e = 0; e < kNum; e++) x[e] = D::narrow(op.out(sum.at[e]));
     W result;
     memcpy(&result, x, sizeof result);
     for (int k = 0; k < num_out; k++) m.store(reinterpret_cast<W*>(out.at[k] + at), result);
   }
 };
 
-// The sums that training waits for have kernels of their own, with loads of 16 bytes. All others
-// share one kernel, with loads of 4 or 8, so that a build takes minutes and not a quarter of an
-// hour.
-template <class D, class O>
-constexpr bool kHasKernel =
-    (__is_same(D, Float32) || __is_same(D, Float16) || __is_same(D, BFloat16)) &&
-    (__is_same(O, Sum) || __is_same(O, Avg) || __is_same(O, PremulSum));
-
-template <int kItemsize>
-struct WordFor {
-  using type = uint32_t;
-};
-template <>
-struct WordFor<8> {
-  using type = uint64_t;
-};
+// The sums that training waits for have kernels of their own, with accesses of 16 bytes. All others
+// share one kernel that goes by elements, so that a build takes seconds and not minutes.
+template <class D>
+using SumReducer = Reducer<D, Linear<typename D::Acc>, Pack>;
 
 struct AnyReducer {
   template <class M>
-  DEVICE_CALL static void run(M& m, int lane, const Call& call, int n, const Inputs& in,
-                              const Outputs& out, int num_out, size_t nbytes) {
-    visit_kind(static_cast<DType>(call.dtype), [&](auto kind) {
-      kind.visit(static_cast<ReduceOp>(call.reduce_op), [&](auto d, auto o) {
-        if constexpr (!kHasKernel<decltype(d), decltype(o)>) {
-          run_one<decltype(d), decltype(o)>(m, lane, call, n, in, out, num_out, nbytes);
-        }
-      });
+  DEVICE_FN static void run(M& m, int lane, const Call& call, int n, const Inputs& in,
+                            const Outputs& out, int num_out, size_t nbytes) {
+    visit_type(static_cast<DType>(call.dtype), [&](auto d) {
+      using D = decltype(d);
+      Reducer<D, typename D::Any, typename D::Store>::run(m, lane, call, n, in, out, num_out,
+                                                          nbytes);
     });
-  }
-
- private:
-  template <class D, class O, class M>
-  DEVICE_CALL static void run_one(M& m, int lane, const Call& call, int n, const Inputs& in,
-                                  const Outputs& out, int num_out, size_t nbytes) {
-    using Word = typename WordFor<sizeof(typename D::Store)>::type;
-    Reducer<D, O, Word>::run(m, lane, call, n, in, out, num_out, nbytes);
   }
 };
 
-// f(the reducer of a type and operation); false when they have no meaning together. Host code.
+// f(the reducer of a type and operation). Host code.
 template <class F>
-bool visit_reducer(DType dtype, ReduceOp op, F&& f) {
-  bool found = false;
-  visit_kind(dtype, [&](auto kind) {
-    found = kind.visit(op, [&](auto d, auto o) {
-      if constexpr (kHasKernel<decltype(d), decltype(o)>) {
-        f(Reducer<decltype(d), decltype(o), Pack>{});
-      } else {
-        f(AnyReducer{});
-      }
-    });
-  });
-  return found;
+void visit_reducer(DType dtype, ReduceOp op, F&& f) {
+  if (is_linear(op) && dtype == DType::kFloat32) return f(SumReducer<Float32>{});
+  if (is_linear(op) && dtype == DType::kFloat16) return f(SumReducer<Float16>{});
+  if (is_linear(op) && dtype == DType::kBFloat16) return f(SumReducer<BFloat16>{});
+  f(AnyReducer{});
 }
 
 }  // namespace primitives::cuda

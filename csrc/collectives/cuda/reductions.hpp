@@ -38,11 +38,12 @@ DEVICE_FN void reduce_scatter(Block<M>& b) {
       });
 }
 
-// Every rank sums everything: the same tree, so the same bits everywhere.
+// Every rank sums everything: the same tree, so the same bits everywhere. reduce: only the root.
 template <class R, class M>
 DEVICE_FN void all_reduce_one_shot(Block<M>& b) {
   const Call& call = b.call;
   const int n = b.n(), me = b.me();
+  const bool sums = static_cast<Op>(call.op) != Op::kReduce || me == call.root;
   auto put = [&](size_t i) {
     const Run run = b.chunks.run(call.in_nbytes[0], i);
     if (n == 1) return;
@@ -55,9 +56,11 @@ DEVICE_FN void all_reduce_one_shot(Block<M>& b) {
   for (size_t i = 0;; i++) {
     if (i + 1 < num_chunks) put(i + 1);
     const Run run = b.chunks.run(call.in_nbytes[0], i);
-    const Inputs in([&](int r) { return r == me ? call.in[0] + run.at : b.meeting.slot(r); }, n);
-    const Outputs out{{call.out[0] + run.at}};
-    b.m.each_lane([&](int lane) { R::run(b.m, lane, call, n, in, out, 1, run.nbytes); });
+    if (sums) {
+      const Inputs in([&](int r) { return r == me ? call.in[0] + run.at : b.meeting.slot(r); }, n);
+      const Outputs out{{call.out[0] + run.at}};
+      b.m.each_lane([&](int lane) { R::run(b.m, lane, call, n, in, out, 1, run.nbytes); });
+    }
     if (i + 1 == num_chunks || !b.meeting.meet()) return;
   }
 }

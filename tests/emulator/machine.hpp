@@ -14,7 +14,7 @@
 #include <numeric>
 #include <random>
 
-#include "memory.hpp"
+#include "emulator/races.hpp"
 
 namespace primitives::cuda::emulation {
 

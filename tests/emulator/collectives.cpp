@@ -1,8 +1,8 @@
 // Plays collectives of the CUDA device code on all ranks of an emulated group, for Python (ctypes).
 #include <cstdio>
 
-#include "collectives/cuda/prepare.hpp"
-#include "machine.hpp"
+#include "emulator/collective_kernel.hpp"
+#include "emulator/machine.hpp"
 
 namespace primitives::cuda::emulation {
 namespace {
@@ -117,7 +117,7 @@ class Group {
       auto fiber = std::make_unique<Fiber>(world_, run_.num_lanes, first_thread, rank.clock);
       Fiber* f = fiber.get();
       const Call& call = rank.calls[rank.num_started - 1];
-      f->body = [f, &rank, block, call] { play_block(f->machine, block, rank.ranks, call); };
+      f->body = [f, &rank, block, call] { run_block(f->machine, block, rank.ranks, call); };
       f->machine.yield = [this, f] { swapcontext(&f->context, &scheduler_); };
       getcontext(&f->context);
       f->context.uc_stack.ss_sp = f->stack.get();
@@ -143,16 +143,6 @@ class Group {
     join(ended, running.fiber->machine.last_clock());
     if (rank.num_blocks_ended == rank.calls[rank.num_started - 1].num_blocks) rank.clock = ended;
     fibers_.erase(fibers_.begin() + index);
-  }
-
-  static void play_block(Machine& machine, int block, const Ranks& ranks, const Call& call) {
-    const Op op = static_cast<Op>(call.op);
-    if (op != Op::kAllReduce && op != Op::kReduceScatter) {
-      return move_block(machine, block, ranks, call);
-    }
-    visit_reducer(
-        static_cast<DType>(call.dtype), static_cast<ReduceOp>(call.reduce_op),
-        [&](auto reducer) { reduce_block<decltype(reducer)>(machine, block, ranks, call); });
   }
 
   const EmulatedRun& run_;

@@ -1,0 +1,38 @@
+// The CUDA runtime as csrc/collectives/cuda/ needs it, on the host: for what is around the kernels.
+// Device memory is memory of the process that others can map, its IPC handle the name; a stream is
+// a thread; a kernel is the device code, block by block. (Block b waits for other ranks' block b
+// only, so one after the other is a possible order.)
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+namespace emulator {
+
+class Stream {
+ public:
+  Stream();
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  void launch(std::function<void()> kernel);
+  // Until all that was launched has ended.
+  void synchronize();
+
+ private:
+  void loop();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> kernels_;
+  bool busy_ = false, stopping_ = false;
+  std::thread thread_;
+};
+
+// The next allocation of the calling thread fails.
+void fail_next_allocation();
+
+}  // namespace emulator

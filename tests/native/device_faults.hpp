@@ -1,0 +1,13 @@
+// What goes wrong on a device: every rank must fail, soon, and in the same way.
+#pragma once
+
+#include "transport/group.hpp"
+
+namespace primitives::native_tests {
+
+constexpr int kNumDeviceFaults = 5;
+
+// `culprit` is the rank that misbehaves. Throws WrongResult.
+void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptions& options);
+
+}  // namespace primitives::native_tests
