@@ -1,6 +1,6 @@
 """Random calls of the CUDA collectives, each compared with primitives.reference.
 
-``play`` is where they are played: on the emulation (test_cuda_emulation.py) or on a GPU
+``play`` is where they are played: on the emulation (test_collective_emulator.py) or on a GPU
 (gpu/test_gpu_collectives.py).
 """
 
@@ -181,6 +181,50 @@ def check_broadcast(play: Play, machine: Machine, dtype: torch.dtype, data: st.D
     play_all(play, machine, calls)
     for call in calls:
         assert_bits(call.outs[0], xs[root])
+
+
+def check_reduce(play: Play, machine: Machine, reduced: Any, data: st.DataObject) -> None:
+    n, (dtype, op) = machine.world_size, reduced
+    numel = data.draw(numels(dtype.itemsize))
+    root = data.draw(st.integers(0, n - 1))
+    factor = 0.3 if op == "premul_sum" else 0.0
+    xs = [values(numel, dtype, machine.seed + r) for r in range(n)]
+    memory = Memory(data, per_element=True)
+    calls = []
+    for rank, x in enumerate(xs):
+        source = memory.lay(x)
+        out = memory.empty(x) if rank == root and data.draw(st.booleans()) else source
+        calls.append(RankCall("reduce", dtype, [source], [out], op, factor, root=root))
+    play_all(play, machine, calls)
+    for rank, call in enumerate(calls):
+        want = reference.reduce(xs, op, factor) if rank == root else xs[rank]
+        assert_bits(call.outs[0], want)
+
+
+def check_gather_scatter(
+    play: Play, machine: Machine, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    n = machine.world_size
+    numel = data.draw(numels(dtype.itemsize))
+    root = data.draw(st.integers(0, n - 1))
+    op = data.draw(st.sampled_from(["gather", "scatter"]))
+    xs = [values(numel, dtype, machine.seed + r) for r in range(n)]
+    memory = Memory(data, per_element=False)
+    calls = []
+    for rank in range(n):
+        one = memory.lay(xs[rank]) if op == "gather" else memory.empty(xs[rank])
+        every = [(memory.empty if op == "gather" else memory.lay)(x) for x in xs]
+        of_root = [one if r == root else one[:0] for r in range(n)]
+        of_all = every if rank == root else [x[:0] for x in every]
+        ins, outs = (of_root, of_all) if op == "gather" else (of_all, of_root)
+        calls.append(RankCall(op, dtype, ins, outs, root=root, has_counts=True))
+    play_all(play, machine, calls)
+    if op == "gather":
+        for got, want in zip(calls[root].outs, xs, strict=True):
+            assert_bits(got, want)
+    else:
+        for rank, call in enumerate(calls):
+            assert_bits(call.outs[root], xs[rank])
 
 
 def series(

@@ -1,22 +1,19 @@
-"""The CUDA device code on emulated ranks: buffers in, buffers out (tests/cuda_emulation)."""
+"""The CUDA collectives on emulated ranks: buffers in, buffers out (tests/emulator/)."""
 
 import ctypes
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import torch
+from emulators import build
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "cuda_emulation"
-LIBRARY = FOLDER.parent.parent / "build" / "cuda_emulation" / "emulation.so"
 MAX_RANKS, LETTER_WORDS = 8, 6
 NOT_SYMMETRIC = 2**64 - 1
 # Values of the enums in csrc/transport/operations.hpp and csrc/collectives/dtype.hpp.
 OPS = {"all_gather": 1, "reduce_scatter": 2, "all_reduce": 3, "all_to_all": 4, "broadcast": 5}
-OPS["barrier"] = 9
+OPS |= {"reduce": 6, "gather": 7, "scatter": 8, "barrier": 9}
 REDUCE_OPS = ["none", "sum", "avg", "premul_sum", "product", "min", "max", "band", "bor", "bxor"]
 DTYPES = [
     torch.float32,
@@ -113,7 +110,7 @@ class Region(ctypes.Structure):
 
 
 class EmulatedRun(ctypes.Structure):
-    """As in emulation.cpp."""
+    """As in tests/emulator/collectives.cpp."""
 
     _fields_ = (
         ("num_lanes", ctypes.c_int32),
@@ -134,9 +131,7 @@ class DeviceCodeWrong(AssertionError):
 @cache
 def library() -> ctypes.CDLL:
     """Built on first use."""
-    build = subprocess.run(["make", "-s", "-C", str(FOLDER)], capture_output=True, text=True)
-    assert build.returncode == 0, build.stdout + build.stderr
-    return ctypes.CDLL(str(LIBRARY))
+    return build("collectives")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from canonical_definition import assert_same_bits
 from canonical_inputs import dtypes, seeds
+from emulators import ROOT, build
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_vocab_accuracy import KINDS, logits_of, textbook
 from test_vocab_bits import assert_same, families, labels_and_grads, scales, vocab_sizes
 from torch import Tensor
 from vocab_cases import CPU, IGNORED, draw, evaluate
-from vocab_emulator import ROOT, Emulator, EmulatorError, build
+from vocab_emulator import Emulator, EmulatorError
 
 from primitives.env import PROPERTY_CASES
 
@@ -28,7 +29,7 @@ tps = st.sampled_from([1, 1, 2, 4, 8, 16])
 
 @pytest.fixture(scope="session")
 def library() -> ctypes.CDLL:
-    return build()
+    return build("vocab_entropy")
 
 
 def compare(
@@ -163,6 +164,6 @@ def test_a_mistake_is_noticed(mistake: Mistake, tmp_path: Path) -> None:
     text = file.read_text()
     assert text.count(mistake.old) == 1, f"the mistakes must follow the code: {mistake.old}"
     file.write_text(text.replace(mistake.old, mistake.new))
-    library = build(csrc, optimize=False)
+    library = build("vocab_entropy", csrc, optimize=False)
     with pytest.raises((AssertionError, EmulatorError)):
         play(library)

@@ -1,44 +1,14 @@
 """The CUDA kernels of the vocabulary entropy, played lane by lane on the host (tests/emulator/)."""
 
 import ctypes
-import hashlib
-import os
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """In the order of canonical::Dtype."""
 MODES = ("portable", "device")
-FLAGS = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-FLAGS += ["-U_FORTIFY_SOURCE"]  # with it longjmp takes a jump between stacks for an attack
-
-
-def build(csrc: Path = ROOT / "csrc", optimize: bool = True) -> ctypes.CDLL:
-    """Compiles the kernels in ``csrc`` for the emulated device, unless that was done before."""
-    tests = ROOT / "tests"
-    flags = [*FLAGS, "-O1" if optimize else "-O0"]
-    sources = [*csrc.glob("canonical/*.hpp"), *csrc.glob("vocab_entropy/*.hpp")]
-    sources += (tests / "emulator").glob("*")
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for source in sorted(sources, key=lambda path: path.name):
-        digest.update(source.read_bytes())
-    library = ROOT / "build" / "emulator" / f"vocab_entropy-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            command = [os.environ.get("CXX", "g++"), *flags, f"-I{csrc}", f"-I{tests}"]
-            command += [str(tests / "emulator" / "vocab_entropy.cpp"), "-o", str(made)]
-            run = subprocess.run(command, capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
-            made.rename(library)
-    return ctypes.CDLL(str(library))
 
 
 class _Play(ctypes.Structure):

@@ -2,13 +2,20 @@
 #include <cstdio>
 
 #include "emulator/collective_kernel.hpp"
+#include "emulator/fiber.hpp"
 #include "emulator/machine.hpp"
 
-namespace primitives::cuda::emulation {
+namespace emulator {
 namespace {
 
-constexpr size_t kStackNbytes = 64 << 10;
+using namespace primitives::cuda;
+
 constexpr uint64_t kMaxSwitches = 20'000'000;
+
+extern "C" struct Region {
+  const char* begin;
+  uint64_t nbytes;
+};
 
 extern "C" struct EmulatedRun {
   int32_t num_lanes;
@@ -22,30 +29,18 @@ extern "C" struct EmulatedRun {
 };
 
 // One block of a running kernel.
-struct Fiber {
-  Fiber(World& world, int num_lanes, uint32_t first_thread, const Clock& clock)
-      : machine(world, num_lanes, first_thread, clock), stack(new char[kStackNbytes]) {}
+struct RunningBlock {
+  RunningBlock(World& world, int num_lanes, int rank, uint32_t first_thread, const Clock& clock)
+      : machine(world, num_lanes, first_thread, clock), rank(rank) {
+    machine.yield = [this] { fiber.suspend(); };
+  }
 
   Machine machine;
-  std::function<void()> body;
-  std::unique_ptr<char[]> stack;
-  ucontext_t context;
+  Fiber fiber;
+  int rank;
   bool ended = false;
   std::string violation;
 };
-
-Fiber* starting = nullptr;
-
-void run_fiber() {
-  Fiber* fiber = starting;
-  try {
-    fiber->body();
-  } catch (const Violation& violation) {
-    fiber->violation = violation.what();
-  }
-  fiber->ended = true;
-  fiber->machine.yield();
-}
 
 // A rank: its calls one after the other, as kernels on a stream.
 struct Rank {
@@ -74,14 +69,14 @@ class Group {
       start_calls();
       const size_t num_startable = std::count_if(
           ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.has_block_to_start(); });
-      const bool has_room = fibers_.size() < static_cast<size_t>(run_.room);
-      if (fibers_.empty() && num_startable == 0) return;
+      const bool has_room = blocks_.size() < static_cast<size_t>(run_.room);
+      if (blocks_.empty() && num_startable == 0) return;
       // Mostly the running one goes on for a while, so that ranks drift apart.
-      if (num_startable > 0 && has_room && (fibers_.empty() || world_.chance(3))) {
+      if (num_startable > 0 && has_room && (blocks_.empty() || world_.chance(3))) {
         start_block(world_.random() % num_startable);
       }
-      if (current_ >= fibers_.size() || world_.chance(4)) {
-        current_ = world_.random() % fibers_.size();
+      if (current_ >= blocks_.size() || world_.chance(4)) {
+        current_ = world_.random() % blocks_.size();
       }
       go_on(current_);
       if (++world_.num_switches > kMaxSwitches) throw Violation("no end");
@@ -89,11 +84,6 @@ class Group {
   }
 
  private:
-  struct Running {
-    std::unique_ptr<Fiber> fiber;
-    int rank;
-  };
-
   // The next call of every rank whose last one has ended.
   void start_calls() {
     for (Rank& rank : ranks_) {
@@ -114,44 +104,43 @@ class Group {
       const int block = rank.num_blocks_started++;
       const uint32_t first_thread =
           (rank.ranks.rank * rank.ranks.max_blocks + block) * run_.num_lanes;
-      auto fiber = std::make_unique<Fiber>(world_, run_.num_lanes, first_thread, rank.clock);
-      Fiber* f = fiber.get();
+      auto running = std::make_unique<RunningBlock>(world_, run_.num_lanes, rank.ranks.rank,
+                                                    first_thread, rank.clock);
       const Call& call = rank.calls[rank.num_started - 1];
-      f->body = [f, &rank, block, call] { run_block(f->machine, block, rank.ranks, call); };
-      f->machine.yield = [this, f] { swapcontext(&f->context, &scheduler_); };
-      getcontext(&f->context);
-      f->context.uc_stack.ss_sp = f->stack.get();
-      f->context.uc_stack.ss_size = kStackNbytes;
-      f->context.uc_link = nullptr;
-      makecontext(&f->context, run_fiber, 0);
-      fibers_.push_back({std::move(fiber), rank.ranks.rank});
+      running->fiber.begin([r = running.get(), &rank, block, call] {
+        try {
+          run_block(r->machine, block, rank.ranks, call);
+        } catch (const Violation& violation) {
+          r->violation = violation.what();
+        }
+        r->ended = true;
+      });
+      blocks_.push_back(std::move(running));
       return;
     }
   }
 
   void go_on(size_t index) {
-    Running& running = fibers_[index];
-    starting = running.fiber.get();
-    swapcontext(&scheduler_, &running.fiber->context);
-    if (!running.fiber->ended) return;
-    if (!running.fiber->violation.empty()) throw Violation(running.fiber->violation);
+    RunningBlock& running = *blocks_[index];
+    running.fiber.resume();
+    if (!running.ended) return;
+    if (!running.violation.empty()) throw Violation(running.violation);
     Rank& rank = ranks_[running.rank];
     rank.num_blocks_ended++;
     ended_clocks_.resize(ranks_.size());
     Clock& ended = ended_clocks_[running.rank];
     ended.resize(rank.clock.size());
-    join(ended, running.fiber->machine.last_clock());
+    join(ended, running.machine.last_clock());
     if (rank.num_blocks_ended == rank.calls[rank.num_started - 1].num_blocks) rank.clock = ended;
-    fibers_.erase(fibers_.begin() + index);
+    blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(index));
   }
 
   const EmulatedRun& run_;
   World& world_;
   std::vector<Rank> ranks_;
-  std::vector<Running> fibers_;
+  std::vector<std::unique_ptr<RunningBlock>> blocks_;
   std::vector<Clock> ended_clocks_;
   size_t current_ = 0;
-  ucontext_t scheduler_;
 };
 
 }  // namespace
@@ -164,14 +153,14 @@ extern "C" int emulate(const EmulatedRun* run, const Ranks* ranks, const Call* c
   world.random.seed(run->seed);
   world.mistake = static_cast<Mistake>(run->mistake);
   world.mistake_at = run->mistake_at;
-  for (int i = 0; i < num_regions; i++) world.memory.add(regions[i]);
+  for (int i = 0; i < num_regions; i++) world.memory.allow(regions[i].begin, regions[i].nbytes);
   const int n = ranks[0].world_size;
   const size_t nbytes = segment_nbytes(ranks[0].slot_nbytes);
   std::vector<std::unique_ptr<char[]>> segments;
   for (int r = 0; r < n; r++) {
     segments.emplace_back(new (std::align_val_t(128)) char[nbytes]());
-    world.memory.add({segments[r].get(), nbytes});
-    world.memory.add({reinterpret_cast<const char*>(ranks[r].status), sizeof(Status)});
+    world.memory.allow(segments[r].get(), nbytes);
+    world.memory.allow(ranks[r].status, sizeof(Status));
   }
   try {
     Group group(*run, world);
@@ -197,4 +186,4 @@ extern "C" int emulated_max_blocks(int num_multiprocessors, int ranks_on_device,
   return max_blocks(num_multiprocessors, ranks_on_device, num_groups);
 }
 
-}  // namespace primitives::cuda::emulation
+}  // namespace emulator

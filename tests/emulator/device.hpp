@@ -88,7 +88,7 @@ class Device {
     std::vector<int64_t> blocks(static_cast<size_t>(grid.x * grid.y));
     std::iota(blocks.begin(), blocks.end(), 0);
     std::shuffle(blocks.begin(), blocks.end(), random_);
-    memory_ = given_;
+    memory_ = std::make_unique<Memory>(given_);
     try {
       for (int64_t block : blocks) {
         block_ = block;
@@ -102,7 +102,7 @@ class Device {
     return 0;
   }
 
-  Memory& given() { return given_; }
+  Places& given() { return given_; }
   const std::string& error() const { return error_; }
 
  private:
@@ -191,7 +191,8 @@ class Device {
 
   std::mt19937 random_;
   int64_t enough_blocks_;
-  Memory given_, memory_;  // memory_: of one launch, with its writers
+  Places given_;
+  std::unique_ptr<Memory> memory_;  // of one launch
   std::string error_;
   int64_t block_ = 0;
   int block_x_ = 0, block_y_ = 0;
@@ -207,9 +208,9 @@ inline float* Thread::shared() const { return device_->shared_.data(); }
 inline void Thread::check(const void* p, size_t nbytes, size_t alignment, bool write) const {
   const auto id = device_->block_ * static_cast<int64_t>(device_->lanes_.size()) + index_;
   if (write) {
-    device_->memory_.store(p, nbytes, alignment, id);
+    device_->memory_->store(p, nbytes, alignment, id);
   } else {
-    device_->memory_.load(p, nbytes, alignment, id);
+    device_->memory_->load(p, nbytes, alignment, id);
   }
 }
 

@@ -5,8 +5,6 @@
 // switches, and a wait that nobody can end takes no longer than any other.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -16,7 +14,7 @@
 
 #include "emulator/races.hpp"
 
-namespace primitives::cuda::emulation {
+namespace emulator {
 
 enum class Mistake : int {
   kNone,
@@ -30,7 +28,7 @@ class Machine;
 
 // What all blocks share.
 struct World {
-  Memory memory;
+  SharedMemory memory;
   std::map<const void*, Clock> released;
   std::mt19937_64 random;
   uint64_t num_switches = 0;
@@ -161,4 +159,4 @@ class Machine {
   int lane_ = 0;
 };
 
-}  // namespace primitives::cuda::emulation
+}  // namespace emulator

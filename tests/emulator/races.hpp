@@ -1,4 +1,4 @@
-// Memory that knows who may touch it: bounds, alignment, and races.
+// Global memory of blocks and ranks that wait for each other: who may touch it, and races.
 //
 // [Note: happens before] Every lane of every block is a thread with a vector clock. Barriers of a
 // block and flags (release, then acquire of what was released) order threads; nothing else does.
@@ -9,17 +9,13 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
-namespace primitives::cuda::emulation {
+#include "emulator/places.hpp"
 
-// What the device code did wrong.
-struct Violation : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+namespace emulator {
 
 using Clock = std::vector<uint32_t>;  // by thread
 
@@ -29,22 +25,19 @@ inline void join(Clock& into, const Clock& from) {
   }
 }
 
-struct Region {
-  const char* begin;
-  uint64_t nbytes;
-};
-
-class Memory {
+class SharedMemory {
  public:
   // The group has failed: what its buffers hold is undefined from here on.
   void allow_races() { races_allowed_ = true; }
 
-  void add(Region region) { regions_.push_back(region); }
+  void allow(const void* begin, size_t nbytes) {
+    places_.allow(begin, 1, 0, static_cast<int64_t>(nbytes), true);
+  }
 
   // Thread `thread`, at `now`, reads or writes. `clock` is what it knows of the others.
   void access(const void* at, size_t nbytes, bool is_write, uint32_t thread, const Clock& clock) {
     const char* begin = static_cast<const char*>(at);
-    check_place(begin, nbytes);
+    places_.check(begin, nbytes, nbytes, is_write);
     if (races_allowed_) return;
     for (size_t i = 0; i < nbytes; i++) {
       Cell& cell = cell_at(reinterpret_cast<uintptr_t>(begin) + i);
@@ -81,16 +74,6 @@ class Memory {
                     std::to_string(earlier.thread_plus_1 - 1) + " that it does not know of");
   }
 
-  void check_place(const char* begin, size_t nbytes) const {
-    if (reinterpret_cast<uintptr_t>(begin) % nbytes != 0) {
-      throw Violation("misaligned access of " + std::to_string(nbytes) + " bytes");
-    }
-    for (const Region& region : regions_) {
-      if (begin >= region.begin && begin + nbytes <= region.begin + region.nbytes) return;
-    }
-    throw Violation("access of " + std::to_string(nbytes) + " bytes outside of all buffers");
-  }
-
   Cell& cell_at(uintptr_t address) {
     const uintptr_t number = address / kPageNbytes;
     if (number != last_number_) {
@@ -103,10 +86,10 @@ class Memory {
   }
 
   bool races_allowed_ = false;
-  std::vector<Region> regions_;
+  Places places_;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_number_ = 0;
   Page* last_page_ = nullptr;
 };
 
-}  // namespace primitives::cuda::emulation
+}  // namespace emulator

@@ -1,7 +1,7 @@
 """The CUDA collectives, emulated: bits of primitives.reference, no race, bounded failure.
 
 Nothing here runs on a GPU. The device code (csrc/collectives/cuda) is compiled for the host;
-tests/cuda_emulation/memory.hpp says what is watched. ``PRIMITIVES_PROPERTY_CASES`` as elsewhere.
+tests/emulator/races.hpp says what is watched. ``PRIMITIVES_PROPERTY_CASES`` as elsewhere.
 """
 
 from dataclasses import replace
@@ -17,6 +17,8 @@ from device_collective_cases import (
     check_all_reduce,
     check_all_to_all,
     check_broadcast,
+    check_gather_scatter,
+    check_reduce,
     check_reduce_scatter,
     machines,
     series,
@@ -55,7 +57,7 @@ def test_all_gather(machine: Machine, dtype: torch.dtype, data: st.DataObject) -
     check_all_gather(play, machine, dtype, data)
 
 
-@share(20, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
+@share(10, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
 def test_all_to_all(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
     check_all_to_all(play, machine, dtype, data)
 
@@ -63,6 +65,16 @@ def test_all_to_all(machine: Machine, dtype: torch.dtype, data: st.DataObject) -
 @share(5, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
 def test_broadcast(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
     check_broadcast(play, machine, dtype, data)
+
+
+@share(5, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
+def test_reduce(machine: Machine, reduced: Any, data: st.DataObject) -> None:
+    check_reduce(play, machine, reduced, data)
+
+
+@share(5, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
+def test_gather_scatter(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
+    check_gather_scatter(play, machine, dtype, data)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
