@@ -45,9 +45,9 @@ Transport& Backend::on(const at::Tensor& tensor) {
     device_index_ = device.index();
   }
   if (device.index() != device_index_) {
-    throw std::invalid_argument("collectives on cuda: expected tensors on cuda:" +
-                                std::to_string(device_index_) + ", the device of this group's " +
-                                "first call, got one on " + device.str());
+    throw std::invalid_argument(
+        "collectives on cuda: expected tensors on cuda:" + std::to_string(device_index_) +
+        ", the device of this group's " + "first call, got one on " + device.str());
   }
   return *device_;
 }

@@ -52,8 +52,8 @@ void StreamWork::abort() { TORCH_CHECK(false, "abort the process group, not one 
 c10::intrusive_ptr<c10::ivalue::Future> StreamWork::getFuture() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (future_) return future_;
-  future_ = c10::make_intrusive<c10::ivalue::Future>(
-      c10::ListType::create(c10::TensorType::get()), std::vector<c10::Device>{device_});
+  future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()),
+                                                     std::vector<c10::Device>{device_});
   const c10::StreamGuard guard(stream_);  // it records events of its own on the current stream
   future_->markCompleted(c10::IValue(outputs_));
   return future_;

@@ -23,7 +23,9 @@ void bind_devices(py::module_& m) {
           entry["capability"] = py::make_tuple(d.major, d.minor);
           entry["num_multiprocessors"] = d.num_multiprocessors;
           entry["memory_nbytes"] = d.memory_nbytes;
+          entry["shared"] = d.shared != 0;
           entry["num_peers"] = d.num_peers;
+          entry["num_linked"] = d.num_linked;
           result.append(entry);
         }
         return result;

@@ -87,8 +87,24 @@ void primitives_cuda_free_pinned(int device, void* memory) {
   cudaFreeHost(memory);
 }
 
-int primitives_cuda_synchronize(int device, void* stream, primitives_cuda_error* error) {
+int primitives_cuda_make_event(int device, void** event, primitives_cuda_error* error) {
+  cudaEvent_t made;
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0 ||
+      check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "cudaEventCreate", error) !=
+          0) {
+    return -1;
+  }
+  *event = made;
+  return 0;
+}
+
+void primitives_cuda_destroy_event(int device, void* event) {
+  cudaSetDevice(device);
+  cudaEventDestroy(static_cast<cudaEvent_t>(event));
+}
+
+int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* error) {
   if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
-  return check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cudaStreamSynchronize",
+  return check(cudaEventSynchronize(static_cast<cudaEvent_t>(event)), "cudaEventSynchronize",
                error);
 }

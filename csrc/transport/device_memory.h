@@ -1,6 +1,6 @@
 /* C face of the device memory that ranks share, so that the host side sees no CUDA header (and the
- * tests can put another machine behind it). A function returns 0, or -1 with `error` set; each makes
- * `device` the current one of the calling thread. */
+ * tests can put another machine behind it). A function returns 0, or -1 with `error` set; each
+ * makes `device` the current one of the calling thread. */
 #pragma once
 
 #include <stddef.h>
@@ -41,8 +41,10 @@ int primitives_cuda_allocate_pinned(int device, size_t nbytes, void** memory,
                                     primitives_cuda_error* error);
 void primitives_cuda_free_pinned(int device, void* memory);
 
-/* Waits until all that was launched on `stream`, a cudaStream_t of the device, has ended. */
-int primitives_cuda_synchronize(int device, void* stream, primitives_cuda_error* error);
+/* An event of the device, a cudaEvent_t; and the wait of the host for what it recorded last. */
+int primitives_cuda_make_event(int device, void** event, primitives_cuda_error* error);
+void primitives_cuda_destroy_event(int device, void* event);
+int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* error);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,5 @@
-// Global memory of a grid whose blocks and threads are independent of each other: each byte with the
-// thread that wrote it. (Where they are not, see races.hpp.)
+// Global memory of a grid whose blocks and threads are independent of each other: each byte with
+// the thread that wrote it. (Where they are not, see races.hpp.)
 #pragma once
 
 #include "emulator/places.hpp"

@@ -67,6 +67,15 @@ struct Allocation {
   int fd;  // by which others find it
 };
 
+struct Event {
+  Stream* stream = nullptr;
+  uint64_t number = 0;
+
+  void wait() const {
+    if (stream != nullptr) stream->wait_for(number);
+  }
+};
+
 std::mutex mutex;                         // of what follows
 std::map<char*, Allocation> allocations;  // own and mapped memory
 thread_local bool next_allocation_fails = false;
@@ -111,12 +120,18 @@ Stream::~Stream() {
 void Stream::launch(std::function<void()> kernel) {
   const std::lock_guard<std::mutex> lock(mutex_);
   kernels_.push_back(std::move(kernel));
+  num_launched_++;
   changed_.notify_all();
 }
 
-void Stream::synchronize() {
+uint64_t Stream::num_launched() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return num_launched_;
+}
+
+void Stream::wait_for(uint64_t number) {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [&] { return kernels_.empty() && !busy_; });
+  changed_.wait(lock, [&] { return num_ended_ >= number; });
 }
 
 void Stream::loop() {
@@ -126,11 +141,10 @@ void Stream::loop() {
     if (kernels_.empty()) return;
     const auto kernel = std::move(kernels_.front());
     kernels_.pop_front();
-    busy_ = true;
     lock.unlock();
     kernel();
     lock.lock();
-    busy_ = false;
+    num_ended_++;
     changed_.notify_all();
   }
 }
@@ -180,8 +194,15 @@ int primitives_cuda_allocate_pinned(int, size_t nbytes, void** memory, primitive
 
 void primitives_cuda_free_pinned(int, void* memory) { std::free(memory); }
 
-int primitives_cuda_synchronize(int, void* stream, primitives_cuda_error*) {
-  static_cast<Stream*>(stream)->synchronize();
+int primitives_cuda_make_event(int, void** event, primitives_cuda_error*) {
+  *event = new Event;
+  return 0;
+}
+
+void primitives_cuda_destroy_event(int, void* event) { delete static_cast<Event*>(event); }
+
+int primitives_cuda_synchronize(int, void* event, primitives_cuda_error*) {
+  static_cast<Event*>(event)->wait();
   return 0;
 }
 
@@ -194,11 +215,15 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
 int primitives_cuda_load(int, primitives_cuda_error*) { return 0; }
 
 int primitives_cuda_launch(int, const primitives_cuda_ranks* ranks, primitives_cuda_call call,
-                           void* stream, primitives_cuda_error* error) {
+                           void* stream, void* last, primitives_cuda_error* error) {
   if (const char* refused = prepare(*ranks, &call); *refused != 0) return refuse(refused, error);
-  static_cast<Stream*>(stream)->launch([seen = *ranks, call] {
+  Stream& on = *static_cast<Stream*>(stream);
+  Event& event = *static_cast<Event*>(last);
+  on.launch([seen = *ranks, call, before = event] {
+    before.wait();
     HostThread thread;
     for (int block = 0; block < call.num_blocks; block++) run_block(thread, block, seen, call);
   });
+  event = {&on, on.num_launched()};
   return 0;
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <mutex>
@@ -19,8 +20,9 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   void launch(std::function<void()> kernel);
-  // Until all that was launched has ended.
-  void synchronize();
+  // How many were launched so far; and the wait until so many have ended.
+  uint64_t num_launched();
+  void wait_for(uint64_t number);
 
  private:
   void loop();
@@ -28,7 +30,8 @@ class Stream {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::function<void()>> kernels_;
-  bool busy_ = false, stopping_ = false;
+  uint64_t num_launched_ = 0, num_ended_ = 0;
+  bool stopping_ = false;
   std::thread thread_;
 };
 

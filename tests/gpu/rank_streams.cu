@@ -82,6 +82,7 @@ struct Rank {
   char* segment = nullptr;
   Status* status = nullptr;  // pinned, and the same address on the device
   cudaStream_t stream = nullptr;
+  cudaEvent_t last = nullptr;
 
   Rank(uint32_t slot_nbytes, const Status& begin) {
     const size_t nbytes = primitives_cuda_segment_nbytes(slot_nbytes);
@@ -90,8 +91,10 @@ struct Rank {
     check(cudaHostAlloc(&status, sizeof(Status), cudaHostAllocMapped), "cudaHostAlloc");
     *status = begin;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaEventCreateWithFlags(&last, cudaEventDisableTiming), "cudaEventCreate");
   }
   ~Rank() {
+    cudaEventDestroy(last);
     cudaStreamDestroy(stream);
     cudaFreeHost(status);
     cudaFree(segment);
@@ -144,7 +147,7 @@ extern "C" int play_on_gpu(int num_calls, int dead_rank, int dead_from, const Ra
           call.out[s] = buffers.at_device(const_cast<char*>(call.out[s]));
         }
         seen.status = own[r]->status;
-        check(primitives_cuda_launch(0, &seen, call, own[r]->stream, &error), error);
+        check(primitives_cuda_launch(0, &seen, call, own[r]->stream, own[r]->last, &error), error);
       }
     }
     wait_for(own, std::chrono::nanoseconds(ranks[0].timeout_ns) * (num_calls + 1) +

@@ -165,8 +165,8 @@ class Case {
     std::vector<Buffer<T>> out;
     for (size_t numel : numels) out.emplace_back(numel, shift_);
     Buffer<T> in(values(me_, numels[me_]), 0);
-    transport_.all_gather(call(Op::kAllGather, numels[me_], false, uneven), in.data(),
-                           in.nbytes(), parts(out), kTimeout);
+    transport_.all_gather(call(Op::kAllGather, numels[me_], false, uneven), in.data(), in.nbytes(),
+                          parts(out), kTimeout);
     player_.settle();
     for (int r = 0; r < n_; r++) expect_bits(out[r].data(), values(r, numels[r]), "all_gather");
   }
@@ -177,8 +177,8 @@ class Case {
     std::vector<Buffer<T>> in;  // stream r * n + s: what rank s has for rank r
     for (int r = 0; r < n_; r++) in.emplace_back(values(r * n_ + me_, numels[r]), shift_);
     Buffer<T> out(numels[me_], shift_);
-    transport_.reduce_scatter(call(Op::kReduceScatter, n_ * numels[me_], true, uneven),
-                               parts(in), out.data(), reduction(), kTimeout);
+    transport_.reduce_scatter(call(Op::kReduceScatter, n_ * numels[me_], true, uneven), parts(in),
+                              out.data(), reduction(), kTimeout);
     player_.settle();
     expect_bits(out.data(), reduced(numels[me_], me_ * n_), "reduce_scatter");
   }
@@ -187,7 +187,7 @@ class Case {
     const size_t numel = draw_numel<T>(player_);
     Buffer<T> data(values(me_, numel), shift_);
     transport_.all_reduce(call(Op::kAllReduce, numel, true), data.data(), data.nbytes(),
-                           reduction(), kTimeout);
+                          reduction(), kTimeout);
     player_.settle();
     expect_bits(data.data(), reduced(numel, 0), "all_reduce");
   }
@@ -203,7 +203,7 @@ class Case {
       total += numels[me_ * n_ + r];
     }
     transport_.all_to_all(call(Op::kAllToAll, total, false, uneven), parts(in), parts(out),
-                           kTimeout);
+                          kTimeout);
     player_.settle();
     for (int s = 0; s < n_; s++) {
       expect_bits(out[s].data(), values(s * n_ + me_, numels[s * n_ + me_]), "all_to_all");
@@ -220,7 +220,7 @@ class Case {
     const size_t numel = draw_numel<T>(player_);
     Buffer<T> data(values(me_, numel), shift_);
     transport_.broadcast(rooted(Op::kBroadcast, numel, false), data.data(), data.nbytes(),
-                          kTimeout);
+                         kTimeout);
     player_.settle();
     expect_bits(data.data(), values(root_, numel), "broadcast");
   }
@@ -228,8 +228,8 @@ class Case {
   void reduce() {
     const size_t numel = draw_numel<T>(player_);
     Buffer<T> data(values(me_, numel), shift_);
-    transport_.reduce(rooted(Op::kReduce, numel, true), data.data(), data.nbytes(),
-                       reduction(), kTimeout);
+    transport_.reduce(rooted(Op::kReduce, numel, true), data.data(), data.nbytes(), reduction(),
+                      kTimeout);
     player_.settle();
     expect_bits(data.data(), me_ == root_ ? reduced(numel, 0) : values(me_, numel), "reduce");
   }
@@ -239,8 +239,8 @@ class Case {
     std::vector<Buffer<T>> out;
     for (int r = 0; me_ == root_ && r < n_; r++) out.emplace_back(numel, shift_);
     Buffer<T> in(values(me_, numel), 0);
-    transport_.gather(rooted(Op::kGather, numel, false), in.data(), in.nbytes(),
-                       parts(out), kTimeout);
+    transport_.gather(rooted(Op::kGather, numel, false), in.data(), in.nbytes(), parts(out),
+                      kTimeout);
     player_.settle();
     for (size_t r = 0; r < out.size(); r++) {
       expect_bits(out[r].data(), values(r, numel), "gather");
@@ -252,8 +252,8 @@ class Case {
     std::vector<Buffer<T>> in;
     for (int r = 0; me_ == root_ && r < n_; r++) in.emplace_back(values(r, numel), shift_);
     Buffer<T> out(numel, 0);
-    transport_.scatter(rooted(Op::kScatter, numel, false), parts(in), out.data(),
-                        out.nbytes(), kTimeout);
+    transport_.scatter(rooted(Op::kScatter, numel, false), parts(in), out.data(), out.nbytes(),
+                       kTimeout);
     player_.settle();
     expect_bits(out.data(), values(me_, numel), "scatter");
   }
@@ -300,7 +300,7 @@ class Case {
         const int dst = static_cast<int>((me_ + j + turn) % n_);
         const int tag = any_source ? 7 : 100 + me_;
         transport_.send(out[dst].data(), envelope(numel_of(me_, dst), tag), dst, kTimeout,
-                             done(-1));
+                        done(-1));
       }
     };
     if (me_ % 2 == 0) post_sends();
@@ -308,7 +308,7 @@ class Case {
       const int src = static_cast<int>((me_ + n_ - j) % n_);
       const int tag = any_source ? 7 : 100 + src;
       transport_.recv(in[src].data(), envelope(numel_of(src, me_), tag),
-                           any_source ? kAnySource : src, kTimeout, done(src));
+                      any_source ? kAnySource : src, kTimeout, done(src));
     }
     if (me_ % 2 == 1) post_sends();
     std::unique_lock<std::mutex> lock(mutex);

@@ -119,8 +119,10 @@ void play_rank(const Plan& plan, int rank) {
     FolderMeeting meeting(next_folder());
     OneHost host(meeting, options(round));
     if (plan.device) {
-      emulator::Stream stream;
-      DeviceTransport device(host, 0, [&] { return &stream; }, Milliseconds(60000));
+      emulator::Stream streams[2];  // used in turn: the calls must follow each other all the same
+      int num_calls = 0;
+      const auto current = [&] { return &streams[num_calls++ % 2]; };
+      DeviceTransport device(host, 0, current, Milliseconds(60000));
       const auto settle = [&] {
         device.drain();
         device.check();

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "collectives/cuda/device_transport.hpp"
 
@@ -48,8 +49,8 @@ void check_all(Group& group, const std::vector<T>& values, TextOf text_of) {
     if (*found != '\0') text += "; " + group.named(r) + ": " + found;
   }
   if (text.empty()) return;
-  throw TransportError(Failure::kOther, "group '" + group.name() +
-                                            "' cannot be used on CUDA devices" + text);
+  throw TransportError(Failure::kOther,
+                       "group '" + group.name() + "' cannot be used on CUDA devices" + text);
 }
 
 }  // namespace
@@ -87,13 +88,13 @@ void DeviceTransport::meet(Milliseconds timeout) {
   card.start_time = self.start_time;
   void* status = nullptr;
   const size_t nbytes = primitives_cuda_segment_nbytes(ranks_.slot_nbytes);
-  const bool ready =
-      primitives_cuda_gpu_of(device_, &card.gpu, &card.error) == 0 &&
-      primitives_cuda_load(device_, &card.error) == 0 &&
-      primitives_cuda_allocate_pinned(device_, sizeof(primitives_cuda_status), &status,
-                                      &card.error) == 0 &&
-      primitives_cuda_allocate(device_, nbytes, &ranks_.segments[me], &card.handle, &card.error) ==
-          0;
+  const bool ready = primitives_cuda_gpu_of(device_, &card.gpu, &card.error) == 0 &&
+                     primitives_cuda_load(device_, &card.error) == 0 &&
+                     primitives_cuda_make_event(device_, &last_, &card.error) == 0 &&
+                     primitives_cuda_allocate_pinned(device_, sizeof(primitives_cuda_status),
+                                                     &status, &card.error) == 0 &&
+                     primitives_cuda_allocate(device_, nbytes, &ranks_.segments[me], &card.handle,
+                                              &card.error) == 0;
   if (ready) card.error.text[0] = '\0';
   ranks_.status = static_cast<primitives_cuda_status*>(status);
   card.segment = ranks_.segments[me];
@@ -110,15 +111,17 @@ void DeviceTransport::meet(Milliseconds timeout) {
     const Card& of = cards[r];
     const auto sharers = std::count_if(cards.begin(), cards.end(),
                                        [&](const Card& other) { return same_gpu(of, other); });
-    max_blocks = std::min(
-        max_blocks, primitives_cuda_max_blocks(of.gpu.num_multiprocessors,
-                                               static_cast<int>(sharers), kNumGroups));
+    max_blocks =
+        std::min(max_blocks, primitives_cuda_max_blocks(of.gpu.num_multiprocessors,
+                                                        static_cast<int>(sharers), kNumGroups));
     if (r == me || error.text[0] != '\0') continue;
     if (of.pid == card.pid && of.start_time == card.start_time) {
       ranks_.segments[r] = of.segment;
       if (!same_gpu(of, card)) {
-        std::snprintf(error.text, sizeof error.text, "it is in the process of rank %d, on "
-                                                     "another device; expected the same one", r);
+        std::snprintf(error.text, sizeof error.text,
+                      "it is in the process of rank %d, on "
+                      "another device; expected the same one",
+                      r);
       }
       continue;
     }
@@ -136,7 +139,7 @@ void DeviceTransport::meet(Milliseconds timeout) {
 
 void DeviceTransport::drain() {
   primitives_cuda_error error;
-  if (seq_ > 0) primitives_cuda_synchronize(device_, last_stream_, &error);
+  if (last_ != nullptr) primitives_cuda_synchronize(device_, last_, &error);
 }
 
 void DeviceTransport::close() {
@@ -151,6 +154,7 @@ void DeviceTransport::close() {
   for (int r = 0; r < static_cast<int>(mapped_.size()); r++) {
     if (mapped_[r]) primitives_cuda_unmap(device_, ranks_.segments[r]);
   }
+  if (last_ != nullptr) primitives_cuda_destroy_event(device_, std::exchange(last_, nullptr));
   if (ranks_.status != nullptr) primitives_cuda_free_pinned(device_, ranks_.status);
   char* segment = ranks_.segments[ranks_.rank];
   if (segment == nullptr) return;

@@ -57,8 +57,7 @@ void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Millisec
   primitives_cuda_ranks ranks = ranks_;
   ranks.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1'000'000;
   primitives_cuda_error error;
-  last_stream_ = stream_();
-  if (primitives_cuda_launch(device_, &ranks, device_call, last_stream_, &error) == 0) return;
+  if (primitives_cuda_launch(device_, &ranks, device_call, stream_(), last_, &error) == 0) return;
   group().fail(Failure::kOther, group().here() + ": " + op_name(call.op) + " on device " +
                                     std::to_string(device_) + ": " + error.text);
 }
@@ -118,8 +117,7 @@ void DeviceTransport::all_to_all(const Call& call, const std::vector<Part>& in,
   launch(call, made, timeout);
 }
 
-void DeviceTransport::broadcast(const Call& call, void* data, size_t nbytes,
-                                Milliseconds timeout) {
+void DeviceTransport::broadcast(const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
   DeviceCall made = begin(call);
   set_in(made, 0, data, nbytes);
   set_out(made, 0, data, nbytes);

@@ -36,7 +36,7 @@ class DeviceTransport final : public StreamTransport {
 
   int device() const { return device_; }
   void check() override;
-  // (Streams of one group's calls wait for each other, so it is the last one that counts.)
+  // (Not for what a replayed graph launches: barrier() first, on the same stream.)
   void drain() override;
 
   Group& group() override { return host_.group(); }
@@ -88,7 +88,7 @@ class DeviceTransport final : public StreamTransport {
   const int device_;
   const CurrentStream stream_;
   uint64_t seq_ = 0;
-  void* last_stream_ = nullptr;
+  void* last_ = nullptr;                 // an event behind the last call
   std::array<const Site*, 64> sites_{};  // of the last calls
   primitives_cuda_ranks ranks_{};
   std::vector<bool> mapped_;  // segments of other processes

@@ -63,7 +63,8 @@ int primitives_cuda_load(int device, primitives_cuda_error* error) {
 }
 
 int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
-                           primitives_cuda_call call, void* stream, primitives_cuda_error* error) {
+                           primitives_cuda_call call, void* stream, void* last,
+                           primitives_cuda_error* error) {
   if (const char* refused = prepare(*ranks, &call); *refused != 0) {
     snprintf(error->text, sizeof error->text, "%s", refused);
     return -1;
@@ -72,8 +73,18 @@ int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
                                    static_cast<ReduceOp>(call.reduce_op));
   Ranks by_value = *ranks;
   void* arguments[] = {&by_value, &call};
-  if (check(cudaSetDevice(device), error) != 0) return -1;
-  return check(cudaLaunchKernel(kernel, dim3(call.num_blocks), dim3(kNumLanes), arguments, 0,
-                                static_cast<cudaStream_t>(stream)),
-               error);
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const cudaEvent_t event = static_cast<cudaEvent_t>(last);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (check(cudaSetDevice(device), error) != 0 ||
+      check(cudaStreamIsCapturing(on, &capture), error) != 0) {
+    return -1;
+  }
+  const bool captured = capture != cudaStreamCaptureStatusNone;
+  if (!captured && check(cudaStreamWaitEvent(on, event, 0), error) != 0) return -1;
+  if (check(cudaLaunchKernel(kernel, dim3(call.num_blocks), dim3(kNumLanes), arguments, 0, on),
+            error) != 0) {
+    return -1;
+  }
+  return captured ? 0 : check(cudaEventRecord(event, on), error);
 }

@@ -102,10 +102,13 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
  * `error` set. */
 int primitives_cuda_load(int device, primitives_cuda_error* error);
 
-/* Checks the call, sets num_blocks and launches on `stream`, a cudaStream_t of the device. Returns
+/* Checks the call, sets num_blocks and launches on `stream`, a cudaStream_t of the device, behind
+ * what the event `last` has recorded, and records it anew: calls of a group follow each other, on
+ * whatever streams. While the stream is captured into a graph that is left to the capture. Returns
  * 0, or -1 with `error` set: what, got, expected. */
 int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
-                           primitives_cuda_call call, void* stream, primitives_cuda_error* error);
+                           primitives_cuda_call call, void* stream, void* last,
+                           primitives_cuda_error* error);
 
 #ifdef __cplusplus
 }

@@ -18,16 +18,15 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "canonical/packed.hpp"
 #include "collectives/cuda/launch.h"
 
 #if defined(__CUDACC__)
-#define DEVICE_FN __device__ __forceinline__
 #define HOST_DEVICE_FN __host__ __device__ __forceinline__
 #define DEVICE_CALL __device__ __noinline__
 #define DEVICE_UNROLL _Pragma("unroll")
 #define EXEC_CHECK_OFF _Pragma("nv_exec_check_disable")
 #else
-#define DEVICE_FN inline
 #define HOST_DEVICE_FN inline
 #define DEVICE_CALL
 #define DEVICE_UNROLL
@@ -36,9 +35,7 @@
 
 namespace primitives::cuda {
 
-struct alignas(16) Pack {
-  uint32_t words[4];
-};
+using Pack = canonical::Packed;
 
 constexpr int kPackNbytes = 16;
 constexpr int kMaxRanks = PRIMITIVES_CUDA_MAX_RANKS;

@@ -31,8 +31,8 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
   const bool all_to_some = op == Op::kAllToAll || op == Op::kGather || op == Op::kScatter;
   const bool many_in = op == Op::kAllGather || all_to_some || op == Op::kReduceScatter;
   const bool many_out = op == Op::kAllGather || all_to_some;
-  const bool rooted = op == Op::kBroadcast || op == Op::kReduce || op == Op::kGather ||
-                      op == Op::kScatter;
+  const bool rooted =
+      op == Op::kBroadcast || op == Op::kReduce || op == Op::kGather || op == Op::kScatter;
   const bool equal_in = !all_to_some || !call->has_counts;
   if (!reduces && !many_in && op != Op::kBroadcast && op != Op::kBarrier) {
     return "op: expected a collective that is not fused";
