@@ -1,5 +1,6 @@
 #include "bindings/c10d_stream_work.hpp"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -10,6 +11,15 @@ namespace {
 
 c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+// One that is completed; it records events of its own on the current stream.
+c10::intrusive_ptr<c10::ivalue::Future> completed_future(at::Device device,
+                                                         const std::vector<at::Tensor>& outputs) {
+  auto future = c10::make_intrusive<c10::ivalue::Future>(
+      c10::ListType::create(c10::TensorType::get()), std::vector<c10::Device>{device});
+  future->markCompleted(c10::IValue(outputs));
+  return future;
 }
 
 }  // namespace
@@ -52,14 +62,29 @@ void StreamWork::abort() { TORCH_CHECK(false, "abort the process group, not one 
 c10::intrusive_ptr<c10::ivalue::Future> StreamWork::getFuture() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (future_) return future_;
-  future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()),
-                                                     std::vector<c10::Device>{device_});
-  const c10::StreamGuard guard(stream_);  // it records events of its own on the current stream
-  future_->markCompleted(c10::IValue(outputs_));
-  return future_;
+  const c10::StreamGuard guard(stream_);
+  return future_ = completed_future(device_, outputs_);
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> StreamWork::getFutureResult() {
+  return result_of(*getFuture());
+}
+
+bool HostToDeviceWork::wait(std::chrono::milliseconds timeout) {
+  Work::wait(timeout);
+  std::call_once(copied_, [this] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    tensor_.copy_(on_host_);
+  });
+  return true;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> HostToDeviceWork::getFuture() {
+  wait();
+  return completed_future(tensor_.device(), {tensor_});
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> HostToDeviceWork::getFutureResult() {
   return result_of(*getFuture());
 }
 

@@ -1,8 +1,9 @@
-// Work of a collective that was launched on a stream: done when an event behind it is.
+// Works whose results are valid on a stream of a device.
 #pragma once
 
 #include <c10/core/Event.h>
 
+#include <mutex>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <vector>
 
@@ -10,6 +11,7 @@
 
 namespace primitives {
 
+// A collective that was launched on a stream: done when an event behind it is.
 class StreamWork : public c10d::Work {
  public:
   // Records the event on the current stream of the device.
@@ -35,6 +37,25 @@ class StreamWork : public c10d::Work {
   std::vector<at::Tensor> outputs_;
   c10::weak_intrusive_ptr<Backend> backend_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;  // made when somebody asks
+};
+
+// A message for a device that arrives on the host: whoever waits first copies it, on the current
+// stream of the device.
+class HostToDeviceWork : public Work {
+ public:
+  HostToDeviceWork(c10d::OpType type, at::Tensor tensor, at::Tensor on_host,
+                   std::shared_ptr<Callbacks> callbacks)
+      : Work(type, {tensor}, std::move(callbacks)), tensor_(tensor), on_host_(std::move(on_host)) {}
+
+  bool wait(std::chrono::milliseconds timeout = kNoTimeout) override;
+  void synchronize() override { wait(); }
+  // Waits.
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
+  c10::intrusive_ptr<c10::ivalue::Future> getFutureResult() override;
+
+ private:
+  at::Tensor tensor_, on_host_;
+  std::once_flag copied_;
 };
 
 }  // namespace primitives

@@ -17,11 +17,18 @@ from torch.distributed.checkpoint import load, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from primitives.errors import CollectiveError, CollectiveMismatch
 from special_distributed.exact_training import assert_same_tensors, batch, loss, mlp, train_alone
+from special_distributed.test_model_parallel import (
+    NUM_MICROBATCHES,
+    Stage,
+    integers,
+    weighted_sum,
+)
 
 CUDA = torch.device("cuda", 0)
 NUM_STEPS = 3
@@ -198,6 +205,35 @@ def clients() -> None:
     x = torch.arange(48.0, device=CUDA).view(8, 6)
     product = distribute_tensor(x, mesh, [Shard(1)]) @ distribute_tensor(x.T, mesh, [Shard(0)])
     assert torch.equal(product.redistribute(mesh, [Replicate()]).to_local().cpu(), (x @ x.T).cpu())
+    dist.destroy_process_group()
+
+
+def messages_and_a_pipeline() -> None:
+    """Sends and receives, by way of the host; 1F1B over four stages against one process."""
+    rank, n = start()
+    mine, theirs = torch.full((1000,), float(rank), device=CUDA), torch.empty(1000, device=CUDA)
+    left, right = (rank - 1) % n, (rank + 1) % n
+    ops = [dist.P2POp(dist.isend, mine, right), dist.P2POp(dist.irecv, theirs, left)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    assert float(theirs.sum()) == 1000.0 * left
+
+    module = Stage(rank).to(CUDA)
+    schedule = Schedule1F1B(
+        PipelineStage(module, rank, n, CUDA),
+        NUM_MICROBATCHES,
+        loss_fn=weighted_sum,
+        scale_grads=False,
+    )
+    x, weights = integers(1), integers(2)
+    losses: list[Tensor] = []
+    is_last = rank == n - 1
+    inputs = [x.to(CUDA)] if rank == 0 else []
+    schedule.step(*inputs, **({"target": weights.to(CUDA), "losses": losses} if is_last else {}))
+    alone = nn.Sequential(*[Stage(index) for index in range(n)])
+    weighted_sum(alone(x), weights).backward()
+    grads = [layer.linear.weight.grad for layer in (module, alone[rank])]
+    assert torch.equal(grads[0].cpu(), grads[1])
     dist.destroy_process_group()
 
 

@@ -35,6 +35,10 @@ def test_ddp_fsdp_dtensor_and_checkpoints(tmp_path: Path) -> None:
     passes(play(tmp_path, "clients"))
 
 
+def test_messages_and_a_pipeline(tmp_path: Path) -> None:
+    passes(play(tmp_path, "messages_and_a_pipeline"))
+
+
 def test_a_dead_rank_is_named(tmp_path: Path) -> None:
     results = play(tmp_path, "a_dead_rank")
     assert [code for code, _ in results] == [0, KILLED, 0, 0], results

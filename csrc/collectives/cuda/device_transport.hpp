@@ -12,6 +12,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -89,7 +90,7 @@ class DeviceTransport final : public StreamTransport {
   const CurrentStream stream_;
   uint64_t seq_ = 0;
   void* last_ = nullptr;                 // an event behind the last call
-  std::array<const Site*, 64> sites_{};  // of the last calls
+  std::array<std::atomic<const Site*>, 64> sites_{};  // of the last calls
   primitives_cuda_ranks ranks_{};
   std::vector<bool> mapped_;  // segments of other processes
   std::mutex mutex_;
