@@ -12,7 +12,7 @@
 namespace primitives {
 namespace {
 
-constexpr int kNumGroups = 4;  // whose kernels may wait at a time: of tp, dp, pp and the world
+constexpr int kMaxGroups = 4;  // whose kernels may wait at a time: of tp, dp, pp and the world
 constexpr Milliseconds kLeavePatience{2000};
 
 // What a rank tells the others.
@@ -38,6 +38,15 @@ std::vector<T> all_gather_values(Transport& host, const T& mine, Milliseconds ti
   call.numel = sizeof mine;
   host.all_gather(call, &mine, sizeof mine, parts, timeout);
   return all;
+}
+
+// Blocks of a kernel of each of the ranks on a device; 0: there are too many ranks.
+int blocks_of(int num_multiprocessors, std::ptrdiff_t sharers) {
+  int blocks = 0;
+  for (int groups = kMaxGroups; groups > 0 && blocks == 0; groups--) {
+    blocks = primitives_cuda_max_blocks(num_multiprocessors, static_cast<int>(sharers), groups);
+  }
+  return blocks;
 }
 
 // The same error on all ranks, if any has one.
@@ -106,22 +115,18 @@ void DeviceTransport::meet(Milliseconds timeout) {
     return std::memcmp(a.gpu.uuid, b.gpu.uuid, sizeof a.gpu.uuid) == 0;
   };
   primitives_cuda_error error{};
-  int max_blocks = PRIMITIVES_CUDA_MAX_BLOCKS;
+  ranks_.max_blocks = PRIMITIVES_CUDA_MAX_BLOCKS;
   for (int r = 0; r < n; r++) {
     const Card& of = cards[r];
     const auto sharers = std::count_if(cards.begin(), cards.end(),
                                        [&](const Card& other) { return same_gpu(of, other); });
-    max_blocks =
-        std::min(max_blocks, primitives_cuda_max_blocks(of.gpu.num_multiprocessors,
-                                                        static_cast<int>(sharers), kNumGroups));
+    ranks_.max_blocks = std::min(ranks_.max_blocks, blocks_of(of.gpu.num_multiprocessors, sharers));
     if (r == me || error.text[0] != '\0') continue;
     if (of.pid == card.pid && of.start_time == card.start_time) {
       ranks_.segments[r] = of.segment;
       if (!same_gpu(of, card)) {
         std::snprintf(error.text, sizeof error.text,
-                      "it is in the process of rank %d, on "
-                      "another device; expected the same one",
-                      r);
+                      "expected the device of rank %d, which is in the same process", r);
       }
       continue;
     }
@@ -132,9 +137,13 @@ void DeviceTransport::meet(Milliseconds timeout) {
                     r, cause.text);
     }
   }
-  ranks_.max_blocks = std::max(1, max_blocks);
+  if (ranks_.max_blocks == 0) {
+    std::snprintf(error.text, sizeof error.text,
+                  "expected a multiprocessor for each rank that shares a device");
+  }
   check_all(group(), all_gather_values(host_, error, timeout),
             [](const primitives_cuda_error& of) { return of.text; });
+  has_met_ = true;
 }
 
 void DeviceTransport::drain() {
@@ -165,9 +174,9 @@ void DeviceTransport::close() {
     return true;
   };
   const auto end = Clock::now() + kLeavePatience;
-  while (!all_gone() && Clock::now() < end) usleep(1000);
+  while (has_met_ && !all_gone() && Clock::now() < end) usleep(1000);
   // A peer that is still there may be reading: then the end of the process frees it.
-  if (all_gone()) primitives_cuda_free(device_, segment);
+  if (!has_met_ || all_gone()) primitives_cuda_free(device_, segment);
 }
 
 }  // namespace primitives

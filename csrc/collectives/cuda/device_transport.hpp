@@ -35,7 +35,6 @@ class DeviceTransport final : public StreamTransport {
   DeviceTransport(const DeviceTransport&) = delete;
   DeviceTransport& operator=(const DeviceTransport&) = delete;
 
-  int device() const { return device_; }
   void check() override;
   // (Not for what a replayed graph launches: barrier() first, on the same stream.)
   void drain() override;
@@ -89,10 +88,11 @@ class DeviceTransport final : public StreamTransport {
   const int device_;
   const CurrentStream stream_;
   uint64_t seq_ = 0;
-  void* last_ = nullptr;                 // an event behind the last call
+  void* last_ = nullptr;                              // an event behind the last call
   std::array<std::atomic<const Site*>, 64> sites_{};  // of the last calls
   primitives_cuda_ranks ranks_{};
   std::vector<bool> mapped_;  // segments of other processes
+  bool has_met_ = false;      // peers may use this rank's segment
   std::mutex mutex_;
   std::condition_variable changed_;
   bool closing_ = false;
