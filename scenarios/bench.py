@@ -102,8 +102,8 @@ SIZE = Size()
     "--against",
     default=None,
     help="Of gloo, symmetric (ours on symmetric memory), openmpi, mpich, impi, mpi (all three), "
-    "none; commas between "
-    "[c10d: gloo; communicator: mpi].",
+    "none; on cuda of nccl, none; commas between "
+    "[c10d: gloo; communicator: mpi; cuda: none].",
 )
 @click.option("--case", default="S1", show_default=True, help="What `step` trains, at scale ci.")
 @click.option(
@@ -111,7 +111,7 @@ SIZE = Size()
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where vocab_entropy runs.",
+    help="Where collectives and vocab_entropy run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def bench(
@@ -131,18 +131,20 @@ def bench(
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
-    elsewhere = [name for name in op if name != "vocab_entropy"]
-    if device == "cuda" and elsewhere:
+    on_cpu = [name for name in op if name not in (*OPS, "vocab_entropy")]
+    if device == "cuda" and on_cpu:
         raise click.UsageError(
-            f"--device cuda: only vocab_entropy runs there, got {', '.join(elsewhere)}"
+            f"--device cuda: collectives and vocab_entropy run there, got {', '.join(on_cpu)}"
         )
+    _check_device(device)
     if factor is None and step_nbytes is None:
         factor = 2
-    against = against or ("gloo" if level == "c10d" else "mpi")
+    usual = {"cuda": "none", "cpu": "gloo" if level == "c10d" else "mpi"}
+    against = against or usual[device]
     plans = [
         Plan(
             op=name, factor=factor, step_nbytes=step_nbytes, check=bool(check), level=level,
-            against=_contestants(against), **given,
+            against=_contestants(against), device=device, **given,
         )
         for name in op
         if name in OPS
@@ -214,6 +216,17 @@ def bench(
     return 1 if num_wrong else 0
 
 
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    from primitives.bench import devices  # imports torch
+
+    try:
+        devices.device_named(device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _contestants(against: str) -> tuple[str, ...]:
     names: list[str] = []
     for name in filter(None, against.split(",")):
@@ -226,7 +239,8 @@ def head(plan: Plan) -> list[str]:
     more = "".join(f" {name:>9} {'x':>6}" for name in _others(plan))
     overhead = f"{'raw':>9} {'noop':>9}" if plan.level == "c10d" else ""
     return [
-        f"# {plan.op}: {plan.num_ranks} ranks under {plan.launcher}, {plan.level} level; "
+        f"# {plan.op} on {plan.device}: {plan.num_ranks} ranks under {plan.launcher}, "
+        f"{plan.level} level; "
         f"medians of up to {plan.num_blocks} blocks",
         f"#{'':47} {'out-of-place':^33} {'in-place':^33}",
         f"#{'size':>11} {'count':>11} {'type':>8} {'redop':>6} {'root':>5}  "
@@ -239,10 +253,14 @@ def head(plan: Plan) -> list[str]:
 
 
 def _mine(plan: Plan) -> str:
+    if plan.device == "cuda":
+        return "primitives@cuda"
     return "primitives" if plan.level == "c10d" else "raw"
 
 
 def _others(plan: Plan) -> list[str]:
+    if plan.device == "cuda":
+        return [f"{name}@cuda" for name in plan.against]
     absent = plan.jobs()[1]
     return [name for name in plan.against if name not in absent]
 

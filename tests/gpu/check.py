@@ -16,7 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = "tests/gpu"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-BENCHES = (("vocab_entropy", "--device", "cuda", "-n", "20"),)
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+BENCHES = (
+    ("vocab_entropy", "--device", "cuda", "-n", "20"),
+    (*COLLECTIVES, "--device", "cuda", "-b", "4K", "-e", "256M", "-f", "4", "-n", "10"),
+)
 """Arguments of ``testbed bench``."""
 
 
