@@ -1,6 +1,7 @@
 """``testbed convert``: Hugging Face configurations and weights to Megatron-LM, and the proof."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _document(model: Any, form: str, as_json: bool) -> dict[str, Any]:
     if as_json:
         return plain(model) if form == "yaml" else {"flags": words(flags(model))}
     if form == "flags":
-        return {"text": " ".join(words(flags(model)))}
+        return {"text": shlex.join(words(flags(model)))}
     return {"text": to_yaml(model)}
 
 

@@ -1,35 +1,37 @@
 """Every family's table: complete, true to the source's class, and nothing is lost."""
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from scenarios.convert import MegatronModel, ParallelLayout, convert
+from scenarios.convert import MegatronModel, convert
 from scenarios.convert.converter import read_config, rows_of
-from scenarios.convert.families import FAMILIES, REFUSED
-from scenarios.convert.flags import flags, plain, to_yaml, words
-from tests.convert_cases import DEEPSEEK_YARN, DEFAULT, LLAMA3, PUBLISHED, default, odd, published
+from scenarios.convert.families import FAMILIES
+from tests.convert_cases import DEEPSEEK_YARN, DEFAULT, PUBLISHED, default, published
+from tests.convert_odd import odd
 
 Config = dict[str, Any]
+
+Config = dict[str, Any]
+
+
+TEXT_MODELS = {"qwen2_5_vl": "qwen2_5_vl_text", "gemma3": "gemma3_text"}
+AROUND_TEXT = ("architectures", "vision", "image", "boi", "eoi", "mm_", "model_type")
 
 
 def as_object(config: Config) -> Any:
     """The configuration as transformers holds it."""
     fields = json.loads(json.dumps(config))
     model_type = fields.pop("model_type")
-    if model_type == "qwen2_5_vl":
-        model_type = "qwen2_5_vl_text"
-        for name in [n for n in fields if n.startswith("vision") or n == "architectures"]:
+    if model_type in TEXT_MODELS:
+        model_type = TEXT_MODELS[model_type]
+        fields |= fields.pop("text_config", {})
+        for name in [n for n in fields if n.startswith(AROUND_TEXT)]:
             del fields[name]
     return AutoConfig.for_model(model_type, **fields)
 
@@ -43,6 +45,8 @@ def test_file_and_object_are_one_model(model_type: str, kind: Callable[[str], Co
     assert from_file.transformer == from_object.transformer
     assert from_file.gpt_model == from_object.gpt_model
     assert from_file.mla == from_object.mla
+    assert from_file.bert == from_object.bert
+    assert from_file.extra == from_object.extra
     assert from_object == convert(as_object(config).to_dict())
 
 
@@ -168,114 +172,6 @@ def test_the_search_finds_a_converter_that_loses_fields() -> None:
     assert names == {"rope_scaling"}
 
 
-# What converters in use were measured to get wrong, each on a configuration where it counts.
-@pytest.mark.parametrize(
-    ("model_type", "change", "expected"),
-    [
-        ("llama", {"rope_scaling": LLAMA3 | {"factor": 32.0}}, {"rope_scaling_factor": 32.0}),
-        ("llama", {}, {"rope_scaling": True, "seq_len_interpolation_factor": None}),
-        (
-            "llama",
-            {"rope_scaling": None, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}},
-            {"rope_scaling": True, "rotary_base": 500000},
-        ),
-        (
-            "qwen2",
-            {"rope_theta": None, "rope_parameters": {**DEEPSEEK_YARN, "rope_theta": 10000.0}},
-            {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 40.0},
-        ),
-        ("mixtral", {}, {"moe_router_pre_softmax": False}),
-        ("qwen3_moe", {}, {"moe_router_pre_softmax": False}),
-        ("qwen3_moe", {"norm_topk_prob": False}, {"moe_router_pre_softmax": True}),
-        (
-            "qwen3_moe",
-            {"decoder_sparse_step": 2, "mlp_only_layers": [1], "num_hidden_layers": 4},
-            {"moe_layer_freq": (0, 0, 0, 1)},
-        ),
-        ("deepseek_v3", {}, {"moe_router_num_groups": 8, "moe_router_group_topk": 4}),
-        ("gpt_oss", {"swiglu_limit": 5.0}, {"activation_func_clamp_value": 5.0}),
-        ("gpt_oss", {"sliding_window": 64}, {"window_size": (63, 0)}),
-        ("glm4_moe", {}, {"rotary_percent": 0.5, "add_qkv_bias": True}),
-        ("qwen2_5_vl", {}, {"position_embedding_type": "mrope", "mrope_section": (16, 24, 24)}),
-        ("gpt2", {}, {"position_embedding_type": "learned_absolute", "kv_channels": 64}),
-    ],
-)
-def test_what_other_converters_lose(
-    model_type: str, change: Config, expected: dict[str, Any]
-) -> None:
-    model = convert(published(model_type) | change)
-    fields = model.transformer.model_dump() | model.gpt_model.model_dump()
-    assert {name: fields[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("model_type", "change", "expected"),
-    [
-        ("llama", {"attention_bias": True}, "attention_bias True and mlp_bias False"),
-        ("qwen3", {"attention_bias": True}, "a bias on all four projections"),
-        ("mixtral", {"num_experts_per_tok": 1}, "of which a softmax is always 1"),
-        ("mixtral", {"num_experts_per_tok": 9}, "expected at most 8 experts"),
-        ("mixtral", {"router_jitter_noise": 0.1}, "noise"),
-        ("qwen3_moe", {"num_experts_per_tok": 1}, "set norm_topk_prob to false"),
-        ("qwen3_moe", {"mlp_only_layers": [48]}, "expected a layer below 48"),
-        ("qwen3_moe", {"decoder_sparse_step": 49}, "leave no layer of experts"),
-        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok: got None"),
-        (
-            "deepseek_v2",
-            {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3},
-            "would choose other experts",
-        ),
-        ("deepseek_v2", {"norm_topk_prob": True}, "which the source's router does not compute"),
-        ("deepseek_v3", {"n_group": 7}, "expected a divisor of the 256 experts"),
-        ("deepseek_v3", {"topk_group": 9}, "expected at most n_group = 8"),
-        ("deepseek_v3", {"num_experts_per_tok": 4}, "would choose other experts"),
-        ("deepseek_v3", {"norm_topk_prob": False}, "expected true and 2 or more"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "the source norms latent vectors"),
-        ("deepseek_v3", {"attention_bias": True}, "biases in latent attention"),
-        ("deepseek_v3", {"rope_interleave": False}, "rotated halves"),
-        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantized"),
-        ("deepseek_v3", {"num_key_value_heads": 64}, "latent attention has no groups"),
-        ("glm4_moe", {"head_dim": None}, "or give head_dim"),
-        ("glm4_moe", {"head_dim": 126}, "rotates 63 of 126"),
-        ("gpt_oss", {"swiglu_alpha": 1.5}, "another slope"),
-        ("gpt_oss", {"layer_types": ["full_attention"]}, "expected 24 of"),
-        ("gpt_oss", {"experts_per_token": 3}, "two spellings of one field"),
-        ("gpt2", {"embd_pdrop": 0.0}, "one hidden_dropout for both"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "divided by the layer's number"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function: got 'relu'"),
-        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "rope type 'su'"),
-        ("qwen2_5_vl", {"rope_scaling": None}, "mrope_section: got None"),
-        ("qwen2_5_vl", {"text_config": {"hidden_size": 1}}, "and 1 in text_config"),
-        ("mistral", {"layer_types": ["sliding_attention"] * 32}, "some layers only"),
-    ],
-)
-def test_refused(model_type: str, change: Config, expected: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        convert(published(model_type) | change)
-    assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
-def test_families_that_megatron_cannot_express(model_type: str) -> None:
-    with pytest.raises(ValueError, match=f"model_type '{model_type}' is not supported: the model"):
-        convert(AutoConfig.for_model(model_type))
-
-
-def test_ties_of_a_text_model_inside_a_larger_one() -> None:
-    config = published("qwen2_5_vl")
-
-    def tied(outer: bool, inner: bool, version: str) -> bool:
-        around = {"tie_word_embeddings": outer, "transformers_version": version}
-        text = {"text_config": {"tie_word_embeddings": inner}}
-        return convert(config | around | text).gpt_model.share_embeddings_and_output_weights
-
-    assert not tied(True, False, "4.57.1"), "transformers 4 reads the text model's"
-    assert tied(False, True, "4.57.1")
-    assert tied(False, True, "5.23.0")
-    with pytest.raises(ValueError, match="tie_word_embeddings: got True, and False in text_config"):
-        tied(True, False, "5.23.0")
-
-
 def test_token_classification() -> None:
     config = published("qwen2") | {
         "architectures": ["Qwen2ForTokenClassification"],
@@ -293,85 +189,27 @@ def test_token_classification() -> None:
             convert(config | change)
 
 
-@pytest.mark.parametrize("model_type", DEFAULT)
-def test_output_forms(model_type: str) -> None:
-    model = convert(published(model_type))
-    document = yaml.safe_load(to_yaml(model))
-    assert document == json.loads(json.dumps(plain(model)))
-    assert document["transformer"]["num_layers"] == model.transformer.num_layers
-    if model_type == "gpt_oss":
-        with pytest.raises(ValueError, match="yarn has no flags"):
-            flags(model)
-        return
-    given_words = words(flags(model))
-    assert given_words[given_words.index("--num-layers") + 1] == str(model.transformer.num_layers)
-    assert all(isinstance(word, str) and word for word in given_words)
-
-
-def test_the_time_of_a_conversion() -> None:
-    """Printed against the limit of 50 ms; a busy machine fails no test."""
-    times_ms = []
-    for model_type in DEFAULT:
-        start = time.perf_counter()
-        convert(published(model_type))
-        times_ms.append((time.perf_counter() - start) * 1e3)
-    print(f"conversion: {min(times_ms):.2f} to {max(times_ms):.2f} ms")
-    assert len(times_ms) == len(DEFAULT)
-
-
-def test_neither_help_nor_conversion_imports_transformers_or_megatron() -> None:
-    code = (
-        "import sys; from scenarios import cli; cli.main(['convert', '--help']); "
-        "from scenarios.convert import convert; convert({'model_type': 'llama'}); "
-        "bad = [m for m in sys.modules if m.split('.')[0] in ('transformers', 'megatron')]; "
-        "assert not bad, bad"
-    )
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=root)
-
-
-LAYOUTS = ["tp2", "pp4", "tp2,pp2", "pp2,vpp2", "pp4,first5,last3", "cp2", "pp3", "tp2,sp", "ep4"]
-
-
-@pytest.mark.parametrize("text", LAYOUTS)
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_layouts(model_type: str, text: str) -> None:
-    layout = ParallelLayout.parse(text)
-    config = published(model_type)
-    has_experts = model_type == "mixtral"
-    wrong = (
-        ("pp3" in text, "num_layers: got 32, expected a multiple of 3"),
-        ("ep4" in text and not has_experts, "ep: got 4, expected 1"),
-        ("tp2" in text and "sp" not in text and has_experts, "add sp to the layout"),
-    )
-    for applies, message in wrong:
-        if applies:
-            with pytest.raises(ValueError, match=message):
-                convert(config, layout=layout)
-            return
-    model = convert(config, layout=layout)
-    stages = model.transformer.stages()
-    assert sorted(layer for parts in stages for part in parts for layer in part) == [*range(32)]
-    assert len(stages) == layout.pp
-    if text == "pp4,first5,last3":
-        assert [len(parts[0]) for parts in stages] == [5, 12, 12, 3]
-    if text == "pp2,vpp2":
-        assert stages[1] == [range(8, 16), range(24, 32)]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("tp2,tp4", "tp is given twice"),
-        ("dp2", "got 'dp2', expected parts like"),
-        ("sp", "needs tp > 1"),
-        ("vpp2", "needs pp > 1"),
-        ("first3", "need pp > 1"),
-    ],
-)
-def test_layouts_that_say_no_layout(text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        ParallelLayout.parse(text)
+def test_heads_of_bert() -> None:
+    """Each class has its own; what is not there is no part of the output."""
+    labels = {"0": "O", "1": "B", "2": "I"}
+    config = {"hidden_dropout_prob": 0.2, "id2label": labels}
+    heads = {}
+    for name in ("ForPreTraining", "ForMaskedLM", "Model", "ForTokenClassification"):
+        changed = published("bert") | config | {"architectures": [f"Bert{name}"]}
+        model = convert(changed)
+        assert model.bert is not None
+        heads[name] = (model.bert.lm_head, model.bert.pooler, model.bert.binary_head)
+        assert model.gpt_model.share_embeddings_and_output_weights == model.bert.lm_head
+        assert (model.head is not None) == (name == "ForTokenClassification")
+        assert lost(changed) == []
+    assert heads == {
+        "ForPreTraining": (True, True, True),
+        "ForMaskedLM": (True, False, False),
+        "Model": (False, True, False),
+        "ForTokenClassification": (False, False, False),
+    }
+    assert model.head is not None
+    assert (model.head.num_labels, model.head.dropout) == (3, 0.2)
 
 
 def test_every_family_has_its_cases() -> None:

@@ -1,6 +1,7 @@
 """Weights: Hugging Face -> every rank of a layout -> Hugging Face, the same bits and names."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.convert_cases import DEFAULT, published
 
 Config = dict[str, Any]
 LAYOUTS = {
+    "bert": "tp2,pp2,sp",
     "gpt2": "tp2,pp2",
     "llama": "tp2,pp4,sp",
     "mistral": "pp2,vpp2",
@@ -29,11 +31,18 @@ LAYOUTS = {
     "qwen2_5_vl": "tp2",
     "qwen3": "tp2,pp2,vpp2",
     "qwen3_moe": "ep4,pp2",
+    "qwen3_next": "tp2,sp,ep2,pp2",
     "phi3": "tp2,pp2",
     "deepseek_v2": "tp2,ep2,sp",
     "deepseek_v3": "ep8,pp2,last1",
     "glm4_moe": "tp2,sp,ep2,etp2",
     "gpt_oss": "tp2,ep4,etp2,sp",
+    "gemma": "pp2,vpp2",
+    "gemma2": "tp2,pp2,first1",
+    "gemma3_text": "pp4",
+    "gemma3": "tp2,pp2",
+    "glm4": "tp2,sp,pp2,vpp2",
+    "olmoe": "tp2,ep2,etp2,sp,pp2",
 }
 
 
@@ -69,7 +78,7 @@ def test_round_trip(model_type: str, tmp_path: Path) -> None:
     )
     to_hugging_face(tmp_path / "megatron", tmp_path / "back", max_file_nbytes=50000)
     back = read(tmp_path / "back")
-    vision = {name: tensor for name, tensor in source.items() if "visual" in name}
+    vision = {n: t for n, t in source.items() if re.search("visual|vision|multi_modal", n)}
     assert same_bits(back | vision, source)
     assert convert(tmp_path / "back" / "config.json").gpt_model == convert(config).gpt_model
     ranks = [folder for folder in (tmp_path / "megatron").iterdir() if folder.is_dir()]
@@ -168,6 +177,70 @@ def test_what_old_files_hold_besides(tmp_path: Path) -> None:
     assert same_bits(read(tmp_path / "gpt2_back"), bare)
 
 
+def test_old_names_and_copies_of_bert(tmp_path: Path) -> None:
+    """Norms called gamma and beta, counted positions, and the output's own table and bias."""
+    config = small("bert")
+    source = saved(config, tmp_path / "hf")
+    copies = {
+        "cls.predictions.decoder.weight": source["bert.embeddings.word_embeddings.weight"].clone(),
+        "cls.predictions.decoder.bias": source["cls.predictions.bias"].clone(),
+    }
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def renamed(name: str) -> str:
+        ending = next((new for new in old if name.endswith(new)), "")
+        return name.removesuffix(ending) + old.get(ending, "")
+
+    file = {renamed(name): tensor for name, tensor in (source | copies).items()}
+    assert sum(name.endswith("gamma") for name in file) == 2 + 2 * config["num_hidden_layers"]
+    positions = {"bert.embeddings.position_ids": torch.arange(512)[None]}
+    save_file(file | positions, tmp_path / "hf" / "model.safetensors")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", config)
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back")
+    assert same_bits(read(tmp_path / "back"), source | copies)
+    change_tensors(tmp_path / "hf", lambda t: t["cls.predictions.decoder.bias"].add_(1))
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder\.bias.*would be lost"):
+        to_megatron(tmp_path / "hf", tmp_path / "other", config)
+
+
+def test_what_published_predictors_hold_besides(tmp_path: Path) -> None:
+    """Copies of the embedding and of the head go through; what is no copy is refused."""
+    config = small("deepseek_v3")
+    source = saved(config, tmp_path / "hf")
+    at = f"model.layers.{config['num_hidden_layers']}."
+    copies = {
+        f"{at}embed_tokens.weight": source["model.embed_tokens.weight"].clone(),
+        f"{at}shared_head.head.weight": source["lm_head.weight"].clone(),
+    }
+    save_file(source | copies, tmp_path / "hf" / "model.safetensors")
+    layout = ParallelLayout.parse("tp2,pp2,vpp2,sp,ep2")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", config, layout=layout)
+    last = read(tmp_path / "megatron/tp1_pp1")
+    table = last["model1.embedding.word_embeddings.weight"]
+    assert torch.equal(table, source["model.embed_tokens.weight"].chunk(2)[1])
+    assert "model1.mtp.layers.0.eh_proj.weight" in last
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back")
+    assert same_bits(read(tmp_path / "back"), source | copies)
+
+    change_tensors(tmp_path / "hf", lambda t: t[f"{at}embed_tokens.weight"].add_(1))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight.*would be lost"):
+        to_megatron(tmp_path / "hf", tmp_path / "other", config)
+
+
+def test_a_file_without_the_predictors_that_its_configuration_names(tmp_path: Path) -> None:
+    """As transformers writes it, which leaves them out."""
+    config = small("glm4_moe")
+    source = saved(config, tmp_path / "hf")
+    kept = {name: tensor for name, tensor in source.items() if ".layers.4." not in name}
+    save_file(kept, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.4\..*without multi-token prediction has"):
+        to_megatron(tmp_path / "hf", tmp_path / "megatron", config)
+    without = {"mtp_num_layers": 0}
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", config, overrides=without)
+    to_hugging_face(tmp_path / "megatron", tmp_path / "back")
+    assert same_bits(read(tmp_path / "back"), kept)
+
+
 def test_an_index_of_several_files(tmp_path: Path) -> None:
     config = small("qwen2")
     source = saved(config, tmp_path / "hf")
@@ -204,16 +277,20 @@ def test_folders(tmp_path: Path) -> None:
     rows=st.integers(1, 4),
     columns=st.integers(1, 4),
     degree=st.sampled_from([1, 2, 3, 4]),
-    cut=st.sampled_from(["none", "rows", "columns", "gated rows"]),
+    cut=st.sampled_from(["none", "rows", "columns", "gated rows", "sections"]),
 )
 def test_parts_make_the_whole(rows: int, columns: int, degree: int, cut: Any) -> None:
     shape = (2 * rows * degree, columns * degree)
     whole = torch.arange(shape[0] * shape[1]).reshape(shape)
+    if cut == "sections":
+        cut = ((2 * rows - 1) * degree, degree)
     parts = [cut_part(whole, cut, rank, degree) for rank in range(degree)]
     assert torch.equal(join_parts(parts, cut), whole)
-    if cut == "gated rows":
-        gate, up = whole.chunk(2)
-        assert torch.equal(parts[-1], torch.cat([gate.chunk(degree)[-1], up.chunk(degree)[-1]]))
+    sections = whole.chunk(2) if cut == "gated rows" else ()
+    if isinstance(cut, tuple):
+        sections = whole.split(cut)
+    if sections:
+        assert torch.equal(parts[-1], torch.cat([part.chunk(degree)[-1] for part in sections]))
 
 
 def test_parameters_of_published_sizes() -> None:
@@ -223,4 +300,4 @@ def test_parameters_of_published_sizes() -> None:
     assert len(experts) == 8 * 32
     names = [p.name for p in parameters(convert(published("deepseek_v3")))]
     assert len(names) == len(set(names))
-    assert sum("router.expert_bias" in name for name in names) == 58
+    assert sum("router.expert_bias" in name for name in names) == 58 + 1, "and of multi-token"

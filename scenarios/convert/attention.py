@@ -97,6 +97,29 @@ def _layer_types(hf: HF, fields: Fields, derived: list[str], given_by: str) -> N
     set_window_pattern(hf, fields, derived)
 
 
+def windows_in_turn(hf: HF, fields: Fields) -> None:
+    """layer_types, or a window on every other layer from the first on."""
+    layers = range(whole(hf, "num_hidden_layers"))
+    window_pattern(hf, fields, [FULL if i % 2 else SLIDING for i in layers])
+
+
+def window_pattern(hf: HF, fields: Fields, otherwise: list[str]) -> None:
+    """layer_types, or ``otherwise`` where the configuration names none."""
+    types = hf["layer_types"] if hf["layer_types"] is not None else otherwise
+    if (
+        not isinstance(types, list | tuple)
+        or len(types) != len(otherwise)
+        or {*types} - {FULL, SLIDING}
+    ):
+        raise ValueError(
+            f"layer_types: got {types!r}, expected {len(otherwise)} of {FULL!r} and {SLIDING!r}"
+        )
+    if SLIDING in types:
+        set_window_pattern(hf, fields, list(types))
+    else:
+        fields.ignored["sliding_window"] = NO_WINDOW
+
+
 def set_window_pattern(hf: HF, fields: Fields, layer_types: list[str]) -> None:
     """The window, and which layers have it."""
     fields.transformer["window_size"] = (whole(hf, "sliding_window") - 1, 0)

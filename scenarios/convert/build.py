@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from scenarios.convert.delta_net import delta_net_block
+from scenarios.convert.extra import extend_block, extend_model, zero_center_block
 from scenarios.convert.megatron import MegatronModel
 
 if TYPE_CHECKING:
@@ -9,7 +11,10 @@ if TYPE_CHECKING:
 
 YARN = "yarn_"
 OWN_FORM = frozenset(
-    {"activation_func", "moe_layer_freq", "window_attn_skip_freq", "mrope_section"}
+    {
+        *("activation_func", "moe_layer_freq", "window_attn_skip_freq", "mrope_section"),
+        "linear_attention_freq",
+    }
 )
 """Fields that TransformerConfig takes in another form than the plain one."""
 
@@ -72,9 +77,52 @@ def layer_spec(model: MegatronModel, config: "TransformerConfig", **choices: Any
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     choices.setdefault("use_transformer_engine", True)
-    return get_gpt_decoder_block_spec(
+    block = get_gpt_decoder_block_spec(
         config, normalization=model.transformer.normalization, **choices
     )
+    if config.layernorm_zero_centered_gamma and not choices["use_transformer_engine"]:
+        block = zero_center_block(block)
+    if model.transformer.linear_attention_freq is not None:
+        block = delta_net_block(block, config, **choices)
+    return block if model.extra is None else extend_block(block, model.extra)
+
+
+def gpt_model(
+    model: MegatronModel, config: "TransformerConfig", spec: Any, **arguments: Any
+) -> Any:
+    """The GPTModel, with the extra modules that are no part of its layers.
+
+    Args:
+        model: the converted model.
+        config: its ``transformer_config``.
+        spec: its ``layer_spec``.
+        arguments: further arguments of GPTModel: pre_process, post_process, vp_stage.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    built = GPTModel(config, spec, **gpt_model_arguments(model), **arguments)
+    if model.extra is not None:
+        extend_model(built, model.extra)
+    return built
+
+
+def prediction_spec(
+    model: MegatronModel, config: "TransformerConfig", spec: Any, **choices: Any
+) -> Any:
+    """The specification of multi-token prediction, GPTModel's mtp_block_spec; None without it.
+
+    Args:
+        model: the converted model.
+        config: its ``transformer_config``.
+        spec: its ``layer_spec``, of which the last layer is repeated.
+        choices: use_transformer_engine, vp_stage, pp_rank of get_gpt_mtp_block_spec.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    if not model.transformer.mtp_num_layers:
+        return None
+    choices.setdefault("use_transformer_engine", True)
+    return get_gpt_mtp_block_spec(config, spec, **choices)
 
 
 def _activation(name: str) -> Any:

@@ -10,6 +10,8 @@ from scenarios.convert.families import family_of
 from scenarios.convert.family import Family, Fields, Ignored, Only, Row
 from scenarios.convert.layout import ParallelLayout
 from scenarios.convert.megatron import (
+    BertArguments,
+    ExtraModules,
     GPTModelArguments,
     LatentFields,
     MegatronModel,
@@ -30,7 +32,8 @@ def convert(
     Args:
         config: a mapping, the path of a config.json, or a transformers configuration object.
         layout: how the model will be cut over ranks; none: not at all.
-        overrides: fields of TransformerConfig or arguments of GPTModel to set instead.
+        overrides: fields of TransformerConfig, arguments of GPTModel or settings of the family's
+            extra modules to set instead.
     Returns:
         The model for that layout.
     Raises:
@@ -59,6 +62,8 @@ def convert(
         transformer=TransformerFields.build(**fields.transformer),
         gpt_model=GPTModelArguments.build(**fields.gpt_model),
         mla=LatentFields.build(**fields.mla) if fields.mla else None,
+        bert=BertArguments.build(**fields.bert) if fields.bert else None,
+        extra=ExtraModules.build(**fields.extra) if fields.extra else None,
         head=TokenClassificationHead.build(**fields.head) if fields.head else None,
         ignored=fields.ignored,
     )
@@ -131,7 +136,7 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     elif isinstance(default, int) and value is not None:
         right = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         expected = "an integer"
-    elif isinstance(default, float):
+    elif isinstance(default, float) and value is not None:
         right = isinstance(value, int | float) and not isinstance(value, bool)
         expected = "a number"
     else:
@@ -146,6 +151,8 @@ def _override(fields: Fields, overrides: Mapping[str, Any]) -> None:
         (TransformerFields, fields.transformer),
         (GPTModelArguments, fields.gpt_model),
         *(((LatentFields, fields.mla),) if fields.mla else ()),
+        *(((BertArguments, fields.bert),) if fields.bert else ()),
+        *(((ExtraModules, fields.extra),) if fields.extra else ()),
     ):
         for name in model.model_fields:
             sections.setdefault(name, []).append(section)
@@ -162,7 +169,7 @@ def _merged(whole: dict[str, Any], text: dict[str, Any], part: str) -> dict[str,
     tied = text.get("tie_word_embeddings")
     if tied or str(whole.get("transformers_version")).startswith("4."):
         # transformers 4 ties by the text model alone; 5 also where the larger model says so.
-        whole = {**whole, "tie_word_embeddings": tied}
+        whole = {name: v for name, v in whole.items() if name != "tie_word_embeddings"}
     for name in sorted(text.keys() & whole.keys() - {"architectures", "transformers_version"}):
         if _plain(text[name]) != _plain(whole[name]) and None not in (text[name], whole[name]):
             raise ValueError(

@@ -70,5 +70,4 @@ FAMILY = Family(
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",
     },
-    note="layers of multi-token prediction are not run: the source's class leaves them out",
 )

@@ -18,6 +18,14 @@ def precision(hf: HF, fields: Fields) -> None:
     fields.transformer |= {"bf16": name == "bfloat16", "fp16": name == "float16"}
 
 
+def labels_tokens(hf: HF) -> bool:
+    """Whether the head is one of token classification."""
+    names = hf["architectures"]
+    return isinstance(names, list | tuple) and any(
+        str(name).endswith(TOKEN_CLASSIFICATION) for name in names
+    )
+
+
 def output_head(hf: HF, fields: Fields) -> None:
     """A language model, or one label for each token on top of the same layers."""
     names = hf["architectures"] or []
@@ -35,6 +43,22 @@ def output_head(hf: HF, fields: Fields) -> None:
             )
         fields.ignored |= dict.fromkeys(labels, "a setting of classification heads")
         return
+    fields.ignored |= dict.fromkeys(("id2label", "label2id"), "only the number of labels counts")
+    dropout = hf["classifier_dropout"]
+    fields.head |= {
+        "num_labels": labels_of(hf),
+        "dropout": 0.1 if dropout is None else dropout,
+    }
+    fields.gpt_model["share_embeddings_and_output_weights"] = False
+    fields.ignored["tie_word_embeddings"] = "there is no output embedding to tie"
+
+
+def labels_of(hf: HF) -> int:
+    """How many labels a classification head has.
+
+    Raises:
+        ValueError: the fields that say it contradict each other.
+    """
     named = hf["id2label"] if hf["id2label"] is not None else {}
     ids = hf["label2id"] if hf["label2id"] is not None else {}
     if not isinstance(named, dict) or not isinstance(ids, dict):
@@ -45,14 +69,7 @@ def output_head(hf: HF, fields: Fields) -> None:
         raise ValueError(
             f"num_labels, id2label and label2id: got {sorted(counts)} labels, expected one number"
         )
-    fields.ignored |= dict.fromkeys(("id2label", "label2id"), "only the number of labels counts")
-    dropout = hf["classifier_dropout"]
-    fields.head |= {
-        "num_labels": counts.pop() if counts else 2,
-        "dropout": 0.1 if dropout is None else dropout,
-    }
-    fields.gpt_model["share_embeddings_and_output_weights"] = False
-    fields.ignored["tie_word_embeddings"] = "there is no output embedding to tie"
+    return counts.pop() if counts else 2
 
 
 EVERY_FAMILY: dict[str, Row] = {

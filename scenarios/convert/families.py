@@ -1,56 +1,47 @@
-"""The families that are converted, and those that Megatron-LM cannot express."""
+"""The families that are converted."""
 
 from scenarios.convert import (
+    bert,
     deepseek_v2,
     deepseek_v3,
+    gemma,
+    gemma2,
+    gemma3,
+    gemma3_text,
+    glm4,
     glm4_moe,
     gpt2,
     gpt_oss,
     llama,
     mistral,
     mixtral,
+    olmoe,
     phi3,
     qwen2,
     qwen2_5_vl,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    qwen3_next,
 )
 from scenarios.convert.family import Family
 from scenarios.flags import close_match
 
 _MODULES = (
-    *(gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen2_5_vl, qwen3, qwen3_moe),
+    *(bert, gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen2_5_vl, qwen3, qwen3_moe),
     *(phi3, deepseek_v2, deepseek_v3, glm4_moe, gpt_oss),
+    *(gemma, gemma2, gemma3_text, gemma3, glm4, olmoe, qwen3_next),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 FAMILIES["qwen2_5_vl_text"] = FAMILIES["qwen2_5_vl"]
-
-_SANDWICH = "norms after attention and MLP, for which its layer has no place"
-_GEMMA = f"embeddings multiplied by sqrt(hidden_size), for which GPTModel has no field; {_SANDWICH}"
-REFUSED: dict[str, str] = {
-    "bert": "norms after the residual sum; megatron-core 0.16.1 normalises before, and reads "
-    "apply_residual_connection_post_layernorm nowhere",
-    "gemma": "embeddings multiplied by sqrt(hidden_size), for which GPTModel has no field",
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _GEMMA),
-    "glm4": f"{_SANDWICH}",
-    "olmoe": "one norm over the queries of all heads together; qk_layernorm is one for each head",
-    "qwen3_next": "gated delta net layers, which megatron-core computes with "
-    "flash-linear-attention on a GPU only; nothing here could prove them",
-}
-"""model_type -> what the model has that Megatron-LM's GPTModel has not."""
 
 
 def family_of(model_type: object) -> Family:
     """The table of a ``model_type``.
 
     Raises:
-        ValueError: it is unknown, or Megatron-LM cannot express it.
+        ValueError: it is unknown.
     """
-    if isinstance(model_type, str) and model_type in REFUSED:
-        raise ValueError(
-            f"model_type {model_type!r} is not supported: the model has {REFUSED[model_type]}"
-        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type: got {model_type!r}, expected one of {sorted(FAMILIES)}"

@@ -14,6 +14,8 @@ class Fields:
     transformer: dict[str, Any] = field(default_factory=dict)
     gpt_model: dict[str, Any] = field(default_factory=dict)
     mla: dict[str, Any] = field(default_factory=dict)
+    bert: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     head: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 
@@ -67,8 +69,12 @@ class Family:
     """What {base} in a tensor's name may stand for."""
     other_tensors: tuple[str, ...] = ()
     """How names of tensors begin that are not the converted model's."""
-    note: str = ""
-    """What the proof does not cover, for the output."""
+    old_endings: Mapping[str, str] = field(default_factory=dict)
+    """How names of tensors end in old files -> in new ones."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensor that a file may hold besides -> the tensor that it must equal."""
+    label_layer: str = "score"
+    """Name of the linear layer of token classification."""
 
 
 def whole(hf: HF, name: str, minimum: int = 1) -> int:

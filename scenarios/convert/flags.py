@@ -1,10 +1,17 @@
-"""A converted model as Megatron-LM's command-line flags, and as YAML."""
+"""A converted model as Megatron-LM's command-line flags, and as YAML.
+
+The flags are those of pretrain_gpt.py beside megatron-core 0.16: ``megatron/training/arguments.py``
+makes most of them from TransformerConfig's fields, and ``gpt_builders.py`` hands some to GPTModel.
+A setting that the command line takes and no model gets is refused here.
+"""
 
 from typing import Any
 
+from scenarios.convert.bert_build import bert_arguments
+from scenarios.convert.extra import class_names, layer_spec_name, listing
 from scenarios.convert.megatron import MegatronModel
 
-Flag = bool | int | float | str
+Flag = bool | int | float | str | tuple[int | str, ...]
 
 
 def flags(model: MegatronModel) -> dict[str, Flag]:
@@ -13,12 +20,14 @@ def flags(model: MegatronModel) -> dict[str, Flag]:
     Args:
         model: the converted model.
     Returns:
-        Flag -> value, True for a switch.
+        Flag -> value, True for a switch, a tuple for several words.
     Raises:
         ValueError: the model needs a field that has no flag.
     """
+    _refuse_extra_modules(model)
     _refuse_what_has_no_flag(model)
-    given = _attention(model) | _positions(model) | _experts(model) | _latent(model) | _cut(model)
+    given = _layers(model) | _attention(model) | _positions(model) | _experts(model)
+    given |= _latent(model) | _cut(model)
     return {
         flag: value for flag, value in given.items() if value is not None and value is not False
     }
@@ -26,11 +35,14 @@ def flags(model: MegatronModel) -> dict[str, Flag]:
 
 def words(given: dict[str, Flag]) -> list[str]:
     """The flags as a command line's words."""
-    return [
-        word
-        for flag, value in given.items()
-        for word in ([flag] if value is True else [flag, str(value)])
-    ]
+    line: list[str] = []
+    for flag, value in given.items():
+        line.append(flag)
+        if isinstance(value, tuple):
+            line += map(str, value)
+        elif value is not True:
+            line.append(str(value))
+    return line
 
 
 def to_yaml(model: MegatronModel) -> str:
@@ -48,39 +60,104 @@ def plain(model: MegatronModel) -> dict[str, Any]:
         "model_type": model.model_type,
         "transformer_config": "MLATransformerConfig" if mla else "TransformerConfig",
         "transformer": transformer | mla,
-        "gpt_model": model.gpt_model.model_dump(exclude_none=True, mode="json"),
-        "ignored": model.ignored,
     }
+    if model.bert is not None:
+        document["bert_model"] = bert_arguments(model)
+        document["bert_heads"] = model.bert.model_dump(exclude={"num_tokentypes"})
+    else:
+        document["gpt_model"] = model.gpt_model.model_dump(exclude_none=True, mode="json")
     if model.head is not None:
         document["token_classification"] = model.head.model_dump(mode="json")
-    return document
+    if extra := listing(model):
+        document["extra_modules"] = extra
+    return document | {"ignored": model.ignored}
+
+
+BUILT_IN = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+"""MLATransformerConfig's defaults, which no flag changes."""
+ACTIVATIONS = {(True, "silu"), (True, "quick_gelu"), (False, "gelu"), (False, "openai_gelu")}
+"""Gated or not, and the function; openai_gelu is what the fusion of bias and GELU computes."""
+
+
+def _refuse_extra_modules(model: MegatronModel) -> None:
+    if model.bert is not None:
+        raise ValueError(
+            "BERT has no flags: --spec of pretrain_bert.py brings layers with SumThenNorm, but its "
+            "BertModel keeps its embedding and its final norm; use bert_build.bert_model instead"
+        )
+    names = class_names(model)
+    if names and layer_spec_name(model) is None:
+        raise ValueError(
+            f"extra modules {', '.join(names)}: no flag says where they belong (--spec names a "
+            "layer without settings); use build.gpt_model instead"
+        )
 
 
 def _refuse_what_has_no_flag(model: MegatronModel) -> None:
-    if model.gpt_model.position_embedding_type == "yarn":
+    gpt, fields, mla = model.gpt_model, model.transformer, model.mla
+    if model.head is not None:
+        raise ValueError("a token classification head has no flags; build GPTModel instead")
+    if gpt.position_embedding_type == "yarn":
         raise ValueError(
             "position_embedding_type yarn has no flags; build TransformerConfig instead"
         )
-    factor = model.gpt_model.seq_len_interpolation_factor
-    if factor is not None and not factor.is_integer():
+    if gpt.seq_len_interpolation_factor is not None:
         raise ValueError(
-            f"seq_len_interpolation_factor: got {factor}, the flag takes integers only"
+            f"seq_len_interpolation_factor: got {gpt.seq_len_interpolation_factor}; "
+            "gpt_builders.py does not hand --rotary-seq-len-interpolation-factor to GPTModel; "
+            "build that instead"
         )
-    if model.head is not None:
-        raise ValueError("a token classification head has no flags; build GPTModel instead")
-    if model.mla is not None:
-        fixed = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
-        for name, value in fixed.items():
-            if getattr(model.mla, name) != value:
-                raise ValueError(
-                    f"{name}: got {getattr(model.mla, name)}, which has no flag; expected {value}, "
-                    "or build MLATransformerConfig instead"
-                )
+    if gpt.rope_scaling and gpt.rope_scaling_factor != 8:
+        raise ValueError(
+            f"rope_scaling_factor: got {gpt.rope_scaling_factor}, expected GPTModel's 8; "
+            "gpt_builders.py does not hand --rope-scaling-factor to it; build GPTModel instead"
+        )
+    if fields.softmax_scale is not None:
+        raise ValueError(
+            f"softmax_scale: got {fields.softmax_scale}, which has no flag; "
+            "build TransformerConfig instead"
+        )
+    activation = (fields.gated_linear_unit, fields.activation_func)
+    if activation not in ACTIVATIONS or (activation[1] == "openai_gelu" and not _has_bias(model)):
+        raise ValueError(
+            f"activation_func {fields.activation_func}, gated_linear_unit "
+            f"{fields.gated_linear_unit}, add_bias_linear {fields.add_bias_linear} have no flag "
+            "together; build TransformerConfig instead"
+        )
+    if mla is None:
+        return
+    if not mla.rotary_base.is_integer():
+        raise ValueError(f"rotary_base: got {mla.rotary_base}, the flag takes integers only")
+    for name, value in BUILT_IN.items():
+        if getattr(mla, name) != value:
+            raise ValueError(
+                f"{name}: got {getattr(mla, name)}, which has no flag; expected {value}, "
+                "or build MLATransformerConfig instead"
+            )
+
+
+def _has_bias(model: MegatronModel) -> bool:
+    return model.transformer.add_bias_linear and model.transformer.num_moe_experts is None
+
+
+def _pattern(layers: tuple[int, ...] | None) -> str | None:
+    """A list as Megatron-LM evaluates it: without blanks."""
+    return None if layers is None else f"[{','.join(map(str, layers))}]"
+
+
+def _layers(model: MegatronModel) -> dict[str, Flag | None]:
+    """What else a layer is made of."""
+    spec = layer_spec_name(model)
+    return {
+        "--spec": None if spec is None else ("scenarios.convert.layer_specs", spec),
+        "--apply-layernorm-1p": model.transformer.layernorm_zero_centered_gamma,
+        "--rotary-interleaved": model.transformer.rotary_interleaved,
+    }
 
 
 def _attention(model: MegatronModel) -> dict[str, Flag | None]:
     fields = model.transformer
-    window, pattern = fields.window_size, fields.window_attn_skip_freq
+    window = fields.window_size
     gated, activation = fields.gated_linear_unit, fields.activation_func
     grouped = fields.num_query_groups != fields.num_attention_heads
     return {
@@ -98,8 +175,8 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
         "--normalization": fields.normalization,
         "--swiglu": gated and activation == "silu",
         "--quick-geglu": gated and activation == "quick_gelu",
-        "--openai-gelu": activation == "openai_gelu",
-        "--no-bias-gelu-fusion": activation in ("gelu", "openai_gelu"),
+        # The fusion is GELU by tanh; --openai-gelu is read by legacy models only.
+        "--no-bias-gelu-fusion": activation in ("gelu", "quick_gelu"),
         "--activation-func-clamp-value": fields.activation_func_clamp_value,
         "--glu-linear-offset": fields.glu_linear_offset or None,
         "--disable-bias-linear": not fields.add_bias_linear,
@@ -109,27 +186,26 @@ def _attention(model: MegatronModel) -> dict[str, Flag | None]:
         "--bf16": fields.bf16,
         "--fp16": fields.fp16,
         "--window-size": None if window is None else f"{window[0]},{window[1]}",
-        "--window-attn-skip-freq": None if pattern is None else str([*pattern]),
+        "--window-attn-skip-freq": _pattern(fields.window_attn_skip_freq),
         "--mtp-num-layers": fields.mtp_num_layers or None,
     }
 
 
 def _positions(model: MegatronModel) -> dict[str, Flag | None]:
     gpt, sections = model.gpt_model, model.transformer.mrope_section
-    factor = gpt.seq_len_interpolation_factor
     base = gpt.rotary_base if model.mla is None else int(model.mla.rotary_base)
     rotary = gpt.position_embedding_type != "learned_absolute"
     return {
         "--vocab-size": gpt.vocab_size,
+        # Else it would be rounded up to a multiple of 128 tp.
+        "--padded-vocab-size": gpt.vocab_size,
         "--max-position-embeddings": gpt.max_sequence_length,
         "--untie-embeddings-and-output-weights": not gpt.share_embeddings_and_output_weights,
         "--position-embedding-type": gpt.position_embedding_type,
         "--rotary-base": base if rotary else None,
         "--rotary-percent": gpt.rotary_percent if rotary else None,
         "--use-rope-scaling": gpt.rope_scaling,
-        "--rope-scaling-factor": gpt.rope_scaling_factor if gpt.rope_scaling else None,
-        "--rotary-seq-len-interpolation-factor": None if factor is None else int(factor),
-        "--mrope-section": None if sections is None else " ".join(map(str, sections)),
+        "--mrope-section": sections,
     }
 
 
@@ -137,11 +213,10 @@ def _experts(model: MegatronModel) -> dict[str, Flag | None]:
     fields = model.transformer
     if fields.num_moe_experts is None:
         return {}
-    pattern = fields.moe_layer_freq
     return {
         "--num-experts": fields.num_moe_experts,
         "--moe-ffn-hidden-size": fields.moe_ffn_hidden_size,
-        "--moe-layer-freq": None if pattern is None else str([*pattern]),
+        "--moe-layer-freq": _pattern(fields.moe_layer_freq),
         "--moe-shared-expert-intermediate-size": fields.moe_shared_expert_intermediate_size,
         "--moe-shared-expert-gate": fields.moe_shared_expert_gate,
         "--moe-router-topk": fields.moe_router_topk,
@@ -167,6 +242,8 @@ def _latent(model: MegatronModel) -> dict[str, Flag | None]:
         "--qk-pos-emb-head-dim": model.mla.qk_pos_emb_head_dim,
         "--v-head-dim": model.mla.v_head_dim,
         "--rope-type": model.mla.rope_type,
+        # MLATransformerConfig refuses the fusion, which is on by itself, but for yarn.
+        "--no-rope-fusion": model.mla.rope_type == "rope",
         "--rotary-scaling-factor": model.mla.rotary_scaling_factor,
         "--mscale": model.mla.mscale,
         "--mscale-all-dim": model.mla.mscale_all_dim,

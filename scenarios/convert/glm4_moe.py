@@ -64,5 +64,4 @@ FAMILY = Family(
         "num_mtp_layers": "num_nextn_predict_layers",
         "num_local_experts": "n_routed_experts",
     },
-    note="layers of multi-token prediction are not run: the source's class leaves them out",
 )

@@ -1,8 +1,8 @@
 """gpt-oss (transformers.GptOssConfig): sinks, windows in turn, biased and clamped experts."""
 
-from scenarios.convert.attention import FULL, SLIDING, heads, set_window_pattern
+from scenarios.convert.attention import heads, windows_in_turn
 from scenarios.convert.experts import balance_loss, top_logits_router
-from scenarios.convert.family import HF, Family, Fields, Only, number, whole
+from scenarios.convert.family import HF, Family, Fields, Only, number
 from scenarios.convert.mapping import Copy, OfExperts
 from scenarios.convert.mixtral import every_mlp_is_an_expert
 from scenarios.convert.rope import Unsaid, rope_rows
@@ -25,26 +25,6 @@ YARN = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-
-
-def windows_in_turn(hf: HF, fields: Fields) -> None:
-    """layer_types, or every other layer from the first on."""
-    layers = range(whole(hf, "num_hidden_layers"))
-    types = hf["layer_types"]
-    if types is None:
-        types = [FULL if i % 2 else SLIDING for i in layers]
-    if (
-        not isinstance(types, list | tuple)
-        or len(types) != len(layers)
-        or {*types} - {FULL, SLIDING}
-    ):
-        raise ValueError(
-            f"layer_types: got {types!r}, expected {len(layers)} of {FULL!r} and {SLIDING!r}"
-        )
-    if SLIDING in types:
-        set_window_pattern(hf, fields, list(types))
-    else:
-        fields.ignored["sliding_window"] = "no layer has a sliding window"
 
 
 def clamp(hf: HF, fields: Fields) -> None:

@@ -17,6 +17,10 @@ class Shape(Protocol):
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
+    linear_key_head_dim: int | None
+    linear_value_head_dim: int | None
+    linear_num_key_heads: int | None
+    linear_num_value_heads: int | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,74 @@ class QKV:
 
 
 @dataclass(frozen=True)
+class GatedQKV(QKV):
+    """``QKV`` where each head's query is followed by its gate (Qwen3-Next).
+
+    Rows of a group in Megatron-LM: its queries, their gates, its key, its value.
+    """
+
+    def join(self, tensors: list[Tensor], shape: Shape) -> Tensor:
+        """Hugging Face -> Megatron."""
+        query, *others = tensors
+        heads = query.reshape(shape.num_query_groups, -1, 2, shape.kv_channels, *query.shape[1:])
+        return super().join([heads.transpose(1, 2).reshape(query.shape), *others], shape)
+
+    def split(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
+        """Megatron -> Hugging Face."""
+        query = 2 * shape.num_attention_heads // shape.num_query_groups * shape.kv_channels
+        sizes = [query, shape.kv_channels, shape.kv_channels]
+        first, *others = torch.split(_in_groups(tensor, shape), sizes, dim=1)
+        heads = first.reshape(len(first), 2, -1, shape.kv_channels, *tensor.shape[1:])
+        return [
+            heads.transpose(1, 2).flatten(0, 3),
+            *(part.flatten(0, 1) for part in others),
+        ]
+
+
+@dataclass(frozen=True)
+class DeltaNetInput:
+    """Queries, keys, values, gates, betas and alphas of a delta net.
+
+    The source keeps those of a key head together, the first four in one tensor and the last two in
+    another; Megatron-LM has all queries first, then all keys, and so on.
+    """
+
+    sources: tuple[str, str]
+
+    def join(self, tensors: list[Tensor], shape: Shape) -> Tensor:
+        """Hugging Face -> Megatron."""
+        heads, sizes = _key_heads(shape)
+        in_heads = [tensor.reshape(heads, -1, *tensor.shape[1:]) for tensor in tensors]
+        parts = torch.split(torch.cat(in_heads, dim=1), sizes, dim=1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def split(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
+        """Megatron -> Hugging Face."""
+        heads, _ = _key_heads(shape)
+        parts = torch.split(tensor, list(delta_net_rows(shape)))
+        in_heads = [part.reshape(heads, -1, *tensor.shape[1:]) for part in parts]
+        return [torch.cat(some, dim=1).flatten(0, 1) for some in (in_heads[:4], in_heads[4:])]
+
+
+def delta_net_rows(shape: Shape) -> tuple[int, ...]:
+    """Rows of queries, keys, values, gates, betas and alphas of all heads."""
+    heads, sizes = _key_heads(shape)
+    return tuple(heads * size for size in sizes)
+
+
+def _key_heads(shape: Shape) -> tuple[int, list[int]]:
+    """How many key heads a delta net has, and the same rows of one of them."""
+    heads, values = shape.linear_num_key_heads, shape.linear_num_value_heads
+    key, value = shape.linear_key_head_dim, shape.linear_value_head_dim
+    assert heads is not None
+    assert values is not None
+    assert key is not None
+    assert value is not None
+    each = values // heads
+    return heads, [key, key, each * value, each * value, each, each]
+
+
+@dataclass(frozen=True)
 class FusedQKV(Copy):
     """Query, key and value in one tensor, one after the other (Phi-3, GPT-2)."""
 
@@ -144,4 +216,4 @@ class OfExperts(Copy):
         return [part]
 
 
-Mapped = Copy | Stacked | QKV
+Mapped = Copy | Stacked | QKV | DeltaNetInput

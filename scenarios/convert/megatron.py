@@ -40,6 +40,8 @@ class TransformerFields(_Strict):
     attention_dropout: Probability
     hidden_dropout: Probability = 0.0
     normalization: Literal["RMSNorm", "LayerNorm"] = "LayerNorm"
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + weight."""
     activation_func: Literal["silu", "gelu", "openai_gelu", "quick_gelu"] = "gelu"
     """Name of the function; TransformerConfig takes the function itself."""
     activation_func_clamp_value: PositiveFloat | None = None
@@ -48,6 +50,8 @@ class TransformerFields(_Strict):
     add_bias_linear: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    softmax_scale: PositiveFloat | None = None
+    """Factor on the scores of attention; none: 1 / sqrt(kv_channels)."""
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
     """learnable: a sink for each head."""
     multi_latent_attention: bool = False
@@ -57,6 +61,18 @@ class TransformerFields(_Strict):
     """Tokens a position sees to the left and to the right of itself."""
     window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
     """1 for each layer with the window, 0 for each with full attention."""
+    attention_output_gate: bool = False
+    """The output of attention is multiplied by the sigmoid of a gate beside the query."""
+    experimental_attention_variant: Literal["gated_delta_net"] | None = None
+    linear_attention_freq: tuple[Literal[0, 1], ...] | None = None
+    """1 for each layer with that variant, 0 for each with attention."""
+    linear_conv_kernel_dim: PositiveInt | None = None
+    linear_key_head_dim: PositiveInt | None = None
+    linear_value_head_dim: PositiveInt | None = None
+    linear_num_key_heads: PositiveInt | None = None
+    linear_num_value_heads: PositiveInt | None = None
+    rotary_interleaved: bool = False
+    """Pairs are neighbours in a head, and not half a head apart."""
     mrope_section: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Pairs of a head that time, height and width rotate."""
     num_moe_experts: PositiveInt | None = None
@@ -104,6 +120,7 @@ class TransformerFields(_Strict):
         for name, degree in {
             "num_attention_heads": tp,
             "num_query_groups": tp,
+            "linear_num_key_heads": tp,
             "ffn_hidden_size": tp,
             "moe_shared_expert_intermediate_size": tp,
             "moe_ffn_hidden_size": etp,
@@ -118,6 +135,11 @@ class TransformerFields(_Strict):
             raise ValueError(
                 f"tp {tp} with experts: Megatron-LM trains that with sequence parallelism only; "
                 "add sp to the layout"
+            )
+        if self.linear_attention_freq is not None and self.context_parallel_size > 1:
+            raise ValueError(
+                f"cp: got {self.context_parallel_size}, expected 1: megatron-core's GatedDeltaNet "
+                "has no context parallelism"
             )
         self.stages()
         return self
@@ -135,6 +157,10 @@ class TransformerFields(_Strict):
             first=self.num_layers_in_first_pipeline_stage,
             last=self.num_layers_in_last_pipeline_stage,
         )
+
+    def has_delta_net(self, layer: int) -> bool:
+        """Whether the layer, counted from 0, has linear attention."""
+        return self.linear_attention_freq is not None and bool(self.linear_attention_freq[layer])
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer, counted from 0, is a mixture of experts."""
@@ -177,6 +203,47 @@ class GPTModelArguments(_Strict):
     seq_len_interpolation_factor: PositiveFloat | None = None
 
 
+class BertArguments(_Strict):
+    """What megatron.core.models.bert.BertModel takes besides, and which of its heads there are.
+
+    BertModel always has an LM head, and with its pooler a head for pairs of sentences; a head that
+    the source's class has not is taken out.
+    """
+
+    num_tokentypes: PositiveInt
+    lm_head: bool
+    """Linear, GELU and norm, then the output layer with a bias for each word."""
+    pooler: bool
+    """Linear and tanh of the first token; BertModel's add_binary_head."""
+    binary_head: bool
+    """Two logits of the pooled token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.binary_head and not self.pooler:
+            raise ValueError("binary_head: got true without pooler, of which it takes the output")
+        return self
+
+
+class ExtraModules(_Strict):
+    """What neither TransformerConfig nor GPTModel has a field for; ``extra.py`` has the modules."""
+
+    embedding_scale: PositiveFloat | None = None
+    """Factor on the embeddings, rounded to their dtype."""
+    post_norms: bool = False
+    """Norms after attention and after the MLP, before the sums with the residual."""
+    all_heads_qk_norm: bool = False
+    """One norm over the queries of all heads, and one over the keys."""
+    plain_delta_norm: bool = False
+    """The norm inside delta nets multiplies by its weight where others do by 1 + weight."""
+    local_rotary_base: PositiveInt | None = None
+    """Rotary base of the layers with a window; GPTModel's rotary_base is that of the others."""
+    attention_softcap: PositiveFloat | None = None
+    """c of c * tanh(score / c)."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for the logits."""
+
+
 class TokenClassificationHead(_Strict):
     """What takes the place of GPTModel's output_layer: dropout, then a linear layer with a bias."""
 
@@ -191,6 +258,9 @@ class MegatronModel(_Strict):
     transformer: TransformerFields
     gpt_model: GPTModelArguments
     mla: LatentFields | None = None
+    bert: BertArguments | None = None
+    """With it the model is BertModel, to which ``gpt_model``'s arguments go as well."""
+    extra: ExtraModules | None = None
     head: TokenClassificationHead | None = None
     ignored: dict[str, str] = Field(default_factory=dict)
     """Field of the source -> why it changes nothing in this model."""
@@ -203,6 +273,15 @@ class MegatronModel(_Strict):
         _check_divisible(
             "max_sequence_length", self.gpt_model.max_sequence_length, 2 * cp if cp > 1 else 1
         )
+        if self.bert is not None and cp > 1:
+            raise ValueError(
+                f"cp: got {cp}, expected 1: BertModel counts positions from 0 on every rank"
+            )
+        if self.extra is not None and self.extra.attention_softcap is not None and cp > 1:
+            raise ValueError(
+                f"cp: got {cp}, expected 1: capped scores are computed by megatron-core's "
+                "DotProductAttention, which has no context parallelism"
+            )
         return self
 
 

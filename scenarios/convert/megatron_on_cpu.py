@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 
+from scenarios.convert import delta_net
+
 CPU = torch.device("cpu")
 
 
@@ -54,6 +56,7 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_replaced(torch.cuda, _CUDA))
         from megatron.core import parallel_state
+        from megatron.core.ssm import gated_delta_net
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils
@@ -62,6 +65,7 @@ def megatron_on_cpu() -> Iterator[None]:
         # Without Transformer Engine megatron-core 0.16.1 leaves this name out, and reads it.
         stack.enter_context(_replaced(multi_latent_attention, {"HAVE_TE": False}))
         stack.enter_context(_replaced(moe_utils, {"te_general_gemm": None}))
+        stack.enter_context(_replaced(gated_delta_net, delta_net.on_cpu()))
         stack.enter_context(_CudaMeansCpu())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

@@ -74,6 +74,19 @@ def rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
         fields.transformer |= _yarn(hf, given)
 
 
+def default_base(hf: HF, *, unsaid: Unsaid) -> int:
+    """The base of a rotation of whole heads without scaling, which is written as for ``rope``."""
+    given = one_spelling(hf, unsaid)
+    kind, theta = given.pop("rope_type"), given.pop("rope_theta")
+    percent = given.pop("partial_rotary_factor")
+    if (kind, percent) != ("default", 1) or given:
+        raise ValueError(
+            f"rope of layers with a window: got type {kind!r}, partial_rotary_factor {percent} and "
+            f"{given}, expected type 'default' of whole heads without parameters"
+        )
+    return _base(theta)
+
+
 def sectioned_rope(hf: HF, fields: Fields, *, unsaid: Unsaid) -> None:
     """Rotary positions of time, height and width (Qwen2.5-VL), each for its part of a head."""
     given = one_spelling(hf, unsaid)
@@ -187,10 +200,14 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_base(theta: Any, fields: Fields) -> None:
+    fields.gpt_model["rotary_base"] = _base(theta)
+
+
+def _base(theta: Any) -> int:
     check_positive("rope_theta", theta)
     if float(theta) != int(theta):
         raise ValueError(f"rope_theta: got {theta}, expected a whole number, as Megatron-LM takes")
-    fields.gpt_model["rotary_base"] = int(theta)
+    return int(theta)
 
 
 def _set_percent(percent: Any, kind: str, fields: Fields, unsaid: Unsaid) -> None:

@@ -13,15 +13,19 @@ LIMITS = {
     "shared_expert_intermediate_size": 40,
     "n_positions": 64,
     "sliding_window": 7,
+    "sliding_window_pattern": 3,
     "max_window_layers": 2,
     "decoder_sparse_step": NUM_LAYERS,
     "first_k_dense_replace": 1,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "n_shared_experts": 2,
-    "num_mtp_layers": 0,
-    "num_nextn_predict_layers": 0,
+    "num_nextn_predict_layers": 2,
     "swiglu_limit": 1.5,
+    "full_attention_interval": NUM_LAYERS,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "attn_logit_softcapping": 2.0,
 }
 """Field -> the largest value the small model has; smaller ones stay."""
 MAX_HEADS, MAX_HIDDEN, MAX_EXPERTS = 8, 128, 16
@@ -47,6 +51,7 @@ def shrink(config: Any) -> dict[str, Any]:
     hf |= {"model_type": family.model_type, "dtype": "float32", "pad_token_id": None}
     no_layer_has_a_window = (hf.get("max_window_layers") or 0) >= hf.get("num_hidden_layers", 0)
     _heads(hf)
+    _delta_nets(hf)
     _experts(hf)
     for name, limit in LIMITS.items():
         value = hf.get(name)
@@ -57,11 +62,17 @@ def shrink(config: Any) -> dict[str, Any]:
     if hf.get("layer_types") is not None:
         # Derived anew from the fields above where the family does that.
         keep = "use_sliding_window" not in hf
-        hf["layer_types"] = list(hf["layer_types"][:NUM_LAYERS]) if keep else None
+        hf["layer_types"] = _layer_types(hf["layer_types"]) if keep else None
     if hf.get("mlp_only_layers"):
         hf["mlp_only_layers"] = _dense_layers(hf)
     said = {*given, "pad_token_id"}
     return {name: value for name, value in hf.items() if value is not None or name in said}
+
+
+def _layer_types(types: list[str]) -> list[str]:
+    """Those of the first layers; the last one stands for a kind that comes later only."""
+    kept, missing = list(types[:NUM_LAYERS]), {*types[NUM_LAYERS:]} - {*types[:NUM_LAYERS]}
+    return [*kept[:-1], missing.pop()] if missing else kept
 
 
 def _dense_layers(hf: dict[str, Any]) -> list[int]:
@@ -90,6 +101,14 @@ def _heads(hf: dict[str, Any]) -> None:
         hf |= {hidden: 16 * hf[heads], "head_dim": head_dim}
     else:
         hf[hidden] = hf[heads] * head_dim
+
+
+def _delta_nets(hf: dict[str, Any]) -> None:
+    """Fewer heads of linear attention; several values for a key stay several."""
+    if "linear_num_key_heads" in hf:
+        ratio = hf["linear_num_value_heads"] // hf["linear_num_key_heads"]
+        hf["linear_num_key_heads"] = min(hf["linear_num_key_heads"], 2)
+        hf["linear_num_value_heads"] = hf["linear_num_key_heads"] * min(ratio, MAX_HEADS // 2)
 
 
 def _experts(hf: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Folders of safetensors files: read one tensor at a time, written in files of limited size."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,34 @@ MAX_FILE_NBYTES = 1 << 30
 class TensorFolder:
     """The tensors of a folder by name; each is read from its file when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: ValueError: the folder holds no safetensors, or its index names missing files."""
+    def __init__(self, folder: Path, old_endings: Mapping[str, str] | None = None) -> None:
+        """Find the tensors.
+
+        Args:
+            folder: with safetensors, and an index if there are several files.
+            old_endings: how names in the files end -> how they end here.
+        Raises:
+            ValueError: the folder holds no safetensors, or its index names missing files.
+        """
         self.folder = folder
+        self._stored: dict[str, str] = {}
         self._open: dict[str, Any] = {}
         index = folder / INDEX
         if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            missing = {name for name in self._file_of.values() if not (folder / name).exists()}
+            file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            missing = {name for name in file_of.values() if not (folder / name).exists()}
             if missing:
                 raise ValueError(f"{index}: names {sorted(missing)[0]}, which does not exist")
-            return
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder}: holds no *.safetensors")
-        self._file_of = {name: file.name for file in files for name in self._file(file.name).keys()}  # noqa: SIM118
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                raise ValueError(f"{folder}: holds no *.safetensors")
+            file_of = {name: file.name for file in files for name in self._file(file.name).keys()}  # noqa: SIM118
+        for stored in file_of:
+            old = next((old for old in old_endings or () if stored.endswith(old)), "")
+            name = stored.removesuffix(old) + (old_endings or {}).get(old, "")
+            self._stored[name] = stored
+        self._file_of = {name: file_of[stored] for name, stored in self._stored.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -47,7 +60,8 @@ class TensorFolder:
         if name not in self._file_of:
             raise ValueError(f"{self.folder}: tensor {name!r} is missing")
         file = self._file(self._file_of[name])
-        tensor: Tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        stored = self._stored[name]
+        tensor: Tensor = file.get_tensor(stored) if row is None else file.get_slice(stored)[row]
         return tensor
 
     def _file(self, name: str) -> Any:

@@ -7,6 +7,7 @@ virtual stage. One tensor is in memory at a time, and what waits for a file to b
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from scenarios.convert.megatron import MegatronModel
 from scenarios.convert.tensor_files import MAX_FILE_NBYTES, TensorFolder, TensorWriter
 from scenarios.convert.weights import (
     Parameter,
+    copies,
     cut_part,
     join_parts,
     mapped,
@@ -31,7 +33,7 @@ from scenarios.convert.weights import (
 
 CONVERSION = "conversion.json"
 EMBEDDING = "embedding.word_embeddings.weight"
-NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "embeddings.position_ids")
 """How names of buffers end that old files hold and that are computed anew."""
 
 
@@ -40,15 +42,17 @@ class HuggingFaceWeights:
 
     def __init__(self, folder: Path, model: MegatronModel) -> None:
         """Raises: ValueError: a tensor is missing, or one would be left over."""
-        self._tensors = TensorFolder(folder)
-        self._model = model
         family = family_of(model.model_type)
+        self._tensors = TensorFolder(folder, family.old_endings)
+        self._model = model
         first = mapped(model, next(parameters(model))).sources[0]
         found = [base for base in family.bases if first.format(base=base) in self._tensors]
         if not found:
             raise ValueError(f"{folder}: tensor {first.format(base=family.bases[0])!r} is missing")
         self.base = found[0]
         """What {base} stands for in this folder's names."""
+        self.copies: dict[str, str] = {}
+        """Tensors of the folder that repeat another."""
         self._check_complete(family.other_tensors)
 
     def read(self, parameter: Parameter) -> Tensor:
@@ -78,23 +82,29 @@ class HuggingFaceWeights:
         }
         missing = sorted(needed - {*self._tensors})
         if missing:
-            raise ValueError(f"{self._tensors.folder}: tensor {missing[0]!r} is missing")
+            advice = ""
+            if re.search(r"\.(eh_proj|enorm|hnorm)\.", " ".join(missing)):
+                advice = "; a model without multi-token prediction has mtp_num_layers 0"
+            raise ValueError(f"{self._tensors.folder}: tensor {missing[0]!r} is missing{advice}")
         left = [
             name
             for name in self._tensors
             if name not in needed and not name.startswith(other) and not name.endswith(NOT_WEIGHTS)
         ]
-        tied = self._model.gpt_model.share_embeddings_and_output_weights
-        if tied and "lm_head.weight" in left:
-            embedding = self._tensors.read(min(n for n in needed if "emb" in n or "wte" in n))
-            if torch.equal(embedding, self._tensors.read("lm_head.weight")):
-                left.remove("lm_head.weight")
+        for copy, original in copies(self._model, self.base).items():
+            if copy in left and _same_bits(self._tensors.read(copy), self._tensors.read(original)):
+                left.remove(copy)
+                self.copies[copy] = original
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise ValueError(
                 f"{self._tensors.folder}: tensor {left[0]!r}{more} belongs to no parameter of the "
                 "converted model, and would be lost"
             )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def to_megatron(
@@ -135,6 +145,7 @@ def to_megatron(
         "layout": layout.model_dump(),
         "overrides": overrides or {},
         "base": weights.base,
+        "copies": weights.copies,
     }
     (target / CONVERSION).write_text(json.dumps(document, indent=1, default=str) + "\n")
     return model
@@ -160,11 +171,11 @@ def to_hugging_face(
         raise ValueError(f"{source / CONVERSION}: cannot be read: {error.strerror}") from None
     layout = ParallelLayout.build(**document["layout"])
     model = convert(document["config"], layout=layout, overrides=document["overrides"])
-    places: dict[str, list[tuple[TensorFolder, str]]] = {}
+    places: dict[str, list[tuple[TensorFolder, str, int]]] = {}
     for folder, held in _rank_folders(model):
         tensors = TensorFolder(source / folder)
-        for name, parameter, _, _ in held:
-            places.setdefault(parameter.name, []).append((tensors, name))
+        for name, parameter, part, _ in held:
+            places.setdefault(parameter.name, []).append((tensors, name, part))
     _check_new(target)
     writer = TensorWriter(target / "weights", max_file_nbytes)
     of_experts: dict[str, list[Tensor]] = {}
@@ -175,6 +186,8 @@ def to_hugging_face(
         for name, tensor in zip(names, form.split(whole, model.transformer), strict=True):
             if not isinstance(form, OfExperts):
                 writer.add(name, tensor)
+                for copy in (c for c, original in document["copies"].items() if original == name):
+                    writer.add(copy, tensor.clone())
                 continue
             of_experts.setdefault(name, []).append(tensor)
             if len(of_experts[name]) == model.transformer.num_moe_experts:
@@ -187,24 +200,15 @@ def to_hugging_face(
     return model
 
 
-def _join(parameter: Parameter, places: list[tuple[TensorFolder, str]]) -> Tensor:
-    """The whole parameter; copies of it must be equal."""
-    parts = [tensors.read(name) for tensors, name in places]
-    copies = 1
-    if parameter.cut == "none":
-        copies = len(parts)
-    elif parameter.name == EMBEDDING:
-        # A tied table lies on the last stage too, after the parts of the first.
-        copies = 2 if any(name.endswith("output_layer.weight") for _, name in places) else 1
-    size = len(parts) // copies
-    for index in range(size, len(parts)):
-        if not torch.equal(parts[index], parts[index % size]):
-            tensors, name = places[index]
-            other, _ = places[index % size]
-            raise ValueError(
-                f"{name}: {tensors.folder.name} and {other.folder.name} hold different copies"
-            )
-    return join_parts(parts[:size], parameter.cut)
+def _join(parameter: Parameter, places: list[tuple[TensorFolder, str, int]]) -> Tensor:
+    """The whole parameter from its parts by number; copies of a part must be equal."""
+    parts: dict[int, tuple[Tensor, str]] = {}
+    for tensors, name, part in places:
+        tensor, rank = tensors.read(name), tensors.folder.name
+        first, other = parts.setdefault(0 if parameter.cut == "none" else part, (tensor, rank))
+        if not torch.equal(tensor, first):
+            raise ValueError(f"{name}: {rank} and {other} hold different copies")
+    return join_parts([parts[part][0] for part in sorted(parts)], parameter.cut)
 
 
 Held = list[tuple[str, Parameter, int, int]]
@@ -246,7 +250,10 @@ def _of_stage(
     prefix = "model{}." if len(parts) > 1 else ""
     is_last = stage == len(stages) - 1
     for parameter in all_parameters:
-        if parameter.layer is not None:
+        if parameter.layer is not None and parameter.layer >= model.transformer.num_layers:
+            if is_last:  # Multi-token prediction.
+                yield prefix.format(len(parts) - 1) + parameter.name, parameter
+        elif parameter.layer is not None:
             for part, layers in enumerate(parts):
                 if parameter.layer in layers:
                     local = layers.index(parameter.layer)
@@ -258,13 +265,12 @@ def _of_stage(
         elif parameter.name.startswith("embedding."):
             if stage == 0:
                 yield prefix.format(0) + parameter.name, parameter
-            if (
-                parameter.name == EMBEDDING
-                and is_last
-                and stage > 0
-                and model.gpt_model.share_embeddings_and_output_weights
-            ):
-                yield prefix.format(len(parts) - 1) + "output_layer.weight", parameter
+            if parameter.name == EMBEDDING and is_last and stage > 0:
+                at = prefix.format(len(parts) - 1)
+                if model.transformer.mtp_num_layers:
+                    yield at + EMBEDDING, parameter
+                if model.gpt_model.share_embeddings_and_output_weights:
+                    yield at + "output_layer.weight", parameter
         elif is_last:
             yield prefix.format(len(parts) - 1) + parameter.name, parameter
 

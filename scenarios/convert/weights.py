@@ -9,12 +9,19 @@ from torch import Tensor
 
 from scenarios.convert.families import family_of
 from scenarios.convert.family import Family
-from scenarios.convert.mapping import Mapped
-from scenarios.convert.megatron import MegatronModel
-from scenarios.convert.weight_names import LAYER, TOKEN_CLASSIFICATION
+from scenarios.convert.mapping import Copy, Mapped, delta_net_rows
+from scenarios.convert.megatron import BertArguments, MegatronModel
+from scenarios.convert.weight_names import (
+    BERT_LAYER,
+    HF_LAYER,
+    LAYER,
+    PREDICTION,
+    PREDICTOR_LAYER,
+)
 
-Cut = Literal["none", "rows", "columns", "gated rows"]
-"""What tp cuts: nothing, dimension 0, dimension 1, or dimension 0 of gate and of up."""
+Cut = Literal["none", "rows", "columns", "gated rows"] | tuple[int, ...]
+"""What tp cuts: nothing, dimension 0, dimension 1, dimension 0 of gate and of up, or of sections
+of these many rows."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Parameter:
     """The name with {layer} and {expert}."""
     cut: Cut
     layer: int | None = None
-    """None: before or after the layers."""
+    """None: before or after the layers; those of multi-token prediction count on."""
     expert: int | None = None
 
 
@@ -36,32 +43,51 @@ def parameters(model: MegatronModel) -> Iterator[Parameter]:
 
     A router's expert bias, which Megatron-LM keeps as a buffer, counts as one.
     """
-    gpt = model.gpt_model
+    fields, gpt, bert = model.transformer, model.gpt_model, model.bert
     yield _outer("embedding.word_embeddings.weight", "rows")
     if gpt.position_embedding_type == "learned_absolute":
         yield _outer("embedding.position_embeddings.weight")
-    for layer in range(model.transformer.num_layers):
-        has_experts = model.transformer.has_experts(layer)
-        body = {**_norms(model), **_attention(model), **(_sparse if has_experts else _dense)(model)}
-        for short, cut in body.items():
-            pattern = LAYER + short
-            count = model.transformer.num_moe_experts or 0
-            for expert in range(count) if "{expert}" in short else (None,):
-                name = pattern.format(layer=layer, expert=expert)
-                yield Parameter(name, pattern, cut, layer, expert)
-    yield from (_outer(f"decoder.final_layernorm.{kind}") for kind in _norm_kinds(model))
+    if bert is not None:
+        yield _outer("embedding.tokentype_embeddings.weight")
+        yield from map(_outer, _linear("embedding.embedding_dropout.norm"))
+    for layer in range(fields.num_layers):
+        yield from _layer(model, LAYER if bert is None else BERT_LAYER, layer, layer)
+    for depth in range(fields.mtp_num_layers or 0):
+        layer = fields.num_layers + depth
+        for name, cut in _PREDICTOR_CUTS.items():
+            yield Parameter(name.format(layer=depth), name, cut, layer)
+        yield from _layer(model, PREDICTOR_LAYER, layer, depth)
+    if bert is None:
+        yield from (_outer(f"decoder.final_layernorm.{kind}") for kind in _norm_kinds(model))
     if model.head is not None:
-        yield from (_outer(name) for name in TOKEN_CLASSIFICATION)
+        yield from map(_outer, _linear("output_layer"))
+    elif bert is not None:
+        yield from _bert_heads(bert)
     elif not gpt.share_embeddings_and_output_weights:
         yield _outer("output_layer.weight", "rows")
 
 
 def mapped(model: MegatronModel, parameter: Parameter) -> Mapped:
     """Where the parameter comes from, with {base} still in the names."""
-    table = family_of(model.model_type).weights
+    family = family_of(model.model_type)
+    table: dict[str, Mapped] = {**family.weights, **PREDICTION}
     if model.head is not None:
-        table = {**table, **TOKEN_CLASSIFICATION}
-    return table[parameter.pattern]
+        kinds = ("weight", "bias")
+        table |= {f"output_layer.{kind}": Copy(f"{family.label_layer}.{kind}") for kind in kinds}
+    return table[parameter.pattern.replace(PREDICTOR_LAYER, LAYER)]
+
+
+def copies(model: MegatronModel, base: str) -> dict[str, str]:
+    """Tensors that a Hugging Face folder may hold besides -> the one that each must equal."""
+    family, fields = family_of(model.model_type), model.transformer
+    (embedding,) = family.weights["embedding.word_embeddings.weight"].sources
+    tied = model.gpt_model.share_embeddings_and_output_weights
+    known = dict(family.copies) | ({"lm_head.weight": embedding} if tied else {})
+    for depth in range(fields.mtp_num_layers or 0):
+        at = HF_LAYER.replace("{layer}", str(fields.num_layers + depth))
+        known[f"{at}embed_tokens.weight"] = embedding
+        known[f"{at}shared_head.head.weight"] = embedding if tied else "lm_head.weight"
+    return {copy.format(base=base): name.format(base=base) for copy, name in known.items()}
 
 
 def source_names(family: Family, form: Mapped, parameter: Parameter, base: str) -> list[str]:
@@ -76,8 +102,8 @@ def cut_part(tensor: Tensor, cut: Cut, rank: int, degree: int) -> Tensor:
     """The part of a whole parameter that one of ``degree`` ranks holds."""
     if cut == "none" or degree == 1:
         return tensor
-    if cut == "gated rows":
-        return torch.cat([half.chunk(degree)[rank] for half in tensor.chunk(2)])
+    if cut == "gated rows" or isinstance(cut, tuple):
+        return torch.cat([part.chunk(degree)[rank] for part in _sections(tensor, cut, 1)])
     return tensor.chunk(degree, dim=0 if cut == "rows" else 1)[rank]
 
 
@@ -85,14 +111,55 @@ def join_parts(parts: list[Tensor], cut: Cut) -> Tensor:
     """The whole parameter from the parts of all ranks; the opposite of ``cut_part``."""
     if cut == "none" or len(parts) == 1:
         return parts[0]
-    if cut == "gated rows":
-        halves = [part.chunk(2) for part in parts]
-        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+    if cut == "gated rows" or isinstance(cut, tuple):
+        sections = zip(*(_sections(part, cut, len(parts)) for part in parts), strict=True)
+        return torch.cat([part for section in sections for part in section])
     return torch.cat(parts, dim=0 if cut == "rows" else 1)
+
+
+def _sections(tensor: Tensor, cut: Cut, degree: int) -> tuple[Tensor, ...]:
+    """What is cut apart from each other, of the part that one of ``degree`` ranks holds."""
+    if not isinstance(cut, tuple):
+        return tensor.chunk(2)
+    return torch.split(tensor, [rows // degree for rows in cut])
 
 
 def _outer(name: str, cut: Cut = "none") -> Parameter:
     return Parameter(name, name, cut)
+
+
+def _linear(name: str) -> tuple[str, str]:
+    return (f"{name}.weight", f"{name}.bias")
+
+
+_PREDICTOR_CUTS: dict[str, Cut] = {
+    name: "rows" if name.endswith("eh_proj.weight") else "none" for name in PREDICTION
+}
+
+
+def _layer(model: MegatronModel, at: str, layer: int, number: int) -> Iterator[Parameter]:
+    """A layer's parameters: ``at`` says where it is, as the ``number``-th there."""
+    # A predictor's layer is one like the model's last.
+    like = min(layer, model.transformer.num_layers - 1)
+    attention = _delta_net if model.transformer.has_delta_net(like) else _attention
+    mlp = _sparse if model.transformer.has_experts(like) else _dense
+    body = {**_norms(model), **attention(model), **mlp(model)}
+    for short, cut in body.items():
+        pattern = at + short
+        count = model.transformer.num_moe_experts or 0
+        for expert in range(count) if "{expert}" in short else (None,):
+            name = pattern.format(layer=number, expert=expert)
+            yield Parameter(name, pattern, cut, layer, expert)
+
+
+def _bert_heads(bert: BertArguments) -> Iterator[Parameter]:
+    if bert.lm_head:
+        yield from map(_outer, (*_linear("lm_head.dense"), *_linear("lm_head.layer_norm")))
+        yield _outer("output_layer.bias", "rows")
+    if bert.pooler:
+        yield from map(_outer, _linear("pooler.dense"))
+    if bert.binary_head:
+        yield from map(_outer, _linear("binary_head"))
 
 
 def _norm_kinds(model: MegatronModel) -> tuple[str, ...]:
@@ -100,7 +167,11 @@ def _norm_kinds(model: MegatronModel) -> tuple[str, ...]:
 
 
 def _norms(model: MegatronModel) -> dict[str, Cut]:
-    names = ("input_layernorm", "pre_mlp_layernorm")
+    names = ["input_layernorm", "pre_mlp_layernorm"]
+    if model.bert is not None:
+        names = ["self_attn_bda.norm", "mlp_bda.norm"]
+    if model.extra is not None and model.extra.post_norms:
+        names += ["self_attention.linear_proj.post_layernorm", "mlp.linear_fc2.post_layernorm"]
     return {f"{name}.{kind}": "none" for name in names for kind in _norm_kinds(model)}
 
 
@@ -125,14 +196,28 @@ def _attention(model: MegatronModel) -> dict[str, Cut]:
     cuts: dict[str, Cut] = {f"{at}linear_qkv.weight": "rows"}
     if fields.add_qkv_bias or fields.add_bias_linear:
         cuts[f"{at}linear_qkv.bias"] = "rows"
-    if fields.qk_layernorm:
-        cuts |= {f"{at}{name}_layernorm.weight": "none" for name in "qk"}
+    all_heads = model.extra is not None and model.extra.all_heads_qk_norm
+    if fields.qk_layernorm or all_heads:
+        cut: Cut = "rows" if all_heads else "none"
+        cuts |= {f"{at}{name}_layernorm.weight": cut for name in "qk"}
     if fields.softmax_type == "learnable":
         cuts[f"{at}core_attention.softmax_offset"] = "rows"
     cuts[f"{at}linear_proj.weight"] = "columns"
     if fields.add_bias_linear:
         cuts[f"{at}linear_proj.bias"] = "none"
     return cuts
+
+
+def _delta_net(model: MegatronModel) -> dict[str, Cut]:
+    rows, at = delta_net_rows(model.transformer), "self_attention."
+    return {
+        f"{at}in_proj.weight": rows,
+        f"{at}conv1d.weight": rows[:3],
+        f"{at}dt_bias": "rows",
+        f"{at}A_log": "rows",
+        f"{at}out_norm.weight": "none",
+        f"{at}out_proj.weight": "columns",
+    }
 
 
 def _mlp(model: MegatronModel, at: str, bias: bool) -> dict[str, Cut]:
