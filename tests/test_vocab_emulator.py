@@ -136,7 +136,7 @@ MISTAKES = (
     Mistake("a target one off", BACKWARD, "target == first + j", "target == first + j + 1"),
     Mistake("a piece twice", BACKWARD, "begin + i * kThreads", "begin + i * (kThreads - 1)"),
 )
-SAMPLE = MISTAKES[: max(4, NUM_EXAMPLES // 1000)]
+SAMPLE = MISTAKES[: max(3, NUM_EXAMPLES // 1000)]
 """Each takes seconds to compile; `make properties` makes all."""
 
 

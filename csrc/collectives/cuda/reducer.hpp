@@ -39,9 +39,10 @@ struct Reducer {
   // This lane's part of out[each of num_out] = the tree over the n ranks of in[rank], `nbytes`
   // long. An output may be one of the inputs, but may not overlap them otherwise. By words when all
   // lie at the same distance from a multiple of their size, else by elements.
+  // (By value: addresses in registers.)
   template <class M>
-  DEVICE_CALL static void run(M& m, int lane, const Call& call, int n, const Inputs& in,
-                              const Outputs& out, int num_out, size_t nbytes) {
+  DEVICE_CALL static void run(M& m, int lane, const Call& call, int n, Inputs in, Outputs out,
+                              int num_out, size_t nbytes) {
     const O op(static_cast<ReduceOp>(call.reduce_op), static_cast<DType>(call.dtype), call.factor,
                n);
     const size_t numel = nbytes / sizeof(Store), step = m.num_lanes();
