@@ -9,6 +9,7 @@
 #include <cstring>
 #include <ctime>
 #include <map>
+#include <string>
 #include <utility>
 
 #include "emulator/collective_kernel.hpp"
@@ -78,11 +79,17 @@ struct Event {
 
 std::mutex mutex;                         // of what follows
 std::map<char*, Allocation> allocations;  // own and mapped memory
-thread_local bool next_allocation_fails = false;
+thread_local std::string failing;         // the call that is to fail
 
 int refuse(const char* text, primitives_cuda_error* error) {
   std::snprintf(error->text, sizeof error->text, "%s", text);
   return -1;
+}
+
+bool fails(const char* call) {
+  if (failing != call) return false;
+  failing.clear();
+  return true;
 }
 
 char* map_file(int fd, size_t nbytes) {
@@ -104,7 +111,7 @@ void unmap(char* memory) {
 
 }  // namespace
 
-void fail_next_allocation() { next_allocation_fails = true; }
+void fail_next(const char* call) { failing = call; }
 
 Stream::Stream() : thread_([this] { loop(); }) {}
 
@@ -161,7 +168,7 @@ int primitives_cuda_gpu_of(int, primitives_cuda_gpu* gpu, primitives_cuda_error*
 
 int primitives_cuda_allocate(int, size_t nbytes, char** memory, primitives_cuda_handle* handle,
                              primitives_cuda_error* error) {
-  if (std::exchange(next_allocation_fails, false)) return refuse("out of memory", error);
+  if (fails("allocate")) return refuse("out of memory", error);
   const int fd = memfd_create("emulated device", 0);
   if (fd < 0 || ftruncate(fd, static_cast<off_t>(nbytes)) != 0) return refuse("no file", error);
   std::snprintf(reinterpret_cast<char*>(handle->bytes), sizeof handle->bytes, "%zu /proc/%d/fd/%d",
@@ -174,6 +181,7 @@ void primitives_cuda_free(int, char* memory) { unmap(memory); }
 
 int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory,
                         primitives_cuda_error* error) {
+  if (fails("map")) return refuse("cannot be opened", error);
   size_t nbytes;
   char path[64];
   if (std::sscanf(reinterpret_cast<const char*>(handle->bytes), "%zu %63s", &nbytes, path) != 2) {

@@ -35,7 +35,7 @@ class Stream {
   std::thread thread_;
 };
 
-// The next allocation of the calling thread fails.
-void fail_next_allocation();
+// The next call of the calling thread that is named so ("allocate", "map") fails.
+void fail_next(const char* call);
 
 }  // namespace emulator

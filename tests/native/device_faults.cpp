@@ -17,6 +17,7 @@ void sum(DeviceTransport& device, size_t numel, Milliseconds timeout) {
   Call call;
   call.op = Op::kAllReduce;
   call.reduce_op = ReduceOp::kSum;
+  std::snprintf(call.dtype, sizeof call.dtype, "float32");
   call.itemsize = sizeof(float);
   call.numel = numel;
   const Reduction reduction{find_reduce(DType::kFloat32, ReduceOp::kSum), DType::kFloat32,
@@ -32,18 +33,28 @@ void wait_for_failure(DeviceTransport& device) {
   device.check();
 }
 
+// ... and what it says to all of them.
+void expect_text(DeviceTransport& device, const std::string& part) {
+  const std::string text = device.group().failure_text();
+  if (text.find(part) == std::string::npos) throw WrongResult("no '" + part + "' in: " + text);
+}
+
 void differs(DeviceTransport& device, bool guilty) {
   expect_failure(Failure::kMismatch, "one rank sums another number of elements", [&] {
     sum(device, guilty ? 9 : 8, kLong);
     wait_for_failure(device);
   });
+  expect_text(device, "differs between ranks");
+  expect_text(device, "all_reduce(sum, float32, numel ");
+  expect_text(device, "all_reduce(sum, float32, 3");  // 32 or 36 bytes
 }
 
-void absent(DeviceTransport& device, bool guilty) {
+void absent(DeviceTransport& device, int culprit, bool guilty) {
   expect_failure(Failure::kTimeout, "one rank does not call", [&] {
     if (!guilty) sum(device, 40000, kShort);
     wait_for_failure(device);
   });
+  expect_text(device, "missing: rank " + std::to_string(culprit));
 }
 
 void aborts(DeviceTransport& device, bool guilty) {
@@ -58,7 +69,7 @@ void aborts(DeviceTransport& device, bool guilty) {
   });
 }
 
-void leaves(Transport& host, DeviceTransport& device, bool guilty) {
+void leaves(Transport& host, DeviceTransport& device, int culprit, bool guilty) {
   if (guilty) {
     usleep(5000);
     device.drain();
@@ -68,6 +79,7 @@ void leaves(Transport& host, DeviceTransport& device, bool guilty) {
     sum(device, 8, kLong);
     wait_for_failure(device);
   });
+  expect_text(device, "rank " + std::to_string(culprit));
 }
 
 }  // namespace
@@ -80,8 +92,12 @@ void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptio
     return std::make_unique<DeviceTransport>(host, 0, [&] { return &stream; }, kLong);
   };
   if (kind == 0) {
-    if (guilty) emulator::fail_next_allocation();
+    if (guilty) emulator::fail_next("allocate");
     return expect_failure(Failure::kOther, "one rank has no memory", make);
+  }
+  if (kind == 5) {
+    if (guilty) emulator::fail_next("map");
+    return expect_failure(Failure::kOther, "one rank cannot map a peer's memory", make);
   }
   const auto device = make();
   switch (kind) {
@@ -89,13 +105,13 @@ void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptio
       differs(*device, guilty);
       break;
     case 2:
-      absent(*device, guilty);
+      absent(*device, culprit, guilty);
       break;
     case 3:
       aborts(*device, guilty);
       break;
     case 4:
-      leaves(host, *device, guilty);
+      leaves(host, *device, culprit, guilty);
       break;
   }
   device->drain();

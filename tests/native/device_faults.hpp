@@ -5,7 +5,8 @@
 
 namespace primitives::native_tests {
 
-constexpr int kNumDeviceFaults = 5;
+// The last one needs ranks that are processes.
+constexpr int kNumDeviceFaults = 6;
 
 // `culprit` is the rank that misbehaves. Throws WrongResult.
 void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptions& options);

@@ -138,7 +138,8 @@ void play_rank(const Plan& plan, int rank) {
   for (int i = 0; i < plan.num_faults && plan.num_ranks > 1; i++) {
     FolderMeeting meeting(next_folder());
     if (plan.device) {
-      play_device_fault(i % kNumDeviceFaults, i % plan.num_ranks, meeting, options(round));
+      play_device_fault(i % (kNumDeviceFaults - !plan.processes), i % plan.num_ranks, meeting,
+                        options(round));
     } else {
       play_fault(i % kNumFaults, i % plan.num_ranks, meeting, options(round));
     }

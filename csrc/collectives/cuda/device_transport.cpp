@@ -8,17 +8,10 @@
 namespace primitives {
 namespace {
 
-// Of what is only moved, a number that differs for most other dtypes: only reductions look into it.
-uint8_t dtype_number(const Call& call) {
-  uint32_t hash = 0;
-  for (const char* c = call.dtype; *c != '\0'; c++) hash = hash * 31 + static_cast<uint8_t>(*c);
-  return static_cast<uint8_t>(128 + hash % 128);
-}
-
 primitives_cuda_call begin(const Call& call) {
   primitives_cuda_call made{};
   made.op = static_cast<uint8_t>(call.op);
-  made.dtype = dtype_number(call);
+  made.dtype = moved_dtype(call.dtype);
   made.has_counts = call.has_counts;
   made.root = call.root;
   made.place = PRIMITIVES_CUDA_NOT_SYMMETRIC;
@@ -53,7 +46,10 @@ void set_out(primitives_cuda_call& call, int rank, void* data, size_t nbytes) {
 void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Milliseconds timeout) {
   check();
   device_call.seq = static_cast<uint32_t>(++seq_);
-  sites_[seq_ % sites_.size()] = this_site();
+  {
+    const std::lock_guard<std::mutex> lock(launched_mutex_);
+    launched_[seq_ % launched_.size()] = {call, this_site()};
+  }
   primitives_cuda_ranks ranks = ranks_;
   ranks.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1'000'000;
   primitives_cuda_error error;

@@ -12,7 +12,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -24,6 +23,10 @@
 #include "collectives/transport.hpp"
 
 namespace primitives {
+
+// The number, in a call of the device, of a dtype that is only moved: others have other ones,
+// mostly.
+uint8_t moved_dtype(const char* name);
 
 class DeviceTransport final : public StreamTransport {
  public:
@@ -75,6 +78,10 @@ class DeviceTransport final : public StreamTransport {
 
  private:
   using DeviceCall = primitives_cuda_call;
+  struct Launched {
+    Call call;
+    const Site* site = nullptr;
+  };
 
   void meet(Milliseconds timeout);
   void launch(const Call& call, DeviceCall& device_call, Milliseconds timeout);
@@ -82,14 +89,16 @@ class DeviceTransport final : public StreamTransport {
   [[noreturn]] void report();
   std::string describe_failure(Failure* failure) const;
   std::string describe_missing(uint32_t missing) const;
-  const Site* site_of(uint32_t seq) const { return sites_[seq % sites_.size()]; }
+  // "all_reduce(sum, float32, numel 8) at train.py:12": one of the last calls.
+  std::string describe_call(uint32_t seq) const;
 
   Transport& host_;
   const int device_;
   const CurrentStream stream_;
   uint64_t seq_ = 0;
-  void* last_ = nullptr;                              // an event behind the last call
-  std::array<std::atomic<const Site*>, 64> sites_{};  // of the last calls
+  void* last_ = nullptr;  // an event behind the last call
+  mutable std::mutex launched_mutex_;
+  std::array<Launched, 64> launched_;  // the last calls
   primitives_cuda_ranks ranks_{};
   std::vector<bool> mapped_;  // segments of other processes
   bool has_met_ = false;      // peers may use this rank's segment
