@@ -37,8 +37,8 @@ std::string describe_letter(const uint64_t* letter) {
   if (op == Op::kBarrier) return text;
   text += "(";
   if (reduce_op != ReduceOp::kNone) text += std::string(reduce_op_name(reduce_op)) + ", ";
-  text += dtype_named(static_cast<uint8_t>(letter[0] >> 8)) + ", " + std::to_string(letter[3]) +
-          " bytes for the other";
+  text += dtype_named(static_cast<uint8_t>(letter[0] >> 8)) + ", " +
+          std::to_string(letter[1] != 0 ? letter[1] : letter[3]) + " bytes";
   if (root >= 0) text += ", root " + std::to_string(root);
   if (reduce_op == ReduceOp::kPremulSum) {
     double factor;
