@@ -147,20 +147,34 @@ c10::intrusive_ptr<c10d::Backend> Backend::create(const c10::intrusive_ptr<c10d:
       .cast<c10::intrusive_ptr<Backend>>();
 }
 
+// torch asks once for each kind of device, with one store; one backend serves them all.
+c10::intrusive_ptr<c10d::Backend> Backend::made_for(
+    const c10::intrusive_ptr<c10d::Store>& store,
+    const std::function<c10::intrusive_ptr<c10d::Backend>()>& make) {
+  if (last_made_ && last_made_->first == store) {
+    if (auto backend = last_made_->second.lock()) return backend;
+  }
+  auto backend = make();
+  last_made_.emplace(store, backend);
+  return backend;
+}
+
 c10::intrusive_ptr<c10d::Backend> Backend::split(
     const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
     const c10::intrusive_ptr<c10d::Backend::Options>& options) {
   const auto mine = std::find(ranks.begin(), ranks.end(), getRank());
   if (mine == ranks.end()) return nullptr;
-  return create(store, static_cast<int>(mine - ranks.begin()), static_cast<int>(ranks.size()),
-                options_of(*options));
+  return made_for(store, [&] {
+    return create(store, static_cast<int>(mine - ranks.begin()), static_cast<int>(ranks.size()),
+                  options_of(*options));
+  });
 }
 
 c10::intrusive_ptr<c10d::Backend> Backend::merge(
     const c10::intrusive_ptr<c10d::Store>& store,
     const c10::intrusive_ptr<c10d::Backend::Options>& options, const int& rank,
     const int& world_size) {
-  return create(store, rank, world_size, options_of(*options));
+  return made_for(store, [&] { return create(store, rank, world_size, options_of(*options)); });
 }
 
 c10d::ErrorType Backend::getError() {

@@ -1,8 +1,10 @@
 // The c10d backend "primitives": turns c10d calls into the collectives of csrc/collectives.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -125,6 +127,9 @@ class Backend : public c10d::Backend {
   static c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store,
                                                   int rank, int world_size,
                                                   const c10::intrusive_ptr<Options>& options);
+  c10::intrusive_ptr<c10d::Backend> made_for(
+      const c10::intrusive_ptr<c10d::Store>& store,
+      const std::function<c10::intrusive_ptr<c10d::Backend>()>& make);
   // The options of a group made from this one.
   c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
 
@@ -138,6 +143,9 @@ class Backend : public c10d::Backend {
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
   std::mutex close_mutex_;
+  // By split() or merge().
+  std::optional<std::pair<c10::intrusive_ptr<c10d::Store>, c10::weak_intrusive_ptr<c10d::Backend>>>
+      last_made_;
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;
 };
