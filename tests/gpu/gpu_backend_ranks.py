@@ -22,7 +22,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from primitives.errors import CollectiveError, CollectiveMismatch
-from special_distributed.exact_training import assert_same_tensors, batch, loss, mlp, train_alone
+from special_distributed.exact_training import (
+    assert_same_tensors,
+    batch,
+    loss,
+    mlp,
+    sgd,
+    train_alone,
+)
 from special_distributed.test_model_parallel import (
     NUM_MICROBATCHES,
     Stage,
@@ -32,7 +39,7 @@ from special_distributed.test_model_parallel import (
 
 CUDA = torch.device("cuda", 0)
 NUM_STEPS = 3
-NUMELS = (0, 1, 3, 60, 511, 4096, 16_385, 40_001, 300_001)
+NUMELS = (*(0, 1, 3, 60, 511, 1500, 4096) * 3, 16_385, 40_001, 300_001)
 
 
 def start(timeout_s: float = 120.0) -> tuple[int, int]:
@@ -158,7 +165,7 @@ def streams_and_graphs() -> None:
 
 
 def train(model: nn.Module, rank: int) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    optimizer = sgd(model)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         loss(model, *(x.to(CUDA) for x in batch(step, rank))).backward()
@@ -177,12 +184,15 @@ def clients() -> None:
     assert_same_tensors({k: p.cpu() for k, p in ddp.module.named_parameters()}, expected())
 
     fsdp1 = FullyShardedDataParallel(
-        mlp().to(CUDA), auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), use_orig_params=True
+        mlp().to(CUDA),
+        auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+        device_id=CUDA,
+        use_orig_params=True,
     )
     train(fsdp1, rank)
     with FullyShardedDataParallel.summon_full_params(fsdp1):
         actual = {
-            name.replace("_fsdp_wrapped_module.", ""): p.detach().cpu()
+            name.replace("_fsdp_wrapped_module.", ""): p.detach().clone().cpu()
             for name, p in fsdp1.named_parameters()
         }
     assert_same_tensors(actual, expected())
