@@ -1,8 +1,8 @@
 # Every target sets up what it needs (.venv, pinned packages, native build); a second run starts at once.
 BIN := .venv/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp')
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.cu')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread
+.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread gpu-check
 
 setup build:
 	@python3 bootstrap.py
@@ -70,10 +70,12 @@ convert-proofs: setup
 checkpoint-kills: setup
 	$(BIN)/python tests/checkpoint_kills.py --points 200
 
-# 10,000 random collectives and 300 random programs against primitives.reference.
+# 10,000 random collectives and 300 random programs against primitives.reference; on an emulated
+# device 10,000 collectives and 5,000 calls of the CUDA kernels of the vocabulary entropy.
 properties: setup
 	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
-	  tests/test_collective_properties.py tests/test_collective_machine.py
+	  tests/test_collective_properties.py tests/test_collective_machine.py tests/test_vocab_emulator.py \
+	  tests/test_collective_emulator.py
 
 # A million collectives and messages on 8 processes: right, and nothing grows.
 soak: setup
@@ -83,3 +85,8 @@ soak: setup
 # UndefinedBehaviorSanitizer, or under ThreadSanitizer.
 sanitize-address sanitize-thread:
 	$(MAKE) -C tests/native -j2 KIND=$(@:sanitize-%=%) run
+
+# What only a machine with a GPU can say: tests/gpu, compute-sanitizer on a sample of it, the
+# benchmarks on the GPU; results go to docs/performance/.
+gpu-check: setup
+	$(BIN)/python tests/gpu/check.py

@@ -84,7 +84,11 @@ class Build(BuildExtension):
                     "-lpthread",
                 ]
         super().build_extensions()
-        cuda = "sm_" + ", sm_".join(archs) + f" by {nvcc}" if nvcc else "none (no nvcc)"
+        cuda = "none (no nvcc)"
+        if nvcc:
+            sources = sorted(ROOT.glob("csrc/**/*.cu"))
+            names = ", ".join(str(s.relative_to(ROOT / "csrc").with_suffix("")) for s in sources)
+            cuda = f"sm_{', sm_'.join(archs)} by {nvcc}: {names}"
         summary = (
             "build summary\n"
             f"  torch   {torch.__version__}\n"
@@ -105,7 +109,8 @@ class Build(BuildExtension):
                 ".cu.o"
             )
             objects.append(str(target))
-            headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.hpp"), source]
+            headers = [h for kind in ("h", "hpp", "cuh") for h in ROOT.glob(f"csrc/**/*.{kind}")]
+            headers.append(source)
             if target.exists() and target.stat().st_mtime > max(h.stat().st_mtime for h in headers):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,37 @@ def vocab_entropy_backward(
     grad_log_sum_exp: Tensor | None,
     out: Tensor,
 ) -> None: ...
+
+# the same on CUDA tensors, on the given stream; only in a build with CUDA
+def vocab_entropy_cuda_forward(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignored: int,
+    first: int,
+    segment_length: int,
+    num_segments: int,
+    scale: float,
+    quads: Tensor,
+    device_exp: bool,
+    stream: int,
+) -> None: ...
+def vocab_entropy_cuda_finish(
+    shards: Tensor, labels: Tensor | None, ignored: int, scale: float, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def vocab_entropy_cuda_backward(
+    logits: Tensor,
+    labels: Tensor | None,
+    ignored: int,
+    first: int,
+    scale: float,
+    quads: Tensor,
+    grad_entropy: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+    out: Tensor,
+    device_exp: bool,
+    stream: int,
+) -> None: ...
 def read_words(x: Tensor, prefetch: bool) -> int: ...
 def flip_words(x: Tensor, prefetch: bool) -> None: ...
 

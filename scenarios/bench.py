@@ -21,7 +21,7 @@ from primitives.bench.measure import (
 from scenarios.bench_decode import bench_decode
 from scenarios.bench_vocab import bench_vocab
 from scenarios.golden import write_atomically
-from scenarios.provenance import cpu_model, versions
+from scenarios.provenance import cpu_model, gpu_models, versions
 
 if TYPE_CHECKING:
     from primitives.bench.fused import Row as FusedRow
@@ -102,10 +102,17 @@ SIZE = Size()
     "--against",
     default=None,
     help="Of gloo, symmetric (ours on symmetric memory), openmpi, mpich, impi, mpi (all three), "
-    "none; commas between "
-    "[c10d: gloo; communicator: mpi].",
+    "none; on cuda of nccl, none; commas between "
+    "[c10d: gloo; communicator: mpi; cuda: none].",
 )
 @click.option("--case", default="S1", show_default=True, help="What `step` trains, at scale ci.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where collectives and vocab_entropy run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def bench(
     op: tuple[str, ...],
@@ -116,6 +123,7 @@ def bench(
     level: str,
     against: str | None,
     case: str,
+    device: str,
     as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
@@ -123,18 +131,27 @@ def bench(
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
+    on_cpu = [name for name in op if name not in (*OPS, "vocab_entropy")]
+    if device == "cuda" and on_cpu:
+        raise click.UsageError(
+            f"--device cuda: collectives and vocab_entropy run there, got {', '.join(on_cpu)}"
+        )
+    _check_device(device)
     if factor is None and step_nbytes is None:
         factor = 2
-    against = against or ("gloo" if level == "c10d" else "mpi")
+    usual = {"cuda": "none", "cpu": "gloo" if level == "c10d" else "mpi"}
+    against = against or usual[device]
     plans = [
         Plan(
             op=name, factor=factor, step_nbytes=step_nbytes, check=bool(check), level=level,
-            against=_contestants(against), **given,
+            against=_contestants(against), device=device, **given,
         )
         for name in op
         if name in OPS
     ]  # fmt: skip
     document: dict[str, Any] = {"cpu": cpu_model(), "versions": versions(), "benchmarks": []}
+    if device == "cuda":
+        document["gpus"] = gpu_models()
     absent = plans[0].jobs()[1] if plans else []
     if absent and not as_json:
         click.echo(f"# {absent_message(absent)}")
@@ -169,7 +186,7 @@ def bench(
             if not as_json:
                 click.echo(fused_line(fused_row))
     if "vocab_entropy" in op:
-        document["vocab_entropy"] = bench_vocab(given["num_blocks"], as_json)
+        document["vocab_entropy"] = bench_vocab(given["num_blocks"], device, as_json)
     if "decode" in op:
         document["decode"] = bench_decode(given["num_blocks"], as_json)
     if "step" in op:
@@ -199,6 +216,17 @@ def bench(
     return 1 if num_wrong else 0
 
 
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    from primitives.bench import devices  # imports torch
+
+    try:
+        devices.device_named(device)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _contestants(against: str) -> tuple[str, ...]:
     names: list[str] = []
     for name in filter(None, against.split(",")):
@@ -211,7 +239,8 @@ def head(plan: Plan) -> list[str]:
     more = "".join(f" {name:>9} {'x':>6}" for name in _others(plan))
     overhead = f"{'raw':>9} {'noop':>9}" if plan.level == "c10d" else ""
     return [
-        f"# {plan.op}: {plan.num_ranks} ranks under {plan.launcher}, {plan.level} level; "
+        f"# {plan.op} on {plan.device}: {plan.num_ranks} ranks under {plan.launcher}, "
+        f"{plan.level} level; "
         f"medians of up to {plan.num_blocks} blocks",
         f"#{'':47} {'out-of-place':^33} {'in-place':^33}",
         f"#{'size':>11} {'count':>11} {'type':>8} {'redop':>6} {'root':>5}  "
@@ -224,10 +253,14 @@ def head(plan: Plan) -> list[str]:
 
 
 def _mine(plan: Plan) -> str:
+    if plan.device == "cuda":
+        return "primitives@cuda"
     return "primitives" if plan.level == "c10d" else "raw"
 
 
 def _others(plan: Plan) -> list[str]:
+    if plan.device == "cuda":
+        return [f"{name}@cuda" for name in plan.against]
     absent = plan.jobs()[1]
     return [name for name in plan.against if name not in absent]
 

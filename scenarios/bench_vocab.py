@@ -12,15 +12,21 @@ if TYPE_CHECKING:
     from primitives.bench.vocab_entropy import Case, Row
 
 
-def bench_vocab(num_rounds: int, as_json: bool) -> list[dict[str, Any]]:
-    """Measures every case, prints it unless ``as_json``, and returns the rows."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts collectives
-    from primitives.bench import vocab_entropy  # imports torch
+def bench_vocab(num_rounds: int, device: str, as_json: bool) -> list[dict[str, Any]]:
+    """Measures every case, prints it unless ``as_json``, and returns the rows.
 
+    Raises:
+        ValueError: nothing can be measured on that device here.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts collectives
+    from primitives.bench import devices, vocab_entropy  # imports torch
+
+    on = devices.device_named(device)
+    cases = vocab_entropy.CUDA_CASES if device == "cuda" else vocab_entropy.CASES
     found = []
     if not as_json:
-        click.echo("\n".join(vocab_head()))
-    rows = vocab_entropy.measure(list(vocab_entropy.CASES), num_rounds)
+        click.echo("\n".join(vocab_head(device)))
+    rows = vocab_entropy.measure(list(cases), num_rounds, on)
     for _, group in groupby(rows, key=lambda row: row.case):
         of_case = list(group)
         found += [asdict(row) for row in of_case]
@@ -29,10 +35,11 @@ def bench_vocab(num_rounds: int, as_json: bool) -> list[dict[str, Any]]:
     return found
 
 
-def vocab_head() -> list[str]:
+def vocab_head(device: str) -> list[str]:
     """What is measured, and the columns."""
+    where = "one thread" if device == "cpu" else device
     return [
-        "# vocab_entropy: entropy and log-probability; one thread, a group of one rank",
+        f"# vocab_entropy: entropy and log-probability; {where}, a group of one rank",
         f"#{'':>30} {'forward':^22} {'backward':^22}",
         f"#{'tokens':>6} {'vocab':>7} {'dtype':>9} " + f" {'ms':>8} {'GB/s':>7} {'%':>4} " * 2
         + f" {'ms':>8} {'x':>5} {'memory':>7} {'calls':>5}",

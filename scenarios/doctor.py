@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from primitives.env import SHM_DIR
 from scenarios.provenance import active_isa, cpu_model, versions
@@ -88,12 +89,18 @@ def _gpus() -> Finding:
         devices = _C.cuda_devices()
     except RuntimeError as error:
         return Finding("gpus", f"none: {error}", None)
-    names = [
+    return Finding("gpus", ", ".join(describe_gpu(device) for device in devices) or "none", None)
+
+
+def describe_gpu(device: Mapping[str, Any]) -> str:
+    """One of ``_C.cuda_devices()``: what it is, and which ranks can meet on it or reach it."""
+    linked = device["num_linked"]
+    return (
         f"{device['name']} (sm_{device['capability'][0]}{device['capability'][1]}, "
-        f"{device['memory_nbytes'] / 2**30:.0f} GiB, {device['num_peers']} peers)"
-        for device in devices
-    ]
-    return Finding("gpus", ", ".join(names) or "none", None)
+        f"{device['memory_nbytes'] / 2**30:.0f} GiB; "
+        f"{'several ranks' if device['shared'] else 'one rank only (its compute mode)'}; "
+        f"peers: {linked} by NVLink, {device['num_peers'] - linked} by PCIe)"
+    )
 
 
 def _program_version(name: str, flag: str) -> str:

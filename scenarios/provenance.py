@@ -52,6 +52,18 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu_models() -> list[str]:
+    """The names of the CUDA devices; none where there is no driver or no CUDA in this build."""
+    import torch  # noqa: F401  (the extension links against it)
+
+    from primitives import _C
+
+    try:
+        return [str(device["name"]) for device in _C.cuda_devices()] if _C.cuda_built else []
+    except RuntimeError:
+        return []
+
+
 def active_isa() -> str:
     """The instruction set that the native kernels use here.
 

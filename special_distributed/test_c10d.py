@@ -68,6 +68,9 @@ def test_groups_are_merged(world: dist.ProcessGroup, rank: int) -> None:
     store = dist.PrefixStore("merged", dist.distributed_c10d._get_default_store())
     merged = half.merge_remote_group(store, NUM_RANKS)
     assert merged.size() == NUM_RANKS
+    for group in (half, merged):  # one backend for all devices
+        on_cpu, on_cuda = (group._get_backend(torch.device(kind)) for kind in ("cpu", "cuda"))
+        assert on_cpu is on_cuda
     x = torch.tensor([float(rank)])
     merged.allreduce(x).wait()
     assert x.item() == 6.0

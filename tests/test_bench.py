@@ -1,6 +1,7 @@
 """The benchmark: sizes and figures, inputs that find wrong results, and the command end to end."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from primitives.bench import BenchFailed, fused, measure
 from primitives.bench import jobs as bench_jobs
-from primitives.bench.case import DTYPES, OPS, Case, bus_factor, bytes_moved, sizes
+from primitives.bench.case import (
+    ALWAYS_IN_PLACE,
+    DTYPES,
+    NEVER_IN_PLACE,
+    OPS,
+    Case,
+    bus_factor,
+    bytes_moved,
+    sizes,
+)
 from primitives.bench.jobs import Jobs
 from primitives.bench.measure import Placement, Plan, Row, Timing
 from primitives.bench.payload import Array, expected_output, make_input, num_wrong
@@ -199,6 +209,32 @@ def test_an_absent_mpi_is_told_with_the_way_to_get_it(
     assert absent == ["mpich", "impi"]
     assert len(jobs) == 1
     assert "make bench-mpi" in measure.absent_message(absent)
+
+
+def test_tensors_of_a_device_are_measured_like_arrays() -> None:
+    """The contestants of --device cuda, on the device "cpu"."""
+    with Jobs([(["primitives@cpu", "gloo@cpu", "copy@cpu"], "mp")], 2) as jobs:
+        for op in OPS:
+            for in_place in (False, True):
+                if op in (NEVER_IN_PLACE if in_place else ALWAYS_IN_PLACE):
+                    continue
+                nbytes = 0 if op == "barrier" else 4096
+                case = Case(op, nbytes, "bfloat16", "sum", 1, 2, in_place)
+                question = {"do": "bind", "case": asdict(case), "check": True, "warmup": 1}
+                for told in jobs.links[0].ask(question):
+                    assert told["primitives@cpu"]["wrong"] == 0
+                    assert ("copy@cpu" in told) == (op != "barrier")
+                block = {"do": "measure", "contestant": "primitives@cpu", "num_calls": 3}
+                assert all(told["end"] > told["start"] for told in jobs.links[0].ask(block))
+
+
+def test_what_is_measured_on_a_gpu() -> None:
+    jobs, absent = Plan("all_gather", device="cuda", against=("nccl",)).jobs()
+    assert jobs == [(["primitives@cuda", "nccl@cuda", "copy@cuda"], "mp")]
+    assert absent == []
+    for wrong in ({"against": ("gloo",)}, {"against": (), "level": "communicator"}):
+        with pytest.raises(ValueError, match=r"against|--device cuda"):
+            Plan("all_gather", device="cuda", **wrong)
 
 
 def test_a_rank_that_ends_is_an_error_with_its_last_words() -> None:

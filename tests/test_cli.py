@@ -328,6 +328,17 @@ def test_doctor_says_when_shared_memory_is_too_small(
     )
 
 
+def test_doctor_says_who_can_meet_on_a_gpu_and_reach_it() -> None:
+    from scenarios.doctor import describe_gpu
+
+    gpu = {"name": "H200", "capability": (9, 0), "memory_nbytes": 140 << 30}
+    assert describe_gpu({**gpu, "shared": True, "num_peers": 3, "num_linked": 2}) == (
+        "H200 (sm_90, 140 GiB; several ranks; peers: 2 by NVLink, 1 by PCIe)"
+    )
+    alone = describe_gpu({**gpu, "shared": False, "num_peers": 0, "num_linked": 0})
+    assert "one rank only (its compute mode)" in alone
+
+
 @pytest.mark.usefixtures("in_process")
 def test_data_build_then_run_judges_only_the_invariants(testbed: Testbed, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be or not to be\n\n" * 400)

@@ -43,7 +43,8 @@ def test_no_upward_import(layer: str) -> None:
 
 
 def test_torch_headers_only_in_bindings() -> None:
-    files = [f for f in (ROOT / "csrc").glob("**/*") if f.suffix in {".h", ".hpp", ".cpp", ".cu"}]
+    kinds = {".h", ".hpp", ".cpp", ".cu", ".cuh"}
+    files = [f for f in (ROOT / "csrc").glob("**/*") if f.suffix in kinds]
     assert len(files) > 5
     wrong = [
         str(f.relative_to(ROOT))

@@ -29,6 +29,17 @@ def test_collectives_messages_and_faults(driver: Path) -> None:
     assert output.startswith("ok: 3 processes, 100 cases, 7 faults")
 
 
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_collectives_and_faults_on_an_emulated_device(driver: Path, kind: str) -> None:
+    """What is around the CUDA kernels; see tests/emulator/runtime.hpp."""
+    flags = ["--processes"] if kind == "processes" else []
+    code, output = play(
+        driver, *flags, "--device", "--ranks", "3", "--cases", "60", "--faults", "6"
+    )
+    assert code == 0, output
+    assert output.startswith(f"ok: 3 {kind}, 60 cases, 6 faults")
+
+
 @pytest.mark.parametrize(
     ("mistake", "report"),
     [("overflow", "heap-buffer-overflow"), ("bits", "a flipped bit"), ("none", "unknown mistake")],

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from primitives import vocab_parallel
+from primitives import _C, vocab_parallel
 from primitives.bench import vocab_entropy as bench
+from primitives.bench.devices import LIMITS, Cpu
 from scenarios.bench_vocab import vocab_head, vocab_lines
-from scenarios.cli import EXIT_PASS, main
+from scenarios.cli import EXIT_PASS, EXIT_USAGE, main
 
 SMALL = bench.Case(7, 1200)
 
@@ -30,7 +31,7 @@ def test_every_contestant_does_the_same_work(
         assert row["contestant"] in printed
         assert 0 < row["forward_ms"] < 1e5
         assert 0 < row["backward_ms"] < 1e5
-        assert set(row["limit_ms"]) == set(bench.LIMITS)
+        assert set(row["limit_ms"]) == set(LIMITS)
     calls = {row["contestant"]: row["num_collectives"] for row in rows}
     assert calls["in place"] == calls["out of place"] == 1
     assert calls["torch"] == 0
@@ -55,21 +56,33 @@ def test_columns_derive_from_what_was_measured() -> None:
     ]  # fmt: skip
     assert line[2].split()[10:] == ["3.0", "-", "6", "b"]
     assert "limits read 1.00 ms" in line[0]
-    assert len(vocab_head()) == 3
+    assert len(vocab_head("cpu")) == 3
 
 
 def test_backward_in_place_allocates_nothing_of_the_size_of_the_logits() -> None:
     case = bench.Case(64, 160_000)  # 41 MB: beyond what malloc keeps for itself
-    held = bench.Bench(case)
+    cpu = Cpu()
+    held = bench.Bench(case, cpu)
 
     def both(inplace: bool) -> int:
         def function(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             return vocab_parallel.entropy_and_log_prob(logits, labels, inplace_backward=inplace)
 
         held.run(function)
-        grown = bench.extra_nbytes(lambda: held.run(function))
+        grown = cpu.extra_nbytes(lambda: held.run(function))
         assert grown is not None, "the peak of the resident set cannot be read here"
         return grown
 
     assert both(True) < case.nbytes / 10
     assert case.nbytes * 0.9 < both(False) < case.nbytes * 1.2
+
+
+def test_a_device_that_is_not_there_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "vocab_entropy", "gemm", "--device", "cuda"]) == EXIT_USAGE
+    assert (
+        "--device cuda: collectives and vocab_entropy run there, got gemm" in capfd.readouterr().err
+    )
+    if not _C.cuda_built or not torch.cuda.is_available():
+        for name in ("vocab_entropy", "all_reduce"):
+            assert main(["bench", name, "--device", "cuda"]) == EXIT_USAGE
+            assert "--device cuda: " in capfd.readouterr().err

@@ -9,7 +9,8 @@ from canonical_definition import assert_same_bits
 from torch import Tensor
 from torch.library import opcheck
 
-from primitives import vocab_parallel
+from primitives import _C, vocab_parallel
+from primitives.vocab_parallel.kernels import kernels_for
 from primitives.vocab_parallel.ops import vocab_entropy
 
 LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -162,6 +163,10 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: vocab_parallel.entropy(LOGITS, temperature=-1.0), "temperature: .* got -1.0"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=math.nan), "temperature: .* got nan"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=1e-300), "temperature: .* got 1e-300"),
+    (
+        lambda: vocab_parallel.entropy(LOGITS, mode="fast"),
+        "mode: expected one of portable, device, got 'fast'",
+    ),
 ]
 
 
@@ -169,6 +174,37 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
 def test_a_wrong_argument_is_one_clear_error(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "cuda_built", False)
+    with pytest.raises(
+        ValueError, match=r"they are on cuda:1, but this build .* PRIMITIVES_CUDA=1"
+    ):
+        kernels_for(torch.device("cuda", 1), "portable")
+    with pytest.raises(ValueError, match="expected a CPU or CUDA tensor, got one on xpu:0"):
+        kernels_for(torch.device("xpu", 0), "portable")
+
+
+def test_both_modes_are_one_on_the_cpu() -> None:
+    for mode in ("portable", "device"):
+        results = vocab_parallel.entropy_and_log_prob(LOGITS, LABELS, mode=mode)
+        for actual, expected in zip(
+            results, vocab_parallel.entropy_and_log_prob(LOGITS, LABELS), strict=True
+        ):
+            assert_same_bits(actual, expected)
+
+
+def test_unchecked_a_label_outside_has_no_probability() -> None:
+    leaf = LOGITS.clone().requires_grad_()
+    log_prob = vocab_parallel.log_prob(leaf, LABELS + 1, check_input=False)  # 40 of 40 at [0, 1]
+    assert log_prob[0, 1] == -torch.inf
+    inside = torch.tensor([[1, 38, -99], [18, 6, 6]]).clamp(min=0)
+    expected = vocab_parallel.log_prob(LOGITS, inside)
+    assert_same_bits(log_prob.detach()[1], expected[1])
+    log_prob[1].sum().backward()
+    assert leaf.grad is not None
+    assert bool(leaf.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("labels", [None, LABELS])

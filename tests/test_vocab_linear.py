@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from primitives import vocab_parallel
-from primitives.bench.vocab_entropy import extra_nbytes
+from primitives.bench.devices import Cpu
 from primitives.vocab_parallel.linear_ops import linear_vocab_entropy
 
 
@@ -90,10 +90,10 @@ def test_forward_needs_a_small_part_of_the_memory_of_the_logits() -> None:
         vocab_parallel.linear_entropy_and_log_prob(hidden, weight, labels)
 
     fused()
-    grown = extra_nbytes(fused)
+    grown = Cpu().extra_nbytes(fused)
     assert grown is not None, "the peak of the resident set cannot be read here"
     assert grown < logits_nbytes / 8
-    kept = extra_nbytes(lambda: (hidden @ weight.T).float())
+    kept = Cpu().extra_nbytes(lambda: (hidden @ weight.T).float())
     assert kept is not None
     assert kept > logits_nbytes  # the measure sees it
 

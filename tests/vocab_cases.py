@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from primitives import _C
+from primitives.vocab_parallel.kernels import CpuKernels, Kernels
 from primitives.vocab_parallel.shard import Shard
 
+CPU = CpuKernels()
 INF = float("inf")
 IGNORED = -100
 
@@ -93,22 +94,26 @@ def evaluate(
     num_ranks: int,
     grads: Tensor | None = None,
     scale: float = 1.0,
+    kernels: Kernels = CPU,
 ) -> Outcome:
-    """The kernels on every rank's shard of the full logits; grads [3, tokens] for a backward."""
+    """The kernels on every rank's shard of the full logits; grads [3, tokens] for a backward.
+
+    Everything lies on the device of the logits.
+    """
     vocab_size = logits.shape[1]
     shards = [Shard(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
     parts = [logits[:, s.first : s.first + s.columns] for s in shards]
-    quads = torch.empty(num_ranks, len(logits), 4)
+    quads = torch.empty(num_ranks, len(logits), 4, device=logits.device)
     for s, part, out in zip(shards, parts, quads, strict=True):
-        _C.vocab_entropy_forward(
+        kernels.forward(
             part, labels, IGNORED, s.first, s.segment_length, s.num_segments, scale, out
         )
-    full, *results = _C.vocab_entropy_finish(quads, labels, IGNORED, scale)
+    full, *results = kernels.finish(quads, labels, IGNORED, scale)
     outcome = Outcome(*results, full)
     if grads is not None:
         outcome.grad = torch.empty_like(logits)
         for s, part in zip(shards, parts, strict=True):
             # A view of the full gradient: rows with a stride.
             out = outcome.grad[:, s.first : s.first + s.columns]
-            _C.vocab_entropy_backward(part, labels, IGNORED, s.first, scale, full, *grads, out)
+            kernels.backward(part, labels, IGNORED, s.first, scale, full, *grads, out)
     return outcome

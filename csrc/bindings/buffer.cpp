@@ -98,6 +98,7 @@ Buffer::Buffer(py::handle object, Access access, const char* what) : what_(what)
 
 void Buffer::take_tensor(const at::Tensor& tensor) {
   check_tensor(tensor, what_);
+  check_on_cpu(tensor, what_);
   if (!tensor.is_contiguous() || tensor.is_conj() || tensor.is_neg()) {
     refuse("contiguous memory",
            "a tensor of shape " + c10::str(tensor.sizes()) + " with strides " +

@@ -50,6 +50,7 @@ Backend::~Backend() {
   close(Milliseconds(30000));
   if (!group_->forked()) return;
   // The threads stayed in the parent: here they can be neither joined nor detached.
+  static_cast<void>(device_.release());
   static_cast<void>(transport_.release());
   static_cast<void>(queue_.release());
 }
@@ -68,7 +69,9 @@ void Backend::close(Milliseconds limit) {
   }
   callbacks_->stop();
   queue_->stop();
+  if (device_) device_->drain();
   transport_->close();
+  if (device_) device_->close();
 }
 
 std::shared_ptr<SymmetricHeap> heap_of_world() {
@@ -92,9 +95,13 @@ void close_all_backends(Milliseconds limit) {
   }
 }
 
-Backend::WorkPtr Backend::run(c10d::OpType type, bool async, Tensors outputs, Job job) {
+Backend::WorkPtr Backend::run(c10d::OpType type, bool async, const at::Tensor& like,
+                              Tensors outputs, Job job) {
   return translated([&]() -> WorkPtr {
     group_->check();
+    if (like.defined() && !like.device().is_cpu()) {
+      return run_on_stream(type, like.device(), std::move(outputs), job);
+    }
     auto work = c10::make_intrusive<Work>(type, std::move(outputs), callbacks_);
     if (async || coalescing_) {
       queue_->run_async(work, std::move(job));
@@ -140,20 +147,34 @@ c10::intrusive_ptr<c10d::Backend> Backend::create(const c10::intrusive_ptr<c10d:
       .cast<c10::intrusive_ptr<Backend>>();
 }
 
+// torch asks once for each kind of device, with one store; one backend serves them all.
+c10::intrusive_ptr<c10d::Backend> Backend::made_for(
+    const c10::intrusive_ptr<c10d::Store>& store,
+    const std::function<c10::intrusive_ptr<c10d::Backend>()>& make) {
+  if (last_made_ && last_made_->first == store) {
+    if (auto backend = last_made_->second.lock()) return backend;
+  }
+  auto backend = make();
+  last_made_.emplace(store, backend);
+  return backend;
+}
+
 c10::intrusive_ptr<c10d::Backend> Backend::split(
     const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
     const c10::intrusive_ptr<c10d::Backend::Options>& options) {
   const auto mine = std::find(ranks.begin(), ranks.end(), getRank());
   if (mine == ranks.end()) return nullptr;
-  return create(store, static_cast<int>(mine - ranks.begin()), static_cast<int>(ranks.size()),
-                options_of(*options));
+  return made_for(store, [&] {
+    return create(store, static_cast<int>(mine - ranks.begin()), static_cast<int>(ranks.size()),
+                  options_of(*options));
+  });
 }
 
 c10::intrusive_ptr<c10d::Backend> Backend::merge(
     const c10::intrusive_ptr<c10d::Store>& store,
     const c10::intrusive_ptr<c10d::Backend::Options>& options, const int& rank,
     const int& world_size) {
-  return create(store, rank, world_size, options_of(*options));
+  return made_for(store, [&] { return create(store, rank, world_size, options_of(*options)); });
 }
 
 c10d::ErrorType Backend::getError() {

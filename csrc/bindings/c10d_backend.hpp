@@ -1,8 +1,10 @@
 // The c10d backend "primitives": turns c10d calls into the collectives of csrc/collectives.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -70,7 +72,7 @@ class Backend : public c10d::Backend {
   std::shared_ptr<SymmetricHeap> heap() { return group_->heap(); }
   // Throws when the group has failed.
   void check() {
-    translated([&] { group_->check(); });
+    translated([&] { device_ ? device_->check() : group_->check(); });
   }
   uint64_t num_zero_copy() const { return group_->num_zero_copy(); }
   bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
@@ -106,7 +108,11 @@ class Backend : public c10d::Backend {
   // What a collective does with its tensors, ready to run on any thread.
   using Job = WorkQueue::Job;
 
-  WorkPtr run(c10d::OpType type, bool async, Tensors outputs, Job job);
+  // Runs it where the memory of `like` is; undefined: on the CPU.
+  WorkPtr run(c10d::OpType type, bool async, const at::Tensor& like, Tensors outputs, Job job);
+  WorkPtr run_on_stream(c10d::OpType type, at::Device device, Tensors outputs, const Job& job);
+  // The transport for the memory of a tensor, made when a device comes first.
+  Transport& on(const at::Tensor& tensor);
   WorkPtr receive(Tensors& tensors, int src, int tag);
   Milliseconds resolve(Milliseconds timeout) const;
   Job all_gather_into(const at::Tensor& out, const at::Tensor& in, Milliseconds timeout);
@@ -121,6 +127,9 @@ class Backend : public c10d::Backend {
   static c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store,
                                                   int rank, int world_size,
                                                   const c10::intrusive_ptr<Options>& options);
+  c10::intrusive_ptr<c10d::Backend> made_for(
+      const c10::intrusive_ptr<c10d::Store>& store,
+      const std::function<c10::intrusive_ptr<c10d::Backend>()>& make);
   // The options of a group made from this one.
   c10::intrusive_ptr<Options> options_of(const c10d::Backend::Options& options) const;
 
@@ -128,10 +137,15 @@ class Backend : public c10d::Backend {
   c10::intrusive_ptr<Options> options_;
   uint64_t num_monitored_ = 0;  // monitored barriers so far
   std::unique_ptr<Transport> transport_;
+  std::unique_ptr<StreamTransport> device_;  // after the first call on a CUDA tensor
+  at::DeviceIndex device_index_ = -1;
   Group* group_ = nullptr;  // the part of the transport on this host
   std::shared_ptr<Callbacks> callbacks_ = std::make_shared<Callbacks>();
   std::unique_ptr<WorkQueue> queue_ = std::make_unique<WorkQueue>();
   std::mutex close_mutex_;
+  // By split() or merge().
+  std::optional<std::pair<c10::intrusive_ptr<c10d::Store>, c10::weak_intrusive_ptr<c10d::Backend>>>
+      last_made_;
   bool coalescing_ = false;
   std::vector<WorkPtr> coalesced_;
 };

@@ -60,6 +60,12 @@ void check_in_place(const at::Tensor& tensor, bool written, const char* what) {
   written ? check_writable(tensor, what) : check_tensor(tensor, what);
 }
 
+// One of them; undefined when there is none.
+at::Tensor on_one_device(const std::vector<at::Tensor>& tensors, const char* what) {
+  for (const at::Tensor& tensor : tensors) check_same_device(tensor, tensors[0], what);
+  return tensors.empty() ? at::Tensor() : tensors[0];
+}
+
 int64_t total_numel(const std::vector<at::Tensor>& tensors) {
   int64_t numel = 0;
   for (const at::Tensor& tensor : tensors) numel += tensor.numel();
@@ -89,7 +95,7 @@ Backend::Job Backend::all_gather_into(const at::Tensor& out, const at::Tensor& i
   return [=, this]() mutable {
     const auto parts = cut(result.memory(), getSize(), {}, "all_gather");
     source.load();
-    transport_->all_gather(call, source.data(), source.nbytes(), parts, timeout);
+    on(in).all_gather(call, source.data(), source.nbytes(), parts, timeout);
     result.store();
   };
 }
@@ -105,7 +111,7 @@ Backend::Job Backend::all_gather_list(const Tensors& out, const at::Tensor& in,
   call.has_counts = true;
   return [=, this]() mutable {
     source.load();
-    transport_->all_gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
+    on(in).all_gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
     store_all(results);
   };
 }
@@ -113,7 +119,7 @@ Backend::Job Backend::all_gather_list(const Tensors& out, const at::Tensor& in,
 Backend::WorkPtr Backend::_allgather_base(at::Tensor& out, at::Tensor& in,
                                           const c10d::AllgatherOptions& options) {
   return translated([&] {
-    return run(OpType::_ALLGATHER_BASE, options.asyncOp, {out},
+    return run(OpType::_ALLGATHER_BASE, options.asyncOp, in, {out},
                all_gather_into(out, in, resolve(options.timeout)));
   });
 }
@@ -122,8 +128,8 @@ Backend::WorkPtr Backend::allgather(TensorLists& out, Tensors& in,
                                     const c10d::AllgatherOptions& options) {
   return translated([&] {
     check_list(out.size(), 1, "all_gather: output lists");
-    return run(OpType::ALLGATHER, options.asyncOp, out[0],
-               all_gather_list(out[0], only(in, "all_gather"), resolve(options.timeout)));
+    return run(OpType::ALLGATHER, options.asyncOp, only(in, "all_gather"), out[0],
+               all_gather_list(out[0], in[0], resolve(options.timeout)));
   });
 }
 
@@ -135,13 +141,14 @@ Backend::WorkPtr Backend::allgather_coalesced(TensorLists& out, Tensors& in,
     for (const Tensors& list : out)
       check_list(list.size(), static_cast<int>(in.size()), "all_gather");
     check_list(out.size(), getSize(), "all_gather: output lists");
+    const at::Tensor like = on_one_device(in, "all_gather: input");
     for (size_t i = 0; i < in.size(); i++) {
       Tensors of_one;  // c10d passes [rank][tensor]
       for (const Tensors& list : out) of_one.push_back(list[i]);
       jobs.push_back(all_gather_list(of_one, in[i], resolve(options.timeout)));
       all.insert(all.end(), of_one.begin(), of_one.end());
     }
-    return run(OpType::ALLGATHER_COALESCED, options.asyncOp, all, [jobs] {
+    return run(OpType::ALLGATHER_COALESCED, options.asyncOp, like, all, [jobs] {
       for (const Job& job : jobs) job();
     });
   });
@@ -151,11 +158,12 @@ Backend::WorkPtr Backend::allgather_into_tensor_coalesced(Tensors& out, Tensors&
                                                           const c10d::AllgatherOptions& options) {
   return translated([&] {
     check_list(out.size(), static_cast<int>(in.size()), "all_gather: outputs");
+    const at::Tensor like = on_one_device(in, "all_gather: input");
     std::vector<Job> jobs;
     for (size_t i = 0; i < in.size(); i++) {
       jobs.push_back(all_gather_into(out[i], in[i], resolve(options.timeout)));
     }
-    return run(OpType::COALESCED, options.asyncOp, out, [jobs] {
+    return run(OpType::COALESCED, options.asyncOp, like, out, [jobs] {
       for (const Job& job : jobs) job();
     });
   });
@@ -171,7 +179,7 @@ Backend::Job Backend::all_reduce_one(const at::Tensor& tensor, const c10d::Reduc
   StagedTensor data(tensor);
   return [=, this]() mutable {
     data.load();
-    transport_->all_reduce(call, data.data(), data.nbytes(), reduction, timeout);
+    on(tensor).all_reduce(call, data.data(), data.nbytes(), reduction, timeout);
     data.store();
   };
 }
@@ -180,7 +188,7 @@ Backend::WorkPtr Backend::allreduce(Tensors& tensors, const c10d::AllreduceOptio
   return translated([&] {
     const at::Tensor& tensor = only(tensors, "all_reduce");
     if (tensor.layout() == at::kSparse) return allreduce_sparse(tensors, options);
-    return run(OpType::ALLREDUCE, options.asyncOp, tensors,
+    return run(OpType::ALLREDUCE, options.asyncOp, tensor, tensors,
                all_reduce_one(tensor, options.reduceOp, resolve(options.timeout)));
   });
 }
@@ -189,7 +197,7 @@ Backend::WorkPtr Backend::allreduce_sparse(Tensors& tensors,
                                            const c10d::AllreduceOptions& options) {
   return translated([&] {
     const at::Tensor& tensor = only(tensors, "all_reduce");
-    return run(OpType::_ALLREDUCE_SPARSE, options.asyncOp, tensors,
+    return run(OpType::_ALLREDUCE_SPARSE, options.asyncOp, tensor, tensors,
                all_reduce_sparse(tensor, options.reduceOp, resolve(options.timeout)));
   });
 }
@@ -197,11 +205,12 @@ Backend::WorkPtr Backend::allreduce_sparse(Tensors& tensors,
 Backend::WorkPtr Backend::allreduce_coalesced(Tensors& tensors,
                                               const c10d::AllreduceCoalescedOptions& options) {
   return translated([&] {
+    const at::Tensor like = on_one_device(tensors, "all_reduce");
     std::vector<Job> jobs;
     for (const at::Tensor& tensor : tensors) {
       jobs.push_back(all_reduce_one(tensor, options.reduceOp, resolve(options.timeout)));
     }
-    return run(OpType::ALLREDUCE_COALESCED, options.asyncOp, tensors, [jobs] {
+    return run(OpType::ALLREDUCE_COALESCED, options.asyncOp, like, tensors, [jobs] {
       for (const Job& job : jobs) job();
     });
   });
@@ -216,9 +225,9 @@ Backend::WorkPtr Backend::reduce(Tensors& tensors, const c10d::ReduceOptions& op
     const Reduction reduction = make_reduction(call, tensor, options.reduceOp, getSize());
     StagedTensor data(tensor);
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::REDUCE, options.asyncOp, tensors, [=, this]() mutable {
+    return run(OpType::REDUCE, options.asyncOp, tensor, tensors, [=, this]() mutable {
       data.load();
-      transport_->reduce(call, data.data(), data.nbytes(), reduction, timeout);
+      on(tensor).reduce(call, data.data(), data.nbytes(), reduction, timeout);
       if (getRank() == call.root) data.store();
     });
   });
@@ -237,7 +246,7 @@ Backend::Job Backend::reduce_scatter_from(const at::Tensor& out, const at::Tenso
   if (result.data() != parts[getRank()].data) result.keep_apart(source);
   return [=, this]() mutable {
     source.load();
-    transport_->reduce_scatter(call, parts, result.data(), reduction, timeout);
+    on(in).reduce_scatter(call, parts, result.data(), reduction, timeout);
     result.store();
   };
 }
@@ -245,7 +254,7 @@ Backend::Job Backend::reduce_scatter_from(const at::Tensor& out, const at::Tenso
 Backend::WorkPtr Backend::_reduce_scatter_base(at::Tensor& out, at::Tensor& in,
                                                const c10d::ReduceScatterOptions& options) {
   return translated([&] {
-    return run(OpType::_REDUCE_SCATTER_BASE, options.asyncOp, {out},
+    return run(OpType::_REDUCE_SCATTER_BASE, options.asyncOp, in, {out},
                reduce_scatter_from(out, in, options.reduceOp, resolve(options.timeout)));
   });
 }
@@ -254,12 +263,13 @@ Backend::WorkPtr Backend::reduce_scatter_tensor_coalesced(
     Tensors& out, Tensors& in, const c10d::ReduceScatterOptions& options) {
   return translated([&] {
     check_list(out.size(), static_cast<int>(in.size()), "reduce_scatter: outputs");
+    const at::Tensor like = on_one_device(in, "reduce_scatter: input");
     std::vector<Job> jobs;
     for (size_t i = 0; i < in.size(); i++) {
       jobs.push_back(
           reduce_scatter_from(out[i], in[i], options.reduceOp, resolve(options.timeout)));
     }
-    return run(OpType::COALESCED, options.asyncOp, out, [jobs] {
+    return run(OpType::COALESCED, options.asyncOp, like, out, [jobs] {
       for (const Job& job : jobs) job();
     });
   });
@@ -282,9 +292,9 @@ Backend::WorkPtr Backend::reduce_scatter(Tensors& out, TensorLists& in,
       result.keep_apart(sources[r], r == getRank() ? result.data() : nullptr);
     }
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::REDUCE_SCATTER, options.asyncOp, out, [=, this]() mutable {
+    return run(OpType::REDUCE_SCATTER, options.asyncOp, target, out, [=, this]() mutable {
       load_all(sources);
-      transport_->reduce_scatter(call, parts_of(sources), result.data(), reduction, timeout);
+      on(target).reduce_scatter(call, parts_of(sources), result.data(), reduction, timeout);
       result.store();
     });
   });
@@ -301,9 +311,9 @@ Backend::WorkPtr Backend::broadcast(Tensors& tensors, const c10d::BroadcastOptio
     const Call call = make_call(Op::kBroadcast, tensor, tensor.numel(), root);
     StagedTensor data(tensor);
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::BROADCAST, options.asyncOp, tensors, [=, this]() mutable {
+    return run(OpType::BROADCAST, options.asyncOp, tensor, tensors, [=, this]() mutable {
       if (getRank() == root) data.load();
-      transport_->broadcast(call, data.data(), data.nbytes(), timeout);
+      on(tensor).broadcast(call, data.data(), data.nbytes(), timeout);
       if (getRank() != root) data.store();
     });
   });
@@ -328,9 +338,9 @@ Backend::WorkPtr Backend::gather(TensorLists& out, Tensors& in,
     }
     const Call call = make_call(Op::kGather, tensor, tensor.numel(), root);
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::GATHER, options.asyncOp, targets, [=, this]() mutable {
+    return run(OpType::GATHER, options.asyncOp, tensor, targets, [=, this]() mutable {
       source.load();
-      transport_->gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
+      on(tensor).gather(call, source.data(), source.nbytes(), parts_of(results), timeout);
       store_all(results);
     });
   });
@@ -354,9 +364,9 @@ Backend::WorkPtr Backend::scatter(Tensors& out, TensorLists& in,
     }
     const Call call = make_call(Op::kScatter, target, target.numel(), root);
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::SCATTER, options.asyncOp, out, [=, this]() mutable {
+    return run(OpType::SCATTER, options.asyncOp, target, out, [=, this]() mutable {
       load_all(sources);
-      transport_->scatter(call, parts_of(sources), result.data(), result.nbytes(), timeout);
+      on(target).scatter(call, parts_of(sources), result.data(), result.nbytes(), timeout);
       result.store();
     });
   });
@@ -377,9 +387,9 @@ Backend::WorkPtr Backend::alltoall_base(at::Tensor& out, at::Tensor& in,
     Call call = make_call(Op::kAllToAll, in, in.numel());
     call.has_counts = true;  // one rank's splits may be even where another's are not
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::ALLTOALL_BASE, options.asyncOp, {out}, [=, this]() mutable {
+    return run(OpType::ALLTOALL_BASE, options.asyncOp, in, {out}, [=, this]() mutable {
       source.load();
-      transport_->all_to_all(call, from, to, timeout);
+      on(in).all_to_all(call, from, to, timeout);
       result.store();
     });
   });
@@ -390,22 +400,28 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
   return translated([&] {
     check_list(in.size(), getSize(), "all_to_all: inputs");
     check_list(out.size(), getSize(), "all_to_all: outputs");
-    StagedTensors sources = inputs_of(in, in[0], "all_to_all: input");
-    StagedTensors results = outputs_of(out, in[0], sources, "all_to_all: output");
-    Call call = make_call(Op::kAllToAll, in[0], total_numel(in));
+    const at::Tensor& like = in[0];
+    StagedTensors sources = inputs_of(in, like, "all_to_all: input");
+    StagedTensors results = outputs_of(out, like, sources, "all_to_all: output");
+    Call call = make_call(Op::kAllToAll, like, total_numel(in));
     call.has_counts = true;
     const Milliseconds timeout = resolve(options.timeout);
-    return run(OpType::ALLTOALL, options.asyncOp, out, [=, this]() mutable {
+    return run(OpType::ALLTOALL, options.asyncOp, like, out, [=, this]() mutable {
       load_all(sources);
-      transport_->all_to_all(call, parts_of(sources), parts_of(results), timeout);
+      on(like).all_to_all(call, parts_of(sources), parts_of(results), timeout);
       store_all(results);
     });
   });
 }
 
+// A device's part is launched here, where the order of the group's calls is; then the host waits.
 Backend::WorkPtr Backend::barrier(const c10d::BarrierOptions& options) {
   const Milliseconds timeout = resolve(options.timeout);
-  return run(OpType::BARRIER, options.asyncOp, {}, [=, this] { transport_->barrier(timeout); });
+  if (device_) translated([&] { device_->barrier(timeout); });
+  return run(OpType::BARRIER, options.asyncOp, {}, {}, [=, this] {
+    if (device_) device_->drain();
+    transport_->barrier(timeout);
+  });
 }
 
 }  // namespace primitives

@@ -33,6 +33,7 @@ std::string item(const std::string& what, size_t i) { return what + "[" + std::t
 void check_memory(const Backend::Tensors& tensors, const std::string& what) {
   for (size_t i = 0; i < tensors.size(); i++) {
     check_same_dtype(tensors[i], tensors[0], item(what, i));
+    check_on_cpu(tensors[i], item(what, i));
     if (tensors[i].is_contiguous() && !tensors[i].is_conj() && !tensors[i].is_neg()) continue;
     throw std::invalid_argument(item(what, i) + ": expected a contiguous tensor, got shape " +
                                 c10::str(tensors[i].sizes()) + " with strides " +
@@ -165,7 +166,7 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
     }
     check_apart(std::move(ranges), what);
     const Milliseconds timeout = resolve(kDefaultTimeout);
-    return run(OpType::ALLGATHER_COALESCED, async, fulls, [=, this] {
+    return run(OpType::ALLGATHER_COALESCED, async, {}, fulls, [=, this] {
       const GatherMany many{
           *cuts, sources, results, cast, shards[0].dtype().itemsize(), fulls[0].dtype().itemsize()};
       transport_->all_gather_many(call, many, timeout);
@@ -222,7 +223,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
     }
     check_apart(std::move(ranges), what);
     const Milliseconds timeout = resolve(kDefaultTimeout);
-    return run(OpType::COALESCED, async, shards, [=, this] {
+    return run(OpType::COALESCED, async, {}, shards, [=, this] {
       const ReduceScatterMany many{*cuts,
                                    sources,
                                    results,
@@ -253,6 +254,7 @@ at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype) {
 at::Tensor Backend::allocateTensor(long numel, at::TensorOptions options) {
   return translated([&] {
     const auto dtype = c10::typeMetaToScalarType(options.dtype());
+    if (options.device().is_cuda() && numel >= 0) return at::empty({numel}, options);
     if (!options.device().is_cpu() || numel < 0) {
       throw std::invalid_argument("allocate_tensor: expected a size and the cpu, got " +
                                   std::to_string(numel) + " on " + options.device().str());

@@ -4,6 +4,7 @@
 
 #include "bindings/c10d_backend.hpp"
 #include "bindings/c10d_errors.hpp"
+#include "bindings/c10d_stream_work.hpp"
 
 namespace primitives {
 namespace {
@@ -38,7 +39,8 @@ Backend::WorkPtr Backend::send(Tensors& tensors, int dst, int tag) {
     const at::Tensor& tensor = only(tensors, "send");
     check_tensor(tensor, "send");
     check_peer(dst, getSize(), "send");
-    StagedTensor source(tensor);
+    // From a device by way of the host, which waits for the current stream.
+    StagedTensor source(tensor.is_cuda() ? tensor.to(at::kCPU) : tensor);
     source.load();
     auto work = c10::make_intrusive<Work>(c10d::OpType::SEND, tensors, callbacks_);
     transport_->send(
@@ -53,8 +55,15 @@ Backend::WorkPtr Backend::receive(Tensors& tensors, int src, int tag) {
   const at::Tensor& tensor = only(tensors, "recv");
   check_writable(tensor, "recv");
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
-  auto work = c10::make_intrusive<Work>(type, tensors, callbacks_);
-  StagedTensor result(tensor);
+  c10::intrusive_ptr<Work> work;
+  at::Tensor on_host = tensor;
+  if (tensor.is_cuda()) {
+    on_host = at::empty(tensor.sizes(), tensor.options().device(at::kCPU));
+    work = c10::make_intrusive<HostToDeviceWork>(type, tensor, on_host, callbacks_);
+  } else {
+    work = c10::make_intrusive<Work>(type, tensors, callbacks_);
+  }
+  StagedTensor result(on_host);
   transport_->recv(result.data(), envelope_of(tensor, tag), src, options_->timeout,
                    [work, result](std::exception_ptr error, int from) mutable {
                      try {

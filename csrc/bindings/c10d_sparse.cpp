@@ -57,6 +57,7 @@ void gather_all(Transport& transport, const at::Tensor& mine, Gathered& all, boo
 Backend::Job Backend::all_reduce_sparse(const at::Tensor& tensor, const c10d::ReduceOp& op,
                                         Milliseconds timeout) {
   check_sparse(tensor);
+  check_on_cpu(tensor, "all_reduce of sparse tensors");
   Call call = make_call(Op::kAllReduce, tensor, 0);
   const Reduction reduction = make_reduction(call, tensor, op, getSize());
   if (call.reduce_op != ReduceOp::kSum && call.reduce_op != ReduceOp::kAvg &&

@@ -177,8 +177,8 @@ bool has_storage(const at::Tensor& tensor) {
 
 void check_tensor(const at::Tensor& tensor, const std::string& what) {
   if (!tensor.defined()) throw std::invalid_argument(what + ": expected a tensor, got none");
-  if (!tensor.device().is_cpu()) {
-    throw std::invalid_argument(what + ": expected a tensor on cpu, got one on " +
+  if (!tensor.device().is_cpu() && !tensor.device().is_cuda()) {
+    throw std::invalid_argument(what + ": expected a tensor on cpu or cuda, got one on " +
                                 tensor.device().str());
   }
   if (tensor.layout() != at::kStrided) {
@@ -195,6 +195,18 @@ void check_tensor(const at::Tensor& tensor, const std::string& what) {
   }
 }
 
+void check_on_cpu(const at::Tensor& tensor, const std::string& what) {
+  if (tensor.device().is_cpu()) return;
+  throw std::invalid_argument(what + ": expected a tensor on cpu, got one on " +
+                              tensor.device().str());
+}
+
+void check_same_device(const at::Tensor& tensor, const at::Tensor& other, const std::string& what) {
+  if (tensor.device() == other.device()) return;
+  throw std::invalid_argument(what + ": expected a tensor on " + other.device().str() +
+                              ", got one on " + tensor.device().str());
+}
+
 void check_writable(const at::Tensor& tensor, const std::string& what) {
   check_tensor(tensor, what);
   if (elements_lie_apart(tensor)) return;
@@ -205,6 +217,7 @@ void check_writable(const at::Tensor& tensor, const std::string& what) {
 
 void check_same_dtype(const at::Tensor& tensor, const at::Tensor& other, const std::string& what) {
   check_tensor(tensor, what);
+  check_same_device(tensor, other, what);
   if (tensor.scalar_type() == other.scalar_type()) return;
   throw std::invalid_argument(what + ": expected dtype " +
                               std::string(dtype_name(other.scalar_type())) + ", got " +

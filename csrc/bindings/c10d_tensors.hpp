@@ -11,12 +11,15 @@
 
 namespace primitives {
 
-// Throws std::invalid_argument unless its memory can be read as it is: on the CPU, dense, with a
-// value per element. `what`: "all_gather: input".
+// Throws std::invalid_argument unless its memory can be read as it is: on the CPU or a CUDA device,
+// dense, with a value per element. `what`: "all_gather: input".
 void check_tensor(const at::Tensor& tensor, const std::string& what);
+// ... for what only the CPU has.
+void check_on_cpu(const at::Tensor& tensor, const std::string& what);
+void check_same_device(const at::Tensor& tensor, const at::Tensor& other, const std::string& what);
 // ... and unless each of its elements has a place of its own.
 void check_writable(const at::Tensor& tensor, const std::string& what);
-// ... and of the same dtype as the others of its call.
+// ... and of the same dtype and device as the others of its call.
 void check_same_dtype(const at::Tensor& tensor, const at::Tensor& other, const std::string& what);
 void check_numel(const at::Tensor& tensor, int64_t expected, const std::string& what);
 // The only tensor of a list, as c10d passes it.

@@ -13,7 +13,19 @@ c10::intrusive_ptr<c10::ivalue::Future> new_future() {
   return c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
 }
 
-// A future of torch's WorkResult, as a number: how `future` ended.
+// Waits until `done`, but for signals of the program: their handlers run in between.
+template <class Done>
+void wait_with_signals(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
+                       Done done) {
+  while (!changed.wait_for(lock, std::chrono::milliseconds(100), done)) {
+    lock.unlock();
+    check_signals();
+    lock.lock();
+  }
+}
+
+}  // namespace
+
 c10::intrusive_ptr<c10::ivalue::Future> result_of(c10::ivalue::Future& future) {
   return future.then(
       [](c10::ivalue::Future& ended) {
@@ -30,7 +42,7 @@ c10::intrusive_ptr<c10::ivalue::Future> result_of(c10::ivalue::Future& future) {
       c10::IntType::get());
 }
 
-[[noreturn]] void throw_wait_timeout(std::chrono::milliseconds timeout) {
+void throw_wait_timeout(std::chrono::milliseconds timeout) {
   translated([&]() -> void {
     throw TransportError(Failure::kTimeout, "Work.wait: not done after " +
                                                 std::to_string(timeout.count()) +
@@ -38,19 +50,6 @@ c10::intrusive_ptr<c10::ivalue::Future> result_of(c10::ivalue::Future& future) {
   });
   std::abort();
 }
-
-// Waits until `done`, but for signals of the program: their handlers run in between.
-template <class Done>
-void wait_with_signals(std::condition_variable& changed, std::unique_lock<std::mutex>& lock,
-                       Done done) {
-  while (!changed.wait_for(lock, std::chrono::milliseconds(100), done)) {
-    lock.unlock();
-    check_signals();
-    lock.lock();
-  }
-}
-
-}  // namespace
 
 Work::Work(c10d::OpType type, std::vector<at::Tensor> outputs, std::shared_ptr<Callbacks> callbacks)
     : c10d::Work(-1, type), outputs_(std::move(outputs)), callbacks_(std::move(callbacks)) {}

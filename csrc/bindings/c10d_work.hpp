@@ -17,6 +17,12 @@
 
 namespace primitives {
 
+// A future of torch's WorkResult, as a number: how `future` ended.
+c10::intrusive_ptr<c10::ivalue::Future> result_of(c10::ivalue::Future& future);
+
+// The error of a wait that ends before what it waits for.
+[[noreturn]] void throw_wait_timeout(std::chrono::milliseconds timeout);
+
 // One collective or message: done when its outputs hold the result. Its future is completed by
 // `callbacks`.
 class Work : public c10d::Work {

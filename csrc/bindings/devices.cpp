@@ -1,6 +1,7 @@
 #include "transport/devices.h"
 
 #include "bindings/bindings.hpp"
+#include "bindings/cuda.hpp"
 
 namespace primitives {
 
@@ -22,12 +23,15 @@ void bind_devices(py::module_& m) {
           entry["capability"] = py::make_tuple(d.major, d.minor);
           entry["num_multiprocessors"] = d.num_multiprocessors;
           entry["memory_nbytes"] = d.memory_nbytes;
+          entry["shared"] = d.shared != 0;
           entry["num_peers"] = d.num_peers;
+          entry["num_linked"] = d.num_linked;
           result.append(entry);
         }
         return result;
       },
       "One dict per CUDA device; RuntimeError when there is no usable driver.");
+  bind_vocab_entropy_cuda(m);
 #else
   m.attr("cuda_built") = false;
 #endif

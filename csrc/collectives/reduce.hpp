@@ -9,25 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "collectives/dtype.hpp"
 #include "transport/call.hpp"
 
 namespace primitives {
-
-enum class DType : uint8_t {
-  kFloat32,
-  kFloat64,
-  kFloat16,
-  kBFloat16,
-  kInt8,
-  kUInt8,
-  kInt16,
-  kInt32,
-  kInt64,
-  kUInt16,
-  kUInt32,
-  kUInt64,
-  kBool,
-};
 
 // out[i] = op over ranks of in[rank][i]. `out` may be one of the inputs, but may not overlap them
 // otherwise.

@@ -54,6 +54,15 @@ class Transport {
   virtual void close() = 0;
 };
 
+// One whose collectives run later, on a stream of a device.
+class StreamTransport : public Transport {
+ public:
+  // Throws when the group has failed, also by what ran on the stream.
+  virtual void check() = 0;
+  // Waits for all that was launched; then leaving is safe for the others.
+  virtual void drain() = 0;
+};
+
 class OneHost final : public Transport {
  public:
   OneHost(Meeting& meeting, GroupOptions options) : group_(meeting, std::move(options)) {}

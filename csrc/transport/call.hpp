@@ -10,38 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "transport/operations.hpp"
+
 namespace primitives {
-
-enum class Op : uint8_t {
-  kNone,
-  kAllGather,
-  kReduceScatter,
-  kAllReduce,
-  kAllToAll,
-  kBroadcast,
-  kReduce,
-  kGather,
-  kScatter,
-  kBarrier,
-  kSend,
-  kRecv,
-  kAllGatherMany,
-  kReduceScatterMany,
-  kEmpty,
-};
-
-enum class ReduceOp : uint8_t {
-  kNone,
-  kSum,
-  kAvg,
-  kPremulSum,
-  kProduct,
-  kMin,
-  kMax,
-  kBand,
-  kBor,
-  kBxor,
-};
 
 const char* op_name(Op op);
 const char* reduce_op_name(ReduceOp op);

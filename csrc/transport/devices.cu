@@ -25,12 +25,18 @@ extern "C" int primitives_cuda_devices(primitives_device* devices, int capacity,
     d->minor = properties.minor;
     d->num_multiprocessors = properties.multiProcessorCount;
     d->memory_nbytes = properties.totalGlobalMem;
-    d->num_peers = 0;
+    int mode = cudaComputeModeDefault;
+    cudaDeviceGetAttribute(&mode, cudaDevAttrComputeMode, i);
+    d->shared = mode == cudaComputeModeDefault;
+    d->num_peers = d->num_linked = 0;
     for (int j = 0; j < num_devices; j++) {
-      int can_access = 0;
-      if (j != i && cudaDeviceCanAccessPeer(&can_access, i, j) == cudaSuccess) {
-        d->num_peers += can_access;
+      int can_access = 0, atomics = 0;
+      if (j == i || cudaDeviceCanAccessPeer(&can_access, i, j) != cudaSuccess || !can_access) {
+        continue;
       }
+      cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, i, j);
+      d->num_peers++;
+      d->num_linked += atomics;
     }
   }
   return num_devices;

@@ -10,7 +10,9 @@ typedef struct {
   int major, minor;  // compute capability
   int num_multiprocessors;
   unsigned long long memory_nbytes;
-  int num_peers;  // other devices this one can map
+  int shared;      // several processes may use it at a time (compute mode "default")
+  int num_peers;   // other devices whose memory this one can map
+  int num_linked;  // those of them behind a link with native atomics: NVLink, not PCIe
 } primitives_device;
 
 // Fills up to `capacity` devices. Returns how many there are, or -1 with `error` set (no driver,

@@ -16,6 +16,10 @@ Run = Callable[[], object]
 Allocate = Callable[[int, "np.dtype[Any]"], Array]
 
 
+def nothing() -> None:
+    """What most contestants have to do besides the call."""
+
+
 @dataclass
 class Bound:
     """One call, ready to be repeated: ``send`` is read and ``recv`` written (may overlap)."""
@@ -23,6 +27,12 @@ class Bound:
     run: Run
     send: Array
     recv: Array
+    load: Run = nothing
+    """Brings ``send`` to where the call reads it ..."""
+    fetch: Run = nothing
+    """... and what it wrote to ``recv``."""
+    finish: Run = nothing
+    """Waits for the calls that were made."""
 
 
 class Contestant(Protocol):
@@ -40,7 +50,11 @@ def zeros(numel: int, dtype: "np.dtype[Any]") -> Array:
 def buffers(case: Case, rank: int, allocate: Allocate = zeros) -> tuple[Array, Array]:
     """Input and output, one inside the other when the case is in place."""
     dtype = storage_dtype(case.dtype)
-    send, recv = allocate(case.send_numel, dtype), allocate(case.recv_numel, dtype)
+    return placed(case, rank, allocate(case.send_numel, dtype), allocate(case.recv_numel, dtype))
+
+
+def placed(case: Case, rank: int, send: Any, recv: Any) -> tuple[Any, Any]:
+    """Input and output, one inside the other when the case is in place."""
     if case.in_place:
         own = slice(rank * case.count, (rank + 1) * case.count)
         match case.op:
@@ -83,12 +97,16 @@ class C10d:
 
     def bind(self, case: Case, rank: int) -> Bound | None:
         """The public function of torch.distributed on the case."""
+        send, recv = buffers(case, rank, self.allocate)
+        source, target = as_tensor(send, case.dtype), as_tensor(recv, case.dtype)
+        return Bound(self.call(case, source, target), send, recv)
+
+    def call(self, case: Case, source: "torch.Tensor", target: "torch.Tensor") -> Run:
+        """... on these tensors."""
         import torch.distributed as dist
 
         from primitives.collectives import all_gather_flat, reduce_scatter_flat
 
-        send, recv = buffers(case, rank, self.allocate)
-        source, target = as_tensor(send, case.dtype), as_tensor(recv, case.dtype)
         group, root = self.group, case.root
         reduce_op = getattr(dist.ReduceOp, {"prod": "PRODUCT"}.get(case.reduce_op) or
                             case.reduce_op.upper())  # fmt: skip
@@ -102,7 +120,7 @@ class C10d:
             "broadcast": lambda: dist.broadcast(target, src=root, group=group),
             "barrier": lambda: dist.barrier(group=group),
         }
-        return Bound(runs[case.op], send, recv)
+        return runs[case.op]
 
 
 class Raw:

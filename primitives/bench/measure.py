@@ -30,7 +30,9 @@ MAX_FOREIGN = 0.04
 MIN_BLOCKS = 3
 OURS = ("gloo", "symmetric")
 """Competitors in the same processes; symmetric: this backend on symmetric memory."""
-LIMITS = ("copy", "copy_stream")
+ON_CUDA = ("nccl",)
+"""Competitors on a GPU; nccl wants one for each rank."""
+LIMITS = ("copy", "copy_stream", "copy@cuda")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Plan:
     launcher: str = "mp"
     level: str = "c10d"
     against: tuple[str, ...] = ("gloo",)
+    device: str = "cpu"
+    """Whose tensors; on "cuda" rank r uses GPU r, or shares one when there are fewer."""
     block_s: float = 0.05
     """About how long a block lasts: as many calls as fit, at least one."""
     max_s: float = 20.0
@@ -68,8 +72,12 @@ class Plan:
         expect("-o", self.reduce_op, REDUCE_OPS)
         expect("--launcher", self.launcher, LAUNCHERS)
         expect("--level", self.level, ("c10d", "communicator"))
+        expect("--device", self.device, ("cpu", "cuda"))
+        on_cuda = self.device == "cuda"
+        if on_cuda and (self.level, self.launcher) != ("c10d", "mp"):
+            raise ValueError("--device cuda: expected --level c10d and --launcher mp")
         for name in self.against:
-            expect("--against", name, (*OURS, *MPIS))
+            expect("--against", name, ON_CUDA if on_cuda else (*OURS, *MPIS))
         if not 1 <= self.num_ranks <= MAX_RANKS:
             raise ValueError(f"--ranks: expected 1 to {MAX_RANKS}, got {self.num_ranks}")
         if not 0 <= self.root < self.num_ranks:
@@ -97,9 +105,12 @@ class Plan:
 
     def jobs(self) -> tuple[list[tuple[list[str], str]], list[str]]:
         """Contestants and launcher of each job, and which MPIs are absent."""
+        if self.device == "cuda":
+            names = ["primitives", *self.against, "copy"]
+            return [([f"{name}@cuda" for name in names], self.launcher)], []
         mine = ["primitives", "raw", "noop"] if self.level == "c10d" else ["raw"]
         mine += [name for name in self.against if name in OURS]
-        jobs = [([*mine, *LIMITS], self.launcher)]
+        jobs = [([*mine, *LIMITS[:2]], self.launcher)]
         absent = []
         for name in self.against:
             if name in MPIS:

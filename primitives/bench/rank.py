@@ -69,6 +69,10 @@ class Job:
                                                  self.world_size)  # fmt: skip
                 case "copy" | "copy_stream":
                     self.contestants[name] = Copy(stream=name == "copy_stream")
+                case _ if "@" in name:
+                    from primitives.bench.device_contestants import contestant_on
+
+                    self.contestants[name] = contestant_on(device_of(name), name.split("@")[0])
                 case _:
                     raise ValueError(f"unknown contestant {name!r}")
         self.sync = dist.barrier
@@ -84,12 +88,11 @@ class Job:
                 if bound is None:
                     continue
                 self.sync()
-                wrong = (
-                    self._check(case, bound) if check and not isinstance(contestant, Copy) else 0
-                )
+                wrong = self._check(case, bound) if check and "copy" not in name else 0
                 start = time.monotonic()
                 for _ in range(max(1, warmup)):
                     bound.run()
+                bound.finish()
                 seconds = (time.monotonic() - start) / max(1, warmup)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 # Refused alike on every rank, as gloo refuses an average.
@@ -103,7 +106,9 @@ class Job:
         mine = make_input(case, self.rank)
         if case.op != "broadcast" or self.rank == case.root:
             bound.send[:] = mine
+        bound.load()
         bound.run()
+        bound.fetch()
         wrong = num_wrong(case, self.rank, bound.recv)
         bound.send[:] = 0
         bound.recv[:] = 0
@@ -112,16 +117,30 @@ class Job:
     def measure(self, name: str, num_calls: int) -> dict[str, float]:
         """One block: when it started and ended, and the CPU time this process used meanwhile."""
         cpu_start = time.process_time()  # what is not the ranks' is foreign: all of theirs counts
-        run = self.bound[name].run
+        run, finish = self.bound[name].run, self.bound[name].finish
         for _ in range(1 + 2 * num_calls):  # the scheduler takes 0.1 s to settle the ranks
             run()
+        finish()
         self.sync()
         start = time.monotonic()
         for _ in range(num_calls):
             run()
+        finish()
         end = time.monotonic()
         self.sync()
         return {"start": start, "end": end, "cpu": time.process_time() - cpu_start}
+
+
+def device_of(name: str) -> Any:
+    """Of a contestant like ``nccl@cuda``: this rank's device, which several may share."""
+    import torch
+
+    kind = name.split("@")[1]
+    if kind != "cuda":
+        return torch.device(kind)
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def main(link: str, store_path: str, names: list[str]) -> None:

@@ -16,16 +16,16 @@ Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """logits [tokens, vocab], labels [tokens] -> entropy, log_prob; NaN for what it does not offer."""
 
 
-def ours(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient in new memory."""
-    return vocab_parallel.entropy_and_log_prob(logits, labels, dist.group.WORLD)
+def ours(mode: str, inplace_backward: bool, check_input: bool) -> Function:
+    """The gradient in new memory, or in that of the logits."""
 
+    def run(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return vocab_parallel.entropy_and_log_prob(
+            logits, labels, dist.group.WORLD, inplace_backward=inplace_backward, mode=mode,
+            check_input=check_input,
+        )  # fmt: skip
 
-def in_place(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient in the memory of the logits."""
-    return vocab_parallel.entropy_and_log_prob(
-        logits, labels, dist.group.WORLD, inplace_backward=True
-    )
+    return run
 
 
 def plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,14 +56,24 @@ def megatron(cross_entropy: Any) -> Function:
     return run
 
 
-def contestants() -> dict[str, Function]:
-    """All that are installed; the process group must exist."""
-    found: dict[str, Function] = {
-        "in place": in_place,
-        "out of place": ours,
-        "torch": plain,
-        "torch.compile": torch.compile(plain),
-    }
+def contestants(device: str) -> dict[str, Function]:
+    """All that are installed; the process group must exist.
+
+    Ours on a GPU: with its own exp and without waiting for it, and once with the CPU's bits.
+    """
+    found: dict[str, Function]
+    if device == "cuda":
+        found = {
+            "in place": ours("device", True, False),
+            "in place, portable": ours("portable", True, False),
+            "out of place": ours("device", False, False),
+        }
+    else:
+        found = {
+            "in place": ours("portable", True, True),
+            "out of place": ours("portable", False, True),
+        }
+    found |= {"torch": plain, "torch.compile": torch.compile(plain)}
     if importlib.util.find_spec("megatron") is None:
         return found
     from megatron.core import parallel_state, tensor_parallel

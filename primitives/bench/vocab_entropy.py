@@ -1,29 +1,22 @@
-"""Entropy and log-probability, forward and backward, beside what others offer; one thread.
+"""Entropy and log-probability, forward and backward, beside what others offer.
 
 Every contestant gets the same logits, in turn; a figure is the median over the rounds. The limits,
-reading all logits, and reading and writing them in place, are measured in the same rounds by loops
-that do nothing else. What a contestant needs above the logits is the growth of the process's
-largest resident set during one forward and backward, its gradient included.
+reading all logits, and reading and writing as much, are measured in the same rounds. What a
+contestant needs above the logits is its gradient included. On the CPU one thread runs.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from primitives import _C
+from primitives.bench.devices import LIMITS, Cpu, Device
 from primitives.bench.vocab_contestants import Function, contestants
-
-LIMITS = {"read": 1, "read + write": 2}
-"""Name of each limit, and how many times it moves the logits."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +80,27 @@ CASES = (
     Case(256, 155_136, "bfloat16"),
     Case(2048, 32_768, "bfloat16"),
 )
+CUDA_CASES = (
+    Case(16_384, 155_136, "bfloat16"),
+    Case(16_384, 32_768, "bfloat16"),
+    Case(4_096, 155_136, "float32"),
+    Case(64, 155_136, "bfloat16"),
+)
 
 
 class Bench:
     """The inputs of a case, and one forward and backward of anybody on them."""
 
-    def __init__(self, case: Case) -> None:
-        generator = torch.Generator().manual_seed(7)
+    def __init__(self, case: Case, on: Device) -> None:
+        self.on = on
+        generator = torch.Generator(on.device).manual_seed(7)
         shape = (case.num_tokens, case.vocab_size)
-        logits = torch.randn(shape, generator=generator) * 4
-        self.source = logits.to(getattr(torch, case.dtype))
-        self.labels = torch.randint(case.vocab_size, shape[:1], generator=generator)
-        self.grads = torch.randn(2, case.num_tokens, generator=generator)
+        dtype, device = getattr(torch, case.dtype), on.device
+        self.source = torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(4)
+        self.labels = torch.randint(
+            case.vocab_size, shape[:1], generator=generator, device=on.device
+        )
+        self.grads = torch.randn(2, case.num_tokens, generator=generator, device=on.device)
         self.memory = torch.empty_like(self.source).requires_grad_()
 
     def logits(self) -> Tensor:
@@ -110,52 +112,21 @@ class Bench:
     def run(self, function: Function) -> tuple[float, float, tuple[Tensor, Tensor]]:
         """Milliseconds of forward and of backward, and entropy and log_prob."""
         logits = self.logits()
-        start = time.perf_counter()
+        start = self.on.stamp()
         entropy, log_prob = function(logits, self.labels)
-        middle = time.perf_counter()
+        middle = self.on.stamp()
         grads = tuple(g.to(x.dtype) for g, x in zip(self.grads, (entropy, log_prob), strict=True))
         outputs = [x for x in (entropy, log_prob) if x.requires_grad]
         wanted = [g for g, x in zip(grads, (entropy, log_prob), strict=True) if x.requires_grad]
-        begun = time.perf_counter()
+        begun = self.on.stamp()
         (gradient,) = torch.autograd.grad(outputs, logits, wanted)
-        end = time.perf_counter()
+        end = self.on.stamp()
         del gradient
         return (
-            1e3 * (middle - start),
-            1e3 * (end - begun),
+            self.on.ms(start, middle),
+            self.on.ms(begun, end),
             (entropy.detach().float(), log_prob.detach().float()),
         )
-
-    def limit_ms(self, which: str) -> float:
-        """Milliseconds of a limit: the faster of with and without software prefetch."""
-        work: Callable[[Tensor, bool], Any]
-        work = _C.read_words if which == "read" else _C.flip_words
-        memory = self.memory.detach().view(-1).view(torch.uint8)
-        memory = memory[: memory.numel() // 1024 * 1024]
-        times = []
-        for prefetch in (False, True):
-            start = time.perf_counter()
-            work(memory, prefetch)
-            times.append(1e3 * (time.perf_counter() - start))
-        return min(times)
-
-
-def extra_nbytes(work: Callable[[], object]) -> int | None:
-    """How much the resident set grew at most during ``work``; None where that is not told."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    work()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
 
 
 def num_collectives(work: Callable[[], object]) -> int:
@@ -176,47 +147,57 @@ def check(name: str, results: tuple[Tensor, Tensor], expected: tuple[Tensor, Ten
 
 
 @contextmanager
-def group_of_one() -> Iterator[None]:
+def group_of_one(on: Device) -> Iterator[None]:
     """The process group that some contestants need; one that was there already stays."""
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if on.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def measure(cases: list[Case], num_rounds: int = 5) -> Iterator[Row]:
-    """Times all contestants on each case, one thread; the rows of a case follow each other."""
+def measure(cases: list[Case], num_rounds: int = 5, on: Device | None = None) -> Iterator[Row]:
+    """Times all contestants on each case, one thread; the rows of a case follow each other.
+
+    A contestant that runs out of a GPU's memory has no row.
+    """
     torch.set_num_threads(1)
-    with group_of_one():
-        rivals = contestants()
+    on = on or Cpu()
+    with group_of_one(on):
+        rivals = contestants(on.device.type)
         for case in cases:
-            yield from _measure_case(case, rivals, num_rounds)
+            yield from _measure_case(case, rivals, num_rounds, on)
 
 
-def _measure_case(case: Case, rivals: dict[str, Function], num_rounds: int) -> Iterator[Row]:
-    bench = Bench(case)
+def _measure_case(
+    case: Case, rivals: dict[str, Function], num_rounds: int, on: Device
+) -> Iterator[Row]:
+    bench = Bench(case, on)
     expected = bench.run(rivals["in place"])[2]
     memory, calls = {}, {}
     for name, function in rivals.items():
-        check(name, bench.run(function)[2], expected)
-        bench.run(function)  # compilers may wait for a second call
-        memory[name] = extra_nbytes(lambda: bench.run(function))  # noqa: B023
+        try:
+            check(name, bench.run(function)[2], expected)
+            bench.run(function)  # compilers may wait for a second call
+        except torch.OutOfMemoryError:
+            continue
+        memory[name] = on.extra_nbytes(lambda: bench.run(function))  # noqa: B023
         calls[name] = num_collectives(lambda: bench.run(function))  # noqa: B023
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
+    names = list(memory)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     limits: dict[str, list[float]] = {name: [] for name in LIMITS}
-    names = list(rivals)
     for turn in range(num_rounds):
-        for limit, found in limits.items():
-            found.append(bench.limit_ms(limit))
+        for limit, limit_ms in on.limits_ms(bench.memory.detach()).items():
+            limits[limit].append(limit_ms)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             forward_ms, backward_ms, _ = bench.run(rivals[name])
             times[name].append((forward_ms, backward_ms))
-    limit_ms = {name: statistics.median(found) for name, found in limits.items()}
+    medians = {name: statistics.median(found) for name, found in limits.items()}
     for name, pairs in times.items():
         forward_ms, backward_ms = (statistics.median(x) for x in zip(*pairs, strict=True))
-        yield Row(case, name, forward_ms, backward_ms, memory[name], calls[name], limit_ms)
+        yield Row(case, name, forward_ms, backward_ms, memory[name], calls[name], medians)

@@ -42,8 +42,16 @@ class Ranks:
 
 
 def new_message(num_tokens: int, device: torch.device) -> Tensor:
-    """A message to fill: [HEADER + 4 * num_tokens]."""
-    return torch.empty(HEADER + 4 * num_tokens, dtype=torch.float32, device=device)
+    """A message to fill: [HEADER + 4 * num_tokens], the header zeros."""
+    message = torch.empty(HEADER + 4 * num_tokens, dtype=torch.float32, device=device)
+    message[:HEADER] = 0
+    return message
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises ValueError while a CUDA graph is captured: the host cannot read headers then."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError("check_input: expected False while a CUDA graph is captured, got True")
 
 
 def quads_of(message: Tensor) -> Tensor:
@@ -66,17 +74,22 @@ def write_header(
     message[:HEADER].view(torch.int64).copy_(header)
 
 
-def exchange(message: Tensor, ranks: Ranks, labels_shape: tuple[int, ...]) -> Tensor:
-    """All messages, [num_ranks, HEADER + 4 * tokens].
+def exchange(message: Tensor, ranks: Ranks) -> Tensor:
+    """All messages, [num_ranks, HEADER + 4 * tokens]."""
+    if ranks.group is None:
+        return message[None]
+    messages = message.new_empty(ranks.num_ranks, message.numel())
+    all_gather_flat(messages.view(-1), message, group=ranks.group)
+    return messages
+
+
+def check_headers(messages: Tensor, labels_shape: tuple[int, ...]) -> None:
+    """Reads the headers of all ranks, and waits for a device to do so.
 
     Raises:
         ValueError: the same on every rank: a rank has a label outside the vocabulary, or another
             vocabulary.
     """
-    messages = message[None]
-    if ranks.group is not None:
-        messages = message.new_empty(ranks.num_ranks, message.numel())
-        all_gather_flat(messages.view(-1), message, group=ranks.group)
     headers = messages[:, :HEADER].contiguous().view(torch.int64).tolist()
     vocab_size = headers[0][0]
     for rank, (theirs, _, _, _) in enumerate(headers):
@@ -92,4 +105,3 @@ def exchange(message: Tensor, ranks: Ranks, labels_shape: tuple[int, ...]) -> Te
                 f"labels: expected 0 <= label < {vocab_size} or ignore_index, got {label} "
                 f"at [{where}] on rank {rank}"
             )
-    return messages

@@ -16,6 +16,7 @@ import primitives._C as _C
 from primitives.canonical import tree_sum
 from primitives.vocab_parallel.exchange import (
     Ranks,
+    check_headers,
     exchange,
     new_message,
     quads_of,
@@ -100,7 +101,8 @@ def linear_vocab_entropy(
     message = new_message(len(rows), hidden.device)
     write_header(message, targets, shard.vocab_size, ignore_index)
     quads_of(message).copy_(_C.vocab_entropy_finish(of_segment, None, ignore_index, scale)[0])
-    messages = exchange(message, ranks, tuple(hidden.shape[:-1]))
+    messages = exchange(message, ranks)
+    check_headers(messages, tuple(hidden.shape[:-1]))
     quads, *results = _C.vocab_entropy_finish(quads_of(messages), targets, ignore_index, scale)
     entropy, log_prob, log_sum_exp = (x.view(hidden.shape[:-1]) for x in results)
     return entropy, log_prob, log_sum_exp, quads.view(*hidden.shape[:-1], 4)

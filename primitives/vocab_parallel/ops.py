@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import primitives._C as _C
 from primitives.vocab_parallel.exchange import (
     Ranks,
+    check_headers,
     exchange,
     new_message,
     quads_of,
+    refuse_capture,
     write_header,
 )
+from primitives.vocab_parallel.kernels import kernels_for
 from primitives.vocab_parallel.shard import Shard, shard_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,9 +51,9 @@ def check_labels(labels: Tensor | None, of: Tensor) -> None:
 
 def check(logits: Tensor, labels: Tensor | None, vocab_size: int | None, ranks: Ranks) -> Shard:
     """Raises ValueError unless the arguments of this rank fit together; which columns it has."""
-    if logits.dim() < 1 or logits.dtype not in DTYPES or logits.device.type != "cpu":
+    if logits.dim() < 1 or logits.dtype not in DTYPES:
         raise ValueError(
-            "logits: expected [..., columns] of float32, bfloat16 or float16 on the CPU, "
+            "logits: expected [..., columns] of float32, bfloat16 or float16, "
             f"got {list(logits.shape)} of {logits.dtype} on {logits.device}"
         )
     check_labels(labels, logits)
@@ -82,19 +84,28 @@ def vocab_entropy(
     ignore_index: int,
     temperature: float,
     inplace_backward: bool,
+    mode: str = "portable",
+    check_input: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entropy, log_prob, log_sum_exp [...] and the quads [..., 4] that the backward needs."""
     ranks = Ranks.named(group_name)
+    kernels = kernels_for(logits.device, mode)
     shard = check(logits, labels, vocab_size, ranks)
     scale, rows, targets = scale_of(temperature), rows_of(logits), flat(labels)
+    reads_back = check_input and (labels is not None or ranks.group is not None)
+    if reads_back:
+        refuse_capture(logits.device)
     message = new_message(rows.shape[0], logits.device)
-    write_header(message, targets, shard.vocab_size, ignore_index)
-    _C.vocab_entropy_forward(
+    if reads_back:
+        write_header(message, targets, shard.vocab_size, ignore_index)
+    kernels.forward(
         rows, targets, ignore_index, shard.first, shard.segment_length, shard.num_segments, scale,
         quads_of(message),
     )  # fmt: skip
-    messages = exchange(message, ranks, tuple(logits.shape[:-1]))
-    quads, *results = _C.vocab_entropy_finish(quads_of(messages), targets, ignore_index, scale)
+    messages = exchange(message, ranks)
+    if reads_back:
+        check_headers(messages, tuple(logits.shape[:-1]))
+    quads, *results = kernels.finish(quads_of(messages), targets, ignore_index, scale)
     entropy, log_prob, log_sum_exp = (x.view(logits.shape[:-1]) for x in results)
     return entropy, log_prob, log_sum_exp, quads.view(*logits.shape[:-1], 4)
 
@@ -116,11 +127,13 @@ def _write_gradient(
     vocab_size: int | None,
     ignore_index: int,
     temperature: float,
+    mode: str,
 ) -> None:
+    kernels = kernels_for(logits.device, mode)
     shard = check(logits, labels, vocab_size, Ranks.named(group_name))
     num_tokens = math.prod(logits.shape[:-1])
     by_entropy, by_log_prob, by_log_sum_exp = map(flat, gradients)
-    _C.vocab_entropy_backward(
+    kernels.backward(
         rows_of(logits), flat(labels), ignore_index, shard.first, scale_of(temperature),
         quads.view(num_tokens, 4), by_entropy, by_log_prob, by_log_sum_exp,
         out.view(num_tokens, logits.shape[-1]),
@@ -139,13 +152,15 @@ def vocab_entropy_backward(
     vocab_size: int | None,
     ignore_index: int,
     temperature: float,
+    mode: str = "portable",
 ) -> Tensor:
     """The gradient by this rank's logits, like them, contiguous."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     gradients = (grad_entropy, grad_log_prob, grad_log_sum_exp)
     _write_gradient(
-        out, logits, labels, quads, gradients, group_name, vocab_size, ignore_index, temperature
-    )
+        out, logits, labels, quads, gradients, group_name, vocab_size, ignore_index, temperature,
+        mode,
+    )  # fmt: skip
     return out
 
 
@@ -166,16 +181,19 @@ def vocab_entropy_backward_(
     vocab_size: int | None,
     ignore_index: int,
     temperature: float,
+    mode: str = "portable",
 ) -> None:
     """The same, into the contiguous logits."""
     gradients = (grad_entropy, grad_log_prob, grad_log_sum_exp)
     _write_gradient(
-        logits, logits, labels, quads, gradients, group_name, vocab_size, ignore_index, temperature
-    )
+        logits, logits, labels, quads, gradients, group_name, vocab_size, ignore_index,
+        temperature, mode,
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, *ctx.settings, ctx.inplace_backward = inputs
+    logits, labels, *settings, ctx.inplace_backward, mode, _ = inputs
+    ctx.settings = (*settings, mode)
     ctx.save_for_backward(logits, labels, output[3])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
@@ -184,7 +202,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, labels, quads = ctx.saved_tensors
     arguments = (logits, labels, quads, *grads[:3], *ctx.settings)
-    rest = (None,) * 6
+    rest = (None,) * 8
     if all(grad is None for grad in grads[:3]):
         return None, *rest
     if ctx.inplace_backward:

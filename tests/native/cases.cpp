@@ -82,9 +82,9 @@ class Case {
  public:
   explicit Case(Player& player)
       : player_(player),
-        group_(player.group),
-        n_(player.group.world_size()),
-        me_(player.group.rank()),
+        transport_(player.transport),
+        n_(player.transport.group().world_size()),
+        me_(player.transport.group().rank()),
         seed_(player.random()),
         shift_(player.draw(16)),
         root_(static_cast<int>(player.draw(n_))),
@@ -109,9 +109,9 @@ class Case {
       case 7:
         return scatter();
       case 8:
-        return messages();
+        if (player_.sends_messages) return messages();
     }
-    primitives::barrier(group_, kTimeout);
+    transport_.barrier(kTimeout);
   }
 
  private:
@@ -165,8 +165,9 @@ class Case {
     std::vector<Buffer<T>> out;
     for (size_t numel : numels) out.emplace_back(numel, shift_);
     Buffer<T> in(values(me_, numels[me_]), 0);
-    primitives::all_gather(group_, call(Op::kAllGather, numels[me_], false, uneven), in.data(),
-                           in.nbytes(), parts(out), kTimeout);
+    transport_.all_gather(call(Op::kAllGather, numels[me_], false, uneven), in.data(), in.nbytes(),
+                          parts(out), kTimeout);
+    player_.settle();
     for (int r = 0; r < n_; r++) expect_bits(out[r].data(), values(r, numels[r]), "all_gather");
   }
 
@@ -176,16 +177,18 @@ class Case {
     std::vector<Buffer<T>> in;  // stream r * n + s: what rank s has for rank r
     for (int r = 0; r < n_; r++) in.emplace_back(values(r * n_ + me_, numels[r]), shift_);
     Buffer<T> out(numels[me_], shift_);
-    primitives::reduce_scatter(group_, call(Op::kReduceScatter, n_ * numels[me_], true, uneven),
-                               parts(in), out.data(), reduction(), kTimeout);
+    transport_.reduce_scatter(call(Op::kReduceScatter, n_ * numels[me_], true, uneven), parts(in),
+                              out.data(), reduction(), kTimeout);
+    player_.settle();
     expect_bits(out.data(), reduced(numels[me_], me_ * n_), "reduce_scatter");
   }
 
   void all_reduce() {
     const size_t numel = draw_numel<T>(player_);
     Buffer<T> data(values(me_, numel), shift_);
-    primitives::all_reduce(group_, call(Op::kAllReduce, numel, true), data.data(), data.nbytes(),
-                           reduction(), kTimeout);
+    transport_.all_reduce(call(Op::kAllReduce, numel, true), data.data(), data.nbytes(),
+                          reduction(), kTimeout);
+    player_.settle();
     expect_bits(data.data(), reduced(numel, 0), "all_reduce");
   }
 
@@ -199,8 +202,9 @@ class Case {
       out.emplace_back(numels[r * n_ + me_], 0);
       total += numels[me_ * n_ + r];
     }
-    primitives::all_to_all(group_, call(Op::kAllToAll, total, false, uneven), parts(in), parts(out),
-                           kTimeout);
+    transport_.all_to_all(call(Op::kAllToAll, total, false, uneven), parts(in), parts(out),
+                          kTimeout);
+    player_.settle();
     for (int s = 0; s < n_; s++) {
       expect_bits(out[s].data(), values(s * n_ + me_, numels[s * n_ + me_]), "all_to_all");
     }
@@ -215,16 +219,18 @@ class Case {
   void broadcast() {
     const size_t numel = draw_numel<T>(player_);
     Buffer<T> data(values(me_, numel), shift_);
-    primitives::broadcast(group_, rooted(Op::kBroadcast, numel, false), data.data(), data.nbytes(),
-                          kTimeout);
+    transport_.broadcast(rooted(Op::kBroadcast, numel, false), data.data(), data.nbytes(),
+                         kTimeout);
+    player_.settle();
     expect_bits(data.data(), values(root_, numel), "broadcast");
   }
 
   void reduce() {
     const size_t numel = draw_numel<T>(player_);
     Buffer<T> data(values(me_, numel), shift_);
-    primitives::reduce(group_, rooted(Op::kReduce, numel, true), data.data(), data.nbytes(),
-                       reduction(), kTimeout);
+    transport_.reduce(rooted(Op::kReduce, numel, true), data.data(), data.nbytes(), reduction(),
+                      kTimeout);
+    player_.settle();
     expect_bits(data.data(), me_ == root_ ? reduced(numel, 0) : values(me_, numel), "reduce");
   }
 
@@ -233,8 +239,9 @@ class Case {
     std::vector<Buffer<T>> out;
     for (int r = 0; me_ == root_ && r < n_; r++) out.emplace_back(numel, shift_);
     Buffer<T> in(values(me_, numel), 0);
-    primitives::gather(group_, rooted(Op::kGather, numel, false), in.data(), in.nbytes(),
-                       parts(out), kTimeout);
+    transport_.gather(rooted(Op::kGather, numel, false), in.data(), in.nbytes(), parts(out),
+                      kTimeout);
+    player_.settle();
     for (size_t r = 0; r < out.size(); r++) {
       expect_bits(out[r].data(), values(r, numel), "gather");
     }
@@ -245,8 +252,9 @@ class Case {
     std::vector<Buffer<T>> in;
     for (int r = 0; me_ == root_ && r < n_; r++) in.emplace_back(values(r, numel), shift_);
     Buffer<T> out(numel, 0);
-    primitives::scatter(group_, rooted(Op::kScatter, numel, false), parts(in), out.data(),
-                        out.nbytes(), kTimeout);
+    transport_.scatter(rooted(Op::kScatter, numel, false), parts(in), out.data(), out.nbytes(),
+                       kTimeout);
+    player_.settle();
     expect_bits(out.data(), values(me_, numel), "scatter");
   }
 
@@ -291,16 +299,16 @@ class Case {
       for (int j = 0; j < n_; j++) {
         const int dst = static_cast<int>((me_ + j + turn) % n_);
         const int tag = any_source ? 7 : 100 + me_;
-        player_.mailbox.send(out[dst].data(), envelope(numel_of(me_, dst), tag), dst, kTimeout,
-                             done(-1));
+        transport_.send(out[dst].data(), envelope(numel_of(me_, dst), tag), dst, kTimeout,
+                        done(-1));
       }
     };
     if (me_ % 2 == 0) post_sends();
     for (int j = 0; j < n_; j++) {
       const int src = static_cast<int>((me_ + n_ - j) % n_);
       const int tag = any_source ? 7 : 100 + src;
-      player_.mailbox.recv(in[src].data(), envelope(numel_of(src, me_), tag),
-                           any_source ? kAnySource : src, kTimeout, done(src));
+      transport_.recv(in[src].data(), envelope(numel_of(src, me_), tag),
+                      any_source ? kAnySource : src, kTimeout, done(src));
     }
     if (me_ % 2 == 1) post_sends();
     std::unique_lock<std::mutex> lock(mutex);
@@ -315,13 +323,13 @@ class Case {
     }
     lock.unlock();
     // A message from any source of the next round must not be taken for one of this round.
-    primitives::barrier(group_, kTimeout);
+    transport_.barrier(kTimeout);
   }
 
   static constexpr double kFactor = 0.3;  // not exact in float: how it is rounded shows
 
   Player& player_;
-  Group& group_;
+  Transport& transport_;
   const int n_, me_;
   const uint64_t seed_;
   const size_t shift_;

@@ -2,19 +2,20 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <random>
 
-#include "collectives/collectives.hpp"
-#include "transport/group.hpp"
-#include "transport/mailbox.hpp"
+#include "collectives/transport.hpp"
 
 namespace primitives::native_tests {
 
 // What one rank works with. All ranks draw the same numbers in the same order, so each knows every
 // other's part of a case.
 struct Player {
-  Group& group;
-  Mailbox& mailbox;
+  Transport& transport;
+  // Waits until the results of the last collective are there.
+  std::function<void()> settle;
+  bool sends_messages;
   std::mt19937_64 random;
 
   uint64_t draw(uint64_t below) { return random() % below; }

@@ -1,9 +1,10 @@
 // Plays random collectives, messages and faults on ranks that are threads or processes, without
 // Python and torch, so that the sanitizers see all code that runs.
 //
-//   driver [--ranks N] [--processes] [--cases N] [--faults N] [--seed N]
+//   driver [--ranks N] [--processes] [--device] [--cases N] [--faults N] [--seed N]
 //          [--break race|overflow|bits]
 //
+// --device plays the collectives of CUDA devices, on the runtime of tests/emulator/runtime.hpp.
 // --break makes a mistake on purpose: a race for ThreadSanitizer, a read beyond a buffer for
 // AddressSanitizer, a flipped bit for the comparison; each must make the run fail.
 #include <sys/wait.h>
@@ -18,6 +19,9 @@
 #include <vector>
 
 #include "cases.hpp"
+#include "collectives/cuda/device_transport.hpp"
+#include "device_faults.hpp"
+#include "emulator/runtime.hpp"
 #include "faults.hpp"
 #include "meeting.hpp"
 #include "values.hpp"
@@ -30,6 +34,7 @@ constexpr int kCasesPerGroup = 100;
 struct Plan {
   int num_ranks = 4;
   bool processes = false;
+  bool device = false;
   int num_cases = 1000;
   int num_faults = kNumFaults;
   uint64_t seed = 1;
@@ -43,6 +48,10 @@ Plan parse(int argc, char** argv) {
     const std::string flag = argv[i];
     if (flag == "--processes") {
       plan.processes = true;
+      continue;
+    }
+    if (flag == "--device") {
+      plan.device = true;
       continue;
     }
     if (i + 1 == argc) throw std::invalid_argument("driver: " + flag + " needs a value");
@@ -93,28 +102,47 @@ void play_rank(const Plan& plan, int rank) {
   auto next_folder = [&] { return plan.folder + "/" + std::to_string(++round); };
   std::mt19937_64 random(plan.seed);
   std::mt19937 own_random(static_cast<unsigned>(plan.seed * 100 + rank));
-  for (int num_played = 0; num_played < plan.num_cases;) {
-    FolderMeeting meeting(next_folder());
-    Group group(meeting, options(round));
-    Mailbox mailbox(group);
-    Player player{group, mailbox, random};
+  const auto play_cases = [&](Player player, int* num_played) {
     try {
-      if (!plan.mistake.empty()) make_mistake(plan.mistake, group);
-      for (int i = 0; i < kCasesPerGroup && num_played < plan.num_cases; i++, num_played++) {
+      if (!plan.mistake.empty()) make_mistake(plan.mistake, player.transport.group());
+      for (int i = 0; i < kCasesPerGroup && *num_played < plan.num_cases; i++, ++*num_played) {
         if (own_random() % 16 == 0) usleep(own_random() % 300);  // another order of arrival
         play_case(player);
       }
     } catch (const std::exception& error) {
-      group.abort(error.what());
+      player.transport.group().abort(error.what());
       throw;
     }
     random = player.random;
-    mailbox.stop();
-    group.close();
+  };
+  for (int num_played = 0; num_played < plan.num_cases;) {
+    FolderMeeting meeting(next_folder());
+    OneHost host(meeting, options(round));
+    if (plan.device) {
+      emulator::Stream streams[2];  // used in turn: the calls must follow each other all the same
+      int num_calls = 0;
+      const auto current = [&] { return &streams[num_calls++ % 2]; };
+      DeviceTransport device(host, 0, current, Milliseconds(60000));
+      const auto settle = [&] {
+        device.drain();
+        device.check();
+      };
+      play_cases({device, settle, false, random}, &num_played);
+      device.drain();
+      host.close();
+    } else {
+      play_cases({host, [] {}, true, random}, &num_played);
+      host.close();
+    }
   }
   for (int i = 0; i < plan.num_faults && plan.num_ranks > 1; i++) {
     FolderMeeting meeting(next_folder());
-    play_fault(i % kNumFaults, i % plan.num_ranks, meeting, options(round));
+    if (plan.device) {
+      play_device_fault(i % (kNumDeviceFaults - !plan.processes), i % plan.num_ranks, meeting,
+                        options(round));
+    } else {
+      play_fault(i % kNumFaults, i % plan.num_ranks, meeting, options(round));
+    }
   }
 }
 

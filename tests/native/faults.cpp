@@ -14,17 +14,6 @@ namespace {
 
 constexpr Milliseconds kLong{60000}, kShort{200};
 
-template <class F>
-void expect_failure(Failure expected, const std::string& fault, F body) {
-  try {
-    body();
-  } catch (const TransportError& error) {
-    if (error.failure == expected) return;
-    throw WrongResult(fault + ": got another failure: " + error.what());
-  }
-  throw WrongResult(fault + ": no error");
-}
-
 void sum(Group& group, size_t numel, Milliseconds timeout) {
   std::vector<float> data(numel, 1.0f);
   Call call;

@@ -1,0 +1,167 @@
+// Calls as the kernels want them. The meeting and failure are in device_meeting.cpp and
+// device_failure.cpp.
+#ifdef PRIMITIVES_CUDA
+#include "collectives/cuda/device_transport.hpp"
+
+#include <stdexcept>
+
+namespace primitives {
+namespace {
+
+primitives_cuda_call begin(const Call& call) {
+  primitives_cuda_call made{};
+  made.op = static_cast<uint8_t>(call.op);
+  made.dtype = moved_dtype(call.dtype);
+  made.has_counts = call.has_counts;
+  made.root = call.root;
+  made.place = PRIMITIVES_CUDA_NOT_SYMMETRIC;
+  return made;
+}
+
+primitives_cuda_call begin(const Call& call, const Reduction& reduction) {
+  primitives_cuda_call made = begin(call);
+  made.dtype = static_cast<uint8_t>(reduction.dtype);
+  made.reduce_op = static_cast<uint8_t>(reduction.op);
+  made.factor = reduction.op == ReduceOp::kPremulSum ? reduction.factor : 0;
+  made.has_counts = 0;
+  return made;
+}
+
+void set_in(primitives_cuda_call& call, int rank, const void* data, size_t nbytes) {
+  call.in[rank] = static_cast<const char*>(data);
+  call.in_nbytes[rank] = nbytes;
+}
+
+void set_out(primitives_cuda_call& call, int rank, void* data, size_t nbytes) {
+  call.out[rank] = static_cast<char*>(data);
+  call.out_nbytes[rank] = nbytes;
+}
+
+[[noreturn]] void refuse(const char* what) {
+  throw std::invalid_argument(std::string(what) + ": expected memory of the CPU, got of a device");
+}
+
+}  // namespace
+
+void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Milliseconds timeout) {
+  check();
+  device_call.seq = static_cast<uint32_t>(++seq_);
+  {
+    const std::lock_guard<std::mutex> lock(launched_mutex_);
+    launched_[seq_ % launched_.size()] = {call, this_site()};
+  }
+  primitives_cuda_ranks ranks = ranks_;
+  ranks.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1'000'000;
+  primitives_cuda_error error;
+  if (primitives_cuda_launch(device_, &ranks, device_call, stream_(), last_, &error) == 0) return;
+  group().fail(Failure::kOther, group().here() + ": " + op_name(call.op) + " on device " +
+                                    std::to_string(device_) + ": " + error.text);
+}
+
+void DeviceTransport::all_gather(const Call& call, const void* in, size_t in_nbytes,
+                                 const std::vector<Part>& out, Milliseconds timeout) {
+  DeviceCall made = begin(call);
+  for (int r = 0; r < ranks_.world_size; r++) {
+    set_in(made, r, in, in_nbytes);
+    set_out(made, r, out[r].data, out[r].nbytes);
+  }
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::reduce_scatter(const Call& call, const std::vector<Part>& in, void* out,
+                                     const Reduction& reduction, Milliseconds timeout) {
+  const int n = ranks_.world_size, me = ranks_.rank;
+  bool equal = true;
+  for (const Part& part : in) equal = equal && part.nbytes == in[0].nbytes;
+  if (equal) {
+    DeviceCall made = begin(call, reduction);
+    for (int r = 0; r < n; r++) set_in(made, r, in[r].data, in[r].nbytes);
+    set_out(made, 0, out, in[me].nbytes);
+    return launch(call, made, timeout);
+  }
+  for (int r = 0; r < n; r++) {  // parts of different sizes: one after the other
+    Call of_one = call;
+    of_one.op = Op::kReduce;
+    of_one.root = r;
+    DeviceCall made = begin(of_one, reduction);
+    set_in(made, 0, in[r].data, in[r].nbytes);
+    set_out(made, 0, r == me ? out : in[r].data, in[r].nbytes);
+    launch(of_one, made, timeout);
+  }
+}
+
+void DeviceTransport::all_reduce(const Call& call, void* data, size_t nbytes,
+                                 const Reduction& reduction, Milliseconds timeout) {
+  DeviceCall made = begin(call, reduction);
+  set_in(made, 0, data, nbytes);
+  set_out(made, 0, data, nbytes);
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::reduce(const Call& call, void* data, size_t nbytes,
+                             const Reduction& reduction, Milliseconds timeout) {
+  all_reduce(call, data, nbytes, reduction, timeout);  // the op and root are the call's
+}
+
+void DeviceTransport::all_to_all(const Call& call, const std::vector<Part>& in,
+                                 const std::vector<Part>& out, Milliseconds timeout) {
+  DeviceCall made = begin(call);
+  for (int r = 0; r < ranks_.world_size; r++) {
+    set_in(made, r, in[r].data, in[r].nbytes);
+    set_out(made, r, out[r].data, out[r].nbytes);
+  }
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::broadcast(const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
+  DeviceCall made = begin(call);
+  set_in(made, 0, data, nbytes);
+  set_out(made, 0, data, nbytes);
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::gather(const Call& call, const void* in, size_t in_nbytes,
+                             const std::vector<Part>& out, Milliseconds timeout) {
+  DeviceCall made = begin(call);
+  made.has_counts = 1;
+  set_in(made, call.root, in, in_nbytes);
+  for (size_t r = 0; r < out.size(); r++) {
+    set_out(made, static_cast<int>(r), out[r].data, out[r].nbytes);
+  }
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::scatter(const Call& call, const std::vector<Part>& in, void* out,
+                              size_t out_nbytes, Milliseconds timeout) {
+  DeviceCall made = begin(call);
+  made.has_counts = 1;
+  for (size_t r = 0; r < in.size(); r++) {
+    set_in(made, static_cast<int>(r), in[r].data, in[r].nbytes);
+  }
+  set_out(made, call.root, out, out_nbytes);
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::barrier(Milliseconds timeout) {
+  Call call;
+  call.op = Op::kBarrier;
+  DeviceCall made = begin(call);
+  launch(call, made, timeout);
+}
+
+void DeviceTransport::all_gather_many(const Call&, const GatherMany&, Milliseconds) {
+  refuse("fused all_gather");
+}
+void DeviceTransport::reduce_scatter_many(const Call&, const ReduceScatterMany&, Milliseconds) {
+  refuse("fused reduce_scatter");
+}
+void* DeviceTransport::empty(const Call&, size_t, Milliseconds) { refuse("symmetric memory"); }
+void DeviceTransport::send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
+  refuse("send");
+}
+void DeviceTransport::recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
+  refuse("recv");
+}
+
+}  // namespace primitives
+#endif

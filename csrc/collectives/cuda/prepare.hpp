@@ -1,0 +1,107 @@
+// Checks a call before it is launched, and chooses its number of blocks: host code.
+#pragma once
+
+#include <stdio.h>
+
+#include "collectives/cuda/collectives.hpp"
+
+namespace primitives::cuda {
+
+constexpr int kNumLanes = 512;  // of a block
+
+inline bool is_reduction(Op op) {
+  return op == Op::kAllReduce || op == Op::kReduceScatter || op == Op::kReduce;
+}
+
+// The error, or "" with call->num_blocks set. The number must be the same on all ranks, so it
+// follows from what they must agree on.
+inline const char* prepare(const Ranks& ranks, Call* call) {
+  const int n = ranks.world_size, me = ranks.rank;
+  if (n < 1 || n > kMaxRanks) return "world_size: expected 1 to 8";
+  if (me < 0 || me >= n) return "rank: expected 0 to world_size - 1";
+  if (ranks.slot_nbytes == 0 || ranks.slot_nbytes % PRIMITIVES_CUDA_SLOT_GRAIN != 0) {
+    return "slot_nbytes: expected a multiple of PRIMITIVES_CUDA_SLOT_GRAIN";
+  }
+  if (ranks.max_blocks < 1 || ranks.max_blocks > kMaxBlocks) {
+    return "max_blocks: expected 1 to PRIMITIVES_CUDA_MAX_BLOCKS";
+  }
+  if (ranks.block_nbytes == 0) return "block_nbytes: expected more than 0";
+  const Op op = static_cast<Op>(call->op);
+  const bool reduces = is_reduction(op);
+  const bool all_to_some = op == Op::kAllToAll || op == Op::kGather || op == Op::kScatter;
+  const bool many_in = op == Op::kAllGather || all_to_some || op == Op::kReduceScatter;
+  const bool many_out = op == Op::kAllGather || all_to_some;
+  const bool rooted =
+      op == Op::kBroadcast || op == Op::kReduce || op == Op::kGather || op == Op::kScatter;
+  const bool equal_in = !all_to_some || !call->has_counts;
+  if (!reduces && !many_in && op != Op::kBroadcast && op != Op::kBarrier) {
+    return "op: expected a collective that is not fused";
+  }
+  if (call->has_counts && !many_out) return "has_counts: expected none for this op";
+  if (rooted ? call->root < 0 || call->root >= n : call->root != -1) {
+    return "root: expected a rank for a rooted op, else -1";
+  }
+  uint64_t total = 0;
+  for (int r = 0; r < n; r++) {
+    if (call->in_nbytes[r] > 0 && call->in[r] == nullptr) return "in: null, with bytes";
+    if (call->out_nbytes[r] > 0 && call->out[r] == nullptr) return "out: null, with bytes";
+    if (many_in && equal_in && call->in_nbytes[r] != call->in_nbytes[0]) {
+      return "in_nbytes: expected parts of equal size";
+    }
+    if (many_out && !call->has_counts && call->out_nbytes[r] != call->in_nbytes[0]) {
+      return "out_nbytes: expected parts of the size of the input's";
+    }
+    total += op == Op::kAllGather ? call->out_nbytes[r] : call->in_nbytes[r];
+  }
+  if (many_out && call->out_nbytes[me] != call->in_nbytes[me]) {
+    return "out_nbytes: expected the size of this rank's own part";
+  }
+  if (!many_out && op != Op::kBarrier && call->out_nbytes[0] != call->in_nbytes[0]) {
+    return "out_nbytes: expected the size of the input's part";
+  }
+  if (reduces) {
+    const DType dtype = static_cast<DType>(call->dtype);
+    size_t itemsize = 0;
+    visit_type(dtype, [&](auto d) { itemsize = sizeof(typename decltype(d)::Store); });
+    if (itemsize == 0 || !has_meaning(static_cast<ReduceOp>(call->reduce_op), dtype)) {
+      return "reduce_op: it has no meaning for the dtype";
+    }
+    for (int r = 0; r < n; r++) {
+      if ((call->in_nbytes[r] | reinterpret_cast<uintptr_t>(call->in[r]) |
+           reinterpret_cast<uintptr_t>(call->out[r])) %
+              itemsize !=
+          0) {
+        return "in, out: expected whole elements at multiples of their size";
+      }
+    }
+  }
+  if (call->place != kNotSymmetric) {
+    if (ranks.heaps[me] == nullptr || call->in[0] != ranks.heaps[me] + call->place) {
+      return "place: expected where in[0] lies in this rank's heap";
+    }
+    if (!may_offer(ranks, *call)) {
+      return "place: expected none for a call that is too small for it, or has counts";
+    }
+    if (op == Op::kAllReduce && call->in[0] != call->out[0]) {
+      return "place: expected none for an all_reduce into other memory";
+    }
+    for (int r = 1; r < n && (op == Op::kAllToAll || op == Op::kReduceScatter); r++) {
+      if (call->in[r] != call->in[r - 1] + call->in_nbytes[0]) {
+        return "place: expected none for parts that are apart";
+      }
+    }
+  }
+  if (all_to_some && call->has_counts) total = UINT64_MAX / 2;  // nobody knows it
+  const uint64_t wanted =
+      larger<uint64_t>(1, (total + ranks.block_nbytes - 1) / ranks.block_nbytes);
+  call->num_blocks = static_cast<int32_t>(smaller<uint64_t>(wanted, ranks.max_blocks));
+  return "";
+}
+
+inline int max_blocks(int num_multiprocessors, int ranks_on_device, int num_groups) {
+  // One block a multiprocessor: a kernel of kNumLanes threads finds room beside any other of ours.
+  const int share = num_multiprocessors / (ranks_on_device * num_groups);
+  return smaller(share, kMaxBlocks);
+}
+
+}  // namespace primitives::cuda

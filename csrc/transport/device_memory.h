@@ -1,0 +1,51 @@
+/* C face of the device memory that ranks share, so that the host side sees no CUDA header (and the
+ * tests can put another machine behind it). A function returns 0, or -1 with `error` set; each
+ * makes `device` the current one of the calling thread. */
+#pragma once
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Room for what went wrong. */
+typedef struct {
+  char text[256];
+} primitives_cuda_error;
+
+/* By which another process of this host opens an allocation: a cudaIpcMemHandle_t. */
+typedef struct {
+  unsigned char bytes[64];
+} primitives_cuda_handle;
+
+typedef struct {
+  unsigned char uuid[16];
+  int num_multiprocessors;
+} primitives_cuda_gpu;
+
+int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda_error* error);
+
+/* Zeroed memory of the device. */
+int primitives_cuda_allocate(int device, size_t nbytes, char** memory,
+                             primitives_cuda_handle* handle, primitives_cuda_error* error);
+void primitives_cuda_free(int device, char* memory);
+
+/* The memory of another process, on this device or a peer of it. */
+int primitives_cuda_map(int device, const primitives_cuda_handle* handle, char** memory,
+                        primitives_cuda_error* error);
+void primitives_cuda_unmap(int device, char* memory);
+
+/* Zeroed memory of the host that kernels see at the same address. */
+int primitives_cuda_allocate_pinned(int device, size_t nbytes, void** memory,
+                                    primitives_cuda_error* error);
+void primitives_cuda_free_pinned(int device, void* memory);
+
+/* An event of the device, a cudaEvent_t; and the wait of the host for what it recorded last. */
+int primitives_cuda_make_event(int device, void** event, primitives_cuda_error* error);
+void primitives_cuda_destroy_event(int device, void* event);
+int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* error);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,41 @@
+// The CUDA runtime as csrc/collectives/cuda/ needs it, on the host: for what is around the kernels.
+// Device memory is memory of the process that others can map, its IPC handle the name; a stream is
+// a thread; a kernel is the device code, block by block. (Block b waits for other ranks' block b
+// only, so one after the other is a possible order.)
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+namespace emulator {
+
+class Stream {
+ public:
+  Stream();
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  void launch(std::function<void()> kernel);
+  // How many were launched so far; and the wait until so many have ended.
+  uint64_t num_launched();
+  void wait_for(uint64_t number);
+
+ private:
+  void loop();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> kernels_;
+  uint64_t num_launched_ = 0, num_ended_ = 0;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+// The next call of the calling thread that is named so ("allocate", "map") fails.
+void fail_next(const char* call);
+
+}  // namespace emulator

@@ -1,0 +1,36 @@
+"""Compiles what plays CUDA device code on the host (tests/emulator/*.cpp) for ctypes."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
+FLAGS += ["-U_FORTIFY_SOURCE"]  # with it longjmp takes a jump between stacks for an attack
+
+
+def build(name: str, csrc: Path = ROOT / "csrc", optimize: bool = True) -> ctypes.CDLL:
+    """The library of ``tests/emulator/<name>.cpp`` and the device code in ``csrc``.
+
+    It is compiled unless that was done before.
+    """
+    tests = ROOT / "tests"
+    flags = [*FLAGS, "-O1" if optimize else "-O0"]
+    sources = [*csrc.glob("**/*.hpp"), *csrc.glob("**/*.h"), *(tests / "emulator").glob("*")]
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for source in sorted(sources, key=lambda path: path.name):
+        digest.update(source.read_bytes())
+    library = ROOT / "build" / "emulator" / f"{name}-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [os.environ.get("CXX", "g++"), *flags, f"-I{csrc}", f"-I{tests}"]
+            command += [str(tests / "emulator" / f"{name}.cpp"), "-o", str(made)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            made.rename(library)
+    return ctypes.CDLL(str(library))

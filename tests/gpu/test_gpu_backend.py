@@ -1,0 +1,48 @@
+"""The backend on CUDA tensors: four processes, one GPU."""
+
+from pathlib import Path
+
+import pytest
+from ranks import ProcessRanks
+
+from primitives.env import PROPERTY_CASES
+
+NUM_RANKS = 4
+NUM_CASES = max(1000, int(PROPERTY_CASES.get()))
+KILLED = -9
+
+
+def play(folder: Path, name: str, *args: str, timeout_s: float = 600.0) -> list[tuple[int, str]]:
+    ranks = ProcessRanks(f"gpu.gpu_backend_ranks:{name}", NUM_RANKS, folder, args).start()
+    return ranks.wait(timeout_s)
+
+
+def passes(results: list[tuple[int, str]]) -> None:
+    assert [code for code, _ in results] == [0] * NUM_RANKS, "\n".join(out for _, out in results)
+
+
+@pytest.mark.timeout(1800)
+def test_the_bits_of_the_cpu(tmp_path: Path) -> None:
+    """For every collective and dtype."""
+    passes(play(tmp_path, "bits_of_the_cpu", str(NUM_CASES), "0", timeout_s=1700))
+
+
+def test_streams_and_graphs(tmp_path: Path) -> None:
+    passes(play(tmp_path, "streams_and_graphs"))
+
+
+def test_ddp_fsdp_dtensor_and_checkpoints(tmp_path: Path) -> None:
+    passes(play(tmp_path, "clients"))
+
+
+def test_messages_and_a_pipeline(tmp_path: Path) -> None:
+    passes(play(tmp_path, "messages_and_a_pipeline"))
+
+
+def test_a_dead_rank_is_named(tmp_path: Path) -> None:
+    results = play(tmp_path, "a_dead_rank")
+    assert [code for code, _ in results] == [0, KILLED, 0, 0], results
+
+
+def test_a_rank_that_calls_something_else_is_a_mismatch(tmp_path: Path) -> None:
+    passes(play(tmp_path, "a_rank_that_calls_something_else"))

@@ -1,0 +1,121 @@
+#include "device_faults.hpp"
+
+#include <unistd.h>
+
+#include "collectives/cuda/device_transport.hpp"
+#include "emulator/runtime.hpp"
+#include "faults.hpp"
+
+namespace primitives::native_tests {
+namespace {
+
+constexpr Milliseconds kLong{60000}, kShort{200}, kSoon{5000};
+
+// A sum that is launched; the failure comes later, from a kernel.
+void sum(DeviceTransport& device, size_t numel, Milliseconds timeout) {
+  std::vector<float> data(numel, 1.0f);
+  Call call;
+  call.op = Op::kAllReduce;
+  call.reduce_op = ReduceOp::kSum;
+  std::snprintf(call.dtype, sizeof call.dtype, "float32");
+  call.itemsize = sizeof(float);
+  call.numel = numel;
+  const Reduction reduction{find_reduce(DType::kFloat32, ReduceOp::kSum), DType::kFloat32,
+                            ReduceOp::kSum, sizeof(float), 0};
+  device.all_reduce(call, data.data(), numel * sizeof(float), reduction, timeout);
+  device.drain();
+}
+
+// The failure of the group, which all ranks learn of, whatever they do.
+void wait_for_failure(DeviceTransport& device) {
+  const auto end = Clock::now() + kSoon;
+  while (!device.group().failed() && Clock::now() < end) usleep(1000);
+  device.check();
+}
+
+// ... and what it says to all of them.
+void expect_text(DeviceTransport& device, const std::string& part) {
+  const std::string text = device.group().failure_text();
+  if (text.find(part) == std::string::npos) throw WrongResult("no '" + part + "' in: " + text);
+}
+
+void differs(DeviceTransport& device, bool guilty) {
+  expect_failure(Failure::kMismatch, "one rank sums another number of elements", [&] {
+    sum(device, guilty ? 9 : 8, kLong);
+    wait_for_failure(device);
+  });
+  expect_text(device, "differs between ranks");
+  expect_text(device, "all_reduce(sum, float32, numel ");
+  expect_text(device, "all_reduce(sum, float32, 3");  // 32 or 36 bytes
+}
+
+void absent(DeviceTransport& device, int culprit, bool guilty) {
+  expect_failure(Failure::kTimeout, "one rank does not call", [&] {
+    if (!guilty) sum(device, 40000, kShort);
+    wait_for_failure(device);
+  });
+  expect_text(device, "missing: rank " + std::to_string(culprit));
+}
+
+void aborts(DeviceTransport& device, bool guilty) {
+  expect_failure(Failure::kPeerLost, "one rank aborts", [&] {
+    if (guilty) {
+      usleep(5000);
+      device.group().abort("to see what happens");
+    } else {
+      sum(device, 8, kLong);
+    }
+    wait_for_failure(device);
+  });
+}
+
+void leaves(Transport& host, DeviceTransport& device, int culprit, bool guilty) {
+  if (guilty) {
+    usleep(5000);
+    device.drain();
+    return host.close();
+  }
+  expect_failure(Failure::kPeerLost, "one rank leaves", [&] {
+    sum(device, 8, kLong);
+    wait_for_failure(device);
+  });
+  expect_text(device, "rank " + std::to_string(culprit));
+}
+
+}  // namespace
+
+void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptions& options) {
+  const bool guilty = options.rank == culprit;
+  OneHost host(meeting, options);
+  emulator::Stream stream;
+  const auto make = [&] {
+    return std::make_unique<DeviceTransport>(host, 0, [&] { return &stream; }, kLong);
+  };
+  if (kind == 0) {
+    if (guilty) emulator::fail_next("allocate");
+    return expect_failure(Failure::kOther, "one rank has no memory", make);
+  }
+  if (kind == 5) {
+    if (guilty) emulator::fail_next("map");
+    return expect_failure(Failure::kOther, "one rank cannot map a peer's memory", make);
+  }
+  const auto device = make();
+  switch (kind) {
+    case 1:
+      differs(*device, guilty);
+      break;
+    case 2:
+      absent(*device, culprit, guilty);
+      break;
+    case 3:
+      aborts(*device, guilty);
+      break;
+    case 4:
+      leaves(host, *device, culprit, guilty);
+      break;
+  }
+  device->drain();
+  host.close();
+}
+
+}  // namespace primitives::native_tests

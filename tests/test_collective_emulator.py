@@ -1,0 +1,209 @@
+"""The CUDA collectives, emulated: bits of primitives.reference, no race, bounded failure.
+
+Nothing here runs on a GPU. The device code (csrc/collectives/cuda) is compiled for the host;
+tests/emulator/races.hpp says what is watched. ``PRIMITIVES_PROPERTY_CASES`` as elsewhere.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from device_collective_cases import (
+    MOVED,
+    REDUCED,
+    assert_series,
+    check_all_gather,
+    check_all_reduce,
+    check_all_to_all,
+    check_broadcast,
+    check_gather_scatter,
+    check_reduce,
+    check_reduce_scatter,
+    machines,
+    series,
+)
+from emulated_ranks import DeviceCodeWrong, Failure, Machine, RankCall, library, misaligned, play
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from primitives import env
+
+NUM_CASES = int(env.PROPERTY_CASES.get())
+
+
+def share(percent: int, **strategies: Any) -> Any:
+    """A property test that plays this share of all cases."""
+    limits = settings(
+        max_examples=max(10, NUM_CASES * percent // 100),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    return lambda test: limits(given(**strategies)(test))
+
+
+@share(30, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
+def test_all_reduce(machine: Machine, reduced: Any, data: st.DataObject) -> None:
+    check_all_reduce(play, machine, reduced, data)
+
+
+@share(25, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
+def test_reduce_scatter(machine: Machine, reduced: Any, data: st.DataObject) -> None:
+    check_reduce_scatter(play, machine, reduced, data)
+
+
+@share(20, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
+def test_all_gather(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
+    check_all_gather(play, machine, dtype, data)
+
+
+@share(10, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
+def test_all_to_all(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
+    check_all_to_all(play, machine, dtype, data)
+
+
+@share(5, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
+def test_broadcast(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
+    check_broadcast(play, machine, dtype, data)
+
+
+@share(5, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
+def test_reduce(machine: Machine, reduced: Any, data: st.DataObject) -> None:
+    check_reduce(play, machine, reduced, data)
+
+
+@share(5, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
+def test_gather_scatter(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
+    check_gather_scatter(play, machine, dtype, data)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_calls_one_after_the_other_share_the_staging(world_size: int, seed: int) -> None:
+    machine = Machine(world_size, seed=seed, slot_nbytes=256, one_shot_nbytes=300)
+    calls, wants = series(machine, 15)
+    assert play(machine, calls) == [None] * world_size
+    assert_series(calls, wants, 15)
+
+
+def failures(machine: Machine, num_calls: int = 10, aborting: Any = ()) -> list[Failure]:
+    """Of ``series``; every rank that lives must report one."""
+    calls, _ = series(machine, num_calls)
+    found = play(machine, calls, aborting)
+    alive = [f for r, f in enumerate(found) if r != machine.dead_rank]
+    assert None not in alive
+    return [f for f in alive if f is not None]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_dead_rank_is_named_by_all_others(world_size: int) -> None:
+    machine = Machine(world_size, dead_rank=1, dead_from=6, timeout_ns=10**8)
+    found = failures(machine)
+    for failure in found:
+        assert failure.failure in ("timeout", "told")
+        assert (failure.op, failure.seq, failure.missing) == ("all_gather", 6, [1])
+    assert any(f.failure == "timeout" for f in found)
+
+
+def test_a_rank_that_calls_something_else_is_a_mismatch() -> None:
+    x = torch.ones(100)
+    sides = [RankCall("all_reduce", torch.float32, [x.clone()], [x.clone()], "sum")] * 3
+    others = {
+        "op": RankCall("broadcast", torch.float32, [x], [x.clone()], root=0),
+        "dtype": RankCall("all_reduce", torch.int32, [x.int()], [x.int()], "sum"),
+        "reduce_op": replace(sides[0], reduce_op="max"),
+        "numel": RankCall("all_reduce", torch.float32, [x[:99]], [x[:99].clone()], "sum"),
+        "factor": replace(sides[0], reduce_op="avg", factor=2.0),
+    }
+    for what, other in others.items():
+        found = play(Machine(4), [[sides[0]], [sides[1]], [other], [sides[2]]])
+        mismatches = [f for f in found if f is not None and f.failure == "mismatch"]
+        assert all(f is not None for f in found), what
+        assert mismatches, what
+        for failure in mismatches:
+            assert 2 in (failure.rank, failure.peer), what
+            assert failure.mine[:3] != failure.theirs[:3], what
+
+
+def test_parts_that_do_not_fit_are_a_mismatch() -> None:
+    x, y = torch.ones(100), torch.ones(60)
+    calls = [
+        RankCall("all_gather", ins=[x, x], outs=[x.clone(), y.clone()], has_counts=True),
+        RankCall("all_gather", ins=[x, x], outs=[x.clone(), x.clone()], has_counts=True),
+    ]
+    found = play(Machine(2, max_blocks=1), [[c, RankCall("barrier")] for c in calls])
+    assert found[0] is not None
+    assert (found[0].failure, found[0].peer) == ("mismatch", 1)
+    assert found[1] is not None  # at the latest in the next call
+    assert (found[1].failure, found[1].rank) == ("told", 0)
+
+
+def test_the_host_ends_a_wait() -> None:
+    machine = Machine(3, dead_rank=2, dead_from=0, timeout_ns=10**15)
+    found = failures(machine, aborting=[0])
+    assert found[0].failure == "aborted"
+    assert (found[1].failure, found[1].rank) == ("told", 0)
+
+
+def test_a_grid_that_fits_never_waits_for_room() -> None:
+    """The bound of primitives_cuda_max_blocks; twice as many blocks do wait for ever."""
+    room = 8
+    max_blocks = library().emulated_max_blocks(room, 4, 1)
+    assert max_blocks == 2
+    machine = Machine(4, max_blocks=max_blocks, room=room, timeout_ns=10**7)
+    for seed in range(5):
+        calls, wants = series(replace(machine, seed=seed), 5)
+        assert play(replace(machine, seed=seed), calls) == [None] * 4
+        assert_series(calls, wants, 5)
+    stuck = [replace(machine, max_blocks=4, room=6, seed=seed) for seed in range(5)]
+    assert any(None not in play(m, series(m, 5)[0]) for m in stuck)
+
+
+def outcome(machine: Machine) -> str:
+    """What becomes of ``series``: right, or how it is found to be wrong."""
+    calls, wants = series(machine, 10)
+    try:
+        found = play(machine, calls)
+    except DeviceCodeWrong as wrong:
+        return str(wrong)
+    if any(found):
+        return next(f.failure for f in found if f is not None and f.failure != "told")
+    try:
+        assert_series(calls, wants, 10)
+    except AssertionError:
+        return "wrong bits"
+    return "right"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "expected"),
+    [
+        ("relaxed flag", {"race"}),
+        ("missing sync", {"race"}),
+        ("lost flags", {"timeout"}),
+        ("wrong index", {"wrong bits", "outside", "misaligned", "race", "timeout", "mismatch"}),
+    ],
+)
+def test_a_mistake_is_found(mistake: str, expected: set[str]) -> None:
+    """One flag, barrier or index that goes wrong, at many places of a series of calls."""
+    found = []
+    for at in range(3, 300, 19):
+        machine = Machine(3, mistake=mistake, mistake_at=at, timeout_ns=10**7, seed=at)
+        found.append(outcome(machine))
+    assert outcome(Machine(3)) == "right"
+    caught = [f for f in found if any(word in f for word in expected)]
+    assert set(found) - set(caught) <= {"right"}, found
+    assert len(caught) >= 4, found
+
+
+def test_calls_that_make_no_sense_are_refused() -> None:
+    x = torch.ones(8)
+    for call, message in [
+        (RankCall("all_reduce", torch.float32, [x], [x], "band"), "reduce_op"),
+        (RankCall("all_reduce", torch.float32, [misaligned(x, 2)], [x], "sum"), "whole elements"),
+        (RankCall("broadcast", torch.float32, [x], [x], root=2), "root"),
+        (RankCall("all_gather", torch.float32, [x, x], [x, x[:4]]), "out_nbytes"),
+        (RankCall("reduce_scatter", torch.float32, [x, x[:4]], [x], "sum"), "equal size"),
+    ]:
+        with pytest.raises(DeviceCodeWrong, match=message):
+            play(Machine(2), [[call], [call]])
