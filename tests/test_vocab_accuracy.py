@@ -48,15 +48,15 @@ def textbook(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @settings(max_examples=60, deadline=None)
 @given(KINDS, st.integers(1, 60_000), st.sampled_from(DTYPES), seeds)
 def test_errors_against_float64(kind: str, vocab_size: int, dtype: torch.dtype, seed: int) -> None:
-    """2e-7 of max(1, H) and of max(1, |log p|): the bounds of docs/canonical-arithmetic.md."""
+    """5e-7 of max(1, H) and of max(1, |log p|): the bounds of docs/canonical-arithmetic.md."""
     logits = logits_of(kind, (3, vocab_size), seed).to(dtype)
     labels = logits.argsort(-1)[:, [-1]][:, 0] if seed % 2 else torch.zeros(3, dtype=torch.int64)
     entropy, log_prob = vocab_parallel.entropy_and_log_prob(logits, labels)
     exact_entropy, exact_log_prob = textbook(logits, labels)
     error = (entropy.double() - exact_entropy).abs() / exact_entropy.clamp(min=1)
-    assert float(error.max()) <= 2e-7
+    assert float(error.max()) <= 5e-7
     error = (log_prob.double() - exact_log_prob).abs() / exact_log_prob.abs().clamp(min=1)
-    assert float(error.max()) <= 2e-7
+    assert float(error.max()) <= 5e-7
 
 
 @settings(max_examples=30, deadline=None)
