@@ -51,10 +51,7 @@ def alive(pid: int) -> bool:
 
 def wait_for_end(pid: int) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while (
-        Path(f"/proc/{pid}").exists()
-        and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    ):
+    while alive(pid):
         assert time.monotonic() < deadline, f"process {pid} lives on"
         time.sleep(0.02)
 
