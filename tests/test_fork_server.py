@@ -146,7 +146,7 @@ wait_for(log, str(process.pid))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGKILL
-    pid = next(word for word in (tmp_path / "log").read_text().split() if word.isdigit())
+    pid = next(line for line in (tmp_path / "log").read_text().splitlines() if line.isdigit())
     wait_for_end(int(pid))
 
 
