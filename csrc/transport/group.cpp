@@ -137,7 +137,8 @@ void Group::barrier() {
 // Ranks that share cores: three on one core and one on the other take twice the time of two and
 // two, and the scheduler, which sees cores that are all busy, leaves them so for long. The last
 // rank of a crowded core goes to the emptiest one. It is not pinned there, and each time it is
-// moved back soon (a core may be busy with something else) it waits longer before it tries again.
+// moved back soon it waits longer before it tries again. Only when no others want the cores: one
+// that they keep busy is empty of ranks for a reason, and who moves there may wait for seconds.
 void Group::spread_over_cores() {
   const auto now = Clock::now();
   if (now < next_spread_) return;
@@ -155,14 +156,15 @@ void Group::spread_over_cores() {
     if (CPU_ISSET(cpu, &allowed) && num_ranks[cpu] < num_ranks[emptiest]) emptiest = cpu;
   }
   if (num_ranks[here] - num_ranks[emptiest] < 2) return;
+  const bool soon = now < next_spread_ + 4 * spread_pause_;
+  spread_pause_ = soon ? std::min(2 * spread_pause_, kMaxSpreadPause) : kMinSpreadPause;
+  next_spread_ = now + spread_pause_;
+  if (num_runnable() > world_size()) return;
   CPU_ZERO(&target);
   CPU_SET(emptiest, &target);
   if (sched_setaffinity(0, sizeof target, &target) != 0) return;
   sched_setaffinity(0, sizeof allowed, &allowed);
   line(rank()).cpu.store(emptiest, std::memory_order_relaxed);
-  const bool soon = now < next_spread_ + 4 * spread_pause_;
-  spread_pause_ = soon ? std::min(2 * spread_pause_, kMaxSpreadPause) : kMinSpreadPause;
-  next_spread_ = now + spread_pause_;
 }
 
 // Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on

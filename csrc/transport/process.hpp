@@ -23,6 +23,9 @@ char process_state(ProcessId process);
 
 inline bool is_alive(ProcessId process) { return process_state(process) != 0; }
 
+// Threads that run or could, on the whole machine; a large number when that cannot be read.
+int num_runnable();
+
 // Equal for processes of one kernel that see each other by their pids.
 uint64_t pid_space();
 

@@ -17,7 +17,7 @@ from primitives.lockstep.control import Hub, listed
 from primitives.lockstep.session import EXIT_LOST, FREED_GRACE_S, RankSession
 from primitives.rendezvous import RankInfo
 
-EXIT_GRACE_S = 30.0
+EXIT_GRACE_S = 120.0
 
 
 class LaunchedRank(RankSession):
@@ -113,12 +113,12 @@ class LaunchedRank(RankSession):
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
-        yield
         self.phase = "the end of the session"
-        # An exit handler that blocks in native code must not hold the job.
+        # What blocks in native code, a fixture's end or an exit handler, must not hold the job.
         faulthandler.dump_traceback_later(
             EXIT_GRACE_S, exit=True, file=sys.__stderr__ or sys.stderr
         )
+        yield
         arrivals = self.meet("finish", int(session.exitstatus))
         self.close_groups()
         # Launchers kill the job as soon as one rank fails: rank 0, the last one, speaks for all.
