@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from collective_cases import FLOAT_OPS, FLOATS, INTEGER_OPS, assert_bits, values
 from emulated_ranks import DTYPES, Failure, Machine, RankCall, misaligned
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -264,3 +265,31 @@ def assert_series(calls: Any, wants: Any, until: int) -> None:
         for r, rank_calls in enumerate(calls):
             for got, want in zip(rank_calls[i].outs, wants[i][r], strict=True):
                 assert_bits(got, want)
+
+
+CHECKS: dict[str, tuple[int, list[Any], Callable[..., None]]] = {
+    "all_reduce": (30, REDUCED, check_all_reduce),
+    "reduce_scatter": (25, REDUCED, check_reduce_scatter),
+    "all_gather": (20, MOVED, check_all_gather),
+    "all_to_all": (10, MOVED, check_all_to_all),
+    "broadcast": (5, MOVED, check_broadcast),
+    "reduce": (5, REDUCED, check_reduce),
+    "gather_scatter": (5, MOVED, check_gather_scatter),
+}
+"""Of an operation: its share of all cases in percent, its dtypes (and reductions), its check."""
+
+
+def check_cases(op: str, play: Play, num_cases: int) -> None:
+    """Plays its share of ``num_cases`` random cases of an operation."""
+    percent, kinds, check = CHECKS[op]
+
+    @settings(
+        max_examples=max(10, num_cases * percent // 100),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(machine=machines(), kind=st.sampled_from(kinds), data=st.data())
+    def every_case(machine: Machine, kind: Any, data: st.DataObject) -> None:
+        check(play, machine, kind, data)
+
+    every_case()

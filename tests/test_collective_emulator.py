@@ -9,72 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from device_collective_cases import (
-    MOVED,
-    REDUCED,
-    assert_series,
-    check_all_gather,
-    check_all_reduce,
-    check_all_to_all,
-    check_broadcast,
-    check_gather_scatter,
-    check_reduce,
-    check_reduce_scatter,
-    machines,
-    series,
-)
+from device_collective_cases import CHECKS, assert_series, check_cases, series
 from emulated_ranks import DeviceCodeWrong, Failure, Machine, RankCall, library, misaligned, play
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from primitives import env
 
 NUM_CASES = int(env.PROPERTY_CASES.get())
 
 
-def share(percent: int, **strategies: Any) -> Any:
-    """A property test that plays this share of all cases."""
-    limits = settings(
-        max_examples=max(10, NUM_CASES * percent // 100),
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
-    return lambda test: limits(given(**strategies)(test))
-
-
-@share(30, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
-def test_all_reduce(machine: Machine, reduced: Any, data: st.DataObject) -> None:
-    check_all_reduce(play, machine, reduced, data)
-
-
-@share(25, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
-def test_reduce_scatter(machine: Machine, reduced: Any, data: st.DataObject) -> None:
-    check_reduce_scatter(play, machine, reduced, data)
-
-
-@share(20, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
-def test_all_gather(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
-    check_all_gather(play, machine, dtype, data)
-
-
-@share(10, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
-def test_all_to_all(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
-    check_all_to_all(play, machine, dtype, data)
-
-
-@share(5, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
-def test_broadcast(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
-    check_broadcast(play, machine, dtype, data)
-
-
-@share(5, machine=machines(), reduced=st.sampled_from(REDUCED), data=st.data())
-def test_reduce(machine: Machine, reduced: Any, data: st.DataObject) -> None:
-    check_reduce(play, machine, reduced, data)
-
-
-@share(5, machine=machines(), dtype=st.sampled_from(MOVED), data=st.data())
-def test_gather_scatter(machine: Machine, dtype: torch.dtype, data: st.DataObject) -> None:
-    check_gather_scatter(play, machine, dtype, data)
+@pytest.mark.parametrize("op", CHECKS)
+def test_random_calls(op: str) -> None:
+    check_cases(op, play, NUM_CASES)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
