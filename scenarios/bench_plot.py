@@ -59,8 +59,8 @@ def plot_bytes(document: dict[str, Any], ending: str) -> bytes:
     num_rows = math.ceil(len(benchmarks) / num_columns)
     figure = Figure(figsize=(6 * num_columns, 4.5 * num_rows), layout="constrained")
     plan = benchmarks[0]["plan"]
-    title = (f"busbw over size: {plan['num_ranks']} ranks on {plan['device']}, "
-             f"{plan['level']} level, {document['cpu']}")  # fmt: skip
+    where = ", ".join(sorted(set(document.get("gpus", [])))) or document["cpu"]
+    title = f"busbw over size: {plan['num_ranks']} ranks on {where}, {plan['level']} level"
     figure.suptitle(title)
     colors: dict[str, str] = {}
     for number, benchmark in enumerate(benchmarks, start=1):

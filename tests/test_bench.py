@@ -1,5 +1,6 @@
 """The benchmark: sizes and figures, inputs that find wrong results, and the command end to end."""
 
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -113,8 +114,9 @@ def test_check_sees_blocks_that_were_swapped_or_never_written() -> None:
 
 
 def test_command_measures_and_checks_everybody(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("scenarios.bench.Plan", functools.partial(Plan, block_s=0.002))
     output = tmp_path / "bench.json"
     arguments = ["bench", "all_gather", "all_reduce", "barrier", "-b", "1K", "-e", "4K", "-f", "4",
                  "-n", "2", "-w", "1", "--ranks", "2", "--against", "gloo,symmetric",
