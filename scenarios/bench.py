@@ -1,31 +1,23 @@
-"""``testbed bench``: nccl-tests' flags and columns, competitors and the copy limit beside."""
+"""``testbed bench``: nccl-tests' flags; as a table, JSON, CSV and a plot."""
 
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from primitives.bench.case import DTYPES, OPS, REDUCE_OPS, REDUCING, bus_factor
-from primitives.bench.measure import (
-    MAX_FOREIGN,
-    Placement,
-    Plan,
-    Row,
-    Timing,
-    absent_message,
-    measure,
-)
+from primitives.bench.case import DTYPES, OPS, REDUCE_OPS
+from primitives.bench.measure import Plan, absent_message, measure
+from scenarios.bench_csv import csv_text
 from scenarios.bench_decode import bench_decode
+from scenarios.bench_plot import check_plot, plot_bytes
+from scenarios.bench_tables import fused_head, fused_line, gemm_lines, head, lines_of
 from scenarios.bench_vocab import bench_vocab
 from scenarios.golden import write_atomically
 from scenarios.provenance import cpu_model, gpu_models, versions
-
-if TYPE_CHECKING:
-    from primitives.bench.fused import Row as FusedRow
-    from primitives.bench.gemm import Row as GemmRow
 
 BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "decode", "checkpoint", "step"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
@@ -46,7 +38,19 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
+class OutputFile(click.Path):
+    """A file in an existing folder: a wrong one is found before anything is measured."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; fails with what was expected."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"expected a file in an existing folder, got {str(path)!r}", param, ctx)
+        return path
+
+
 SIZE = Size()
+FILE = OutputFile(dir_okay=False)
 
 
 @click.command()
@@ -84,9 +88,11 @@ SIZE = Size()
     "-J",
     "--output_file",
     "output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="Write everything measured as JSON.",
 )
+@click.option("--csv", "csv_file", type=FILE, help="Write every contestant's figures as CSV.")
+@click.option("--plot", "plot_file", type=FILE, help="Draw busbw over size: .png, .svg or .html.")
 @click.option("--ranks", "num_ranks", type=int, default=4, show_default=True)
 @click.option(
     "--launcher", type=click.Choice(["mp", "torchrun", "mpirun"]), default="mp", show_default=True
@@ -120,6 +126,8 @@ def bench(
     step_nbytes: int | None,
     check: int,
     output: Path | None,
+    csv_file: Path | None,
+    plot_file: Path | None,
     level: str,
     against: str | None,
     case: str,
@@ -149,6 +157,10 @@ def bench(
         for name in op
         if name in OPS
     ]  # fmt: skip
+    if csv_file is not None and not plans:
+        raise click.UsageError(f"--csv: expected a collective, got {', '.join(op)}")
+    if plot_file is not None:
+        check_plot(plot_file, plans)
     document: dict[str, Any] = {"cpu": cpu_model(), "versions": versions(), "benchmarks": []}
     if device == "cuda":
         document["gpus"] = gpu_models()
@@ -211,6 +223,10 @@ def bench(
     text = json.dumps(document, indent=1, allow_nan=False)
     if output is not None:
         write_atomically(output, text + "\n")
+    if csv_file is not None:
+        write_atomically(csv_file, csv_text(document["benchmarks"]))
+    if plot_file is not None:
+        write_atomically(plot_file, plot_bytes(document, plot_file.suffix))
     if as_json:
         click.echo(text)
     return 1 if num_wrong else 0
@@ -234,122 +250,4 @@ def _contestants(against: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name != "none"))
 
 
-def head(plan: Plan) -> list[str]:
-    """What is measured, and nccl-tests' column heads with ours to their right."""
-    more = "".join(f" {name:>9} {'x':>6}" for name in _others(plan))
-    overhead = f"{'raw':>9} {'noop':>9}" if plan.level == "c10d" else ""
-    return [
-        f"# {plan.op} on {plan.device}: {plan.num_ranks} ranks under {plan.launcher}, "
-        f"{plan.level} level; "
-        f"medians of up to {plan.num_blocks} blocks",
-        f"#{'':47} {'out-of-place':^33} {'in-place':^33}",
-        f"#{'size':>11} {'count':>11} {'type':>8} {'redop':>6} {'root':>5}  "
-        + f" {'time':>9} {'algbw':>7} {'busbw':>7} {'#wrong':>6}" * 2
-        + f" {'limit':>9} {'%':>4} {overhead} {more}",
-        f"#{'(B)':>11} {'(elements)':>11} {'':>8} {'':>6} {'':>5}  "
-        + f" {'(us)':>9} {'(GB/s)':>7} {'(GB/s)':>7} {'':>6}" * 2
-        + f" {'(us)':>9}",
-    ]
-
-
-def _mine(plan: Plan) -> str:
-    if plan.device == "cuda":
-        return "primitives@cuda"
-    return "primitives" if plan.level == "c10d" else "raw"
-
-
-def _others(plan: Plan) -> list[str]:
-    if plan.device == "cuda":
-        return [f"{name}@cuda" for name in plan.against]
-    absent = plan.jobs()[1]
-    return [name for name in plan.against if name not in absent]
-
-
-def lines_of(plan: Plan, row: Row) -> list[str]:
-    """The row, and a line for each thing that puts it in doubt."""
-    mine = _mine(plan)
-    reduce_op = plan.reduce_op if plan.op in REDUCING else "none"
-    root = plan.root if plan.op == "broadcast" else -1
-    text = f" {row.nbytes:>11} {row.count:>11} {plan.dtype:>8} {reduce_op:>6} {root:>5}  "
-    for placement in (row.out_of_place, row.in_place):
-        text += _figures(plan, row, placement.timings[mine] if placement else None)
-    # Everything to the right belongs to the first placement there is.
-    main = row.placements[0]
-    own_us = main.timings[mine].time_us
-    limit_us = main.limit_us
-    share = f"{100 * limit_us / own_us:.0f}" if limit_us is not None else "-"
-    text += f" {_us(limit_us)} {share:>4} "
-    if plan.level == "c10d":
-        text += f"{_time(main, 'raw')} {_time(main, 'noop')} "
-    for name in _others(plan):
-        theirs = main.timings.get(name)
-        ratio = f"{theirs.time_us / own_us:.2f}" if theirs else "-"
-        text += f" {_time(main, name)} {ratio:>6}"
-    return [text, *_doubts(row, mine)]
-
-
-def _figures(plan: Plan, row: Row, timing: Timing | None) -> str:
-    if timing is None:
-        return f" {'-':>9} {'-':>7} {'-':>7} {'-':>6}"
-    algbw = row.nbytes / timing.time_us / 1e3
-    busbw = algbw * bus_factor(plan.op, plan.num_ranks)
-    wrong = "N/A" if timing.wrong is None else str(timing.wrong)
-    return f" {_us(timing.time_us)} {algbw:>7.2f} {busbw:>7.2f} {wrong:>6}"
-
-
-def _us(time_us: float | None) -> str:
-    return f"{'-':>9}" if time_us is None else f"{time_us:>9.{1 if time_us < 1e5 else 0}f}"
-
-
-def _time(placement: Placement, name: str) -> str:
-    timing = placement.timings.get(name)
-    return _us(timing.time_us if timing else None)
-
-
-def _doubts(row: Row, mine: str) -> list[str]:
-    found = []
-    for placement, where in ((row.out_of_place, "out of place"), (row.in_place, "in place")):
-        if placement is None:
-            continue
-        for name, error in placement.errors.items():
-            found.append(f"#  {name}, {where}: {error}")
-        for name, timing in placement.timings.items():
-            if timing.wrong and name not in (mine, "noop"):
-                found.append(f"#  {name}, {where}: {timing.wrong} wrong elements")
-        noisy = {n: t for n, t in placement.timings.items() if t.foreign > MAX_FOREIGN}
-        if noisy:
-            worst = max(timing.foreign for timing in noisy.values())
-            found.append(f"#  {where}: other processes used up to {100 * worst:.0f} % of the cores")
-    return found
-
-
-def gemm_lines(rows: "list[GemmRow]") -> list[str]:
-    """The canonical GEMM beside torch.mm."""
-    lines = ["# gemm: one thread, float", f"#{'m':>5} {'n':>5} {'k':>5} {'ours':>9} {'torch.mm':>9}"
-             f" {'ours/torch':>10}   (GFLOP/s)"]  # fmt: skip
-    for row in rows:
-        ratio = row.canonical_gflop_s / row.torch_gflop_s
-        lines.append(f" {row.m:>5} {row.n:>5} {row.k:>5} {row.canonical_gflop_s:>9.2f} "
-                     f"{row.torch_gflop_s:>9.2f} {ratio:>10.2f}")  # fmt: skip
-    return lines
-
-
-FUSED = ("fsdp2 gloo", "fsdp2 primitives", "fused", "fused symmetric")
-
-
-def fused_head() -> list[str]:
-    """What `fused` measures."""
-    return [
-        "# fused: many odd tensors in one call, beside FSDP2's flat buffers; ms, and times sooner"
-        " than fsdp2 gloo",
-        f"#{'op':>15} {'type':>9} {'elements':>10}  " + " ".join(f"{n:>23}" for n in FUSED),
-    ]
-
-
-def fused_line(row: "FusedRow") -> str:
-    """One set of parameters."""
-    figures = (f"{row.time_ms[name]:>15.2f} {row.ratio(name):>6.1f}x" for name in FUSED)
-    return f" {row.case.op:>15} {row.case.dtype:>9} {row.case.numel:>10}  " + " ".join(figures)
-
-
-__all__ = ["bench", "gemm_lines", "head", "lines_of"]
+__all__ = ["bench"]

@@ -1,5 +1,6 @@
 """The benchmark: sizes and figures, inputs that find wrong results, and the command end to end."""
 
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +24,11 @@ from primitives.bench.case import (
     bytes_moved,
     sizes,
 )
+from primitives.bench.figures import Placement, Row, Timing
 from primitives.bench.jobs import Jobs
-from primitives.bench.measure import Placement, Plan, Row, Timing
+from primitives.bench.measure import Plan
 from primitives.bench.payload import Array, expected_output, make_input, num_wrong
-from scenarios.bench import FUSED, fused_line, head, lines_of
+from scenarios.bench_tables import FUSED, fused_line, head, lines_of
 from scenarios.cli import EXIT_MISMATCH, EXIT_PASS, EXIT_USAGE, main
 
 
@@ -112,8 +114,9 @@ def test_check_sees_blocks_that_were_swapped_or_never_written() -> None:
 
 
 def test_command_measures_and_checks_everybody(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("scenarios.bench.Plan", functools.partial(Plan, block_s=0.002))
     output = tmp_path / "bench.json"
     arguments = ["bench", "all_gather", "all_reduce", "barrier", "-b", "1K", "-e", "4K", "-f", "4",
                  "-n", "2", "-w", "1", "--ranks", "2", "--against", "gloo,symmetric",
@@ -174,8 +177,9 @@ def test_fused_compares_results_before_it_times_them(monkeypatch: pytest.MonkeyP
 
 
 def row_of(wrong: int) -> Row:
-    timing = Timing(time_us=4.0, wrong=wrong, num_blocks=3, foreign=0.0)
-    limit = Timing(time_us=1.0, wrong=None, num_blocks=3, foreign=0.0)
+    same = {"num_singles": 12, "num_blocks": 3, "foreign": 0.0}
+    timing = Timing(time_us=4.0, p50_us=3.0, p99_us=9.0, wrong=wrong, **same)
+    limit = Timing(time_us=1.0, p50_us=1.0, p99_us=2.0, wrong=None, **same)
     placement = Placement({"primitives": timing, "raw": timing, "noop": timing, "copy": limit})
     return Row(4096, 1024, None, placement)
 
@@ -197,7 +201,7 @@ def test_columns_derive_from_the_measured_time() -> None:
     assert columns[:5] == ["4096", "1024", "float", "sum", "-1"]
     assert columns[5:9] == ["-"] * 4  # all_reduce has no out-of-place form in c10d
     assert columns[9:13] == ["4.0", "1.02", "1.54", "0"]  # 4096 B / 4 us; times 1.5
-    assert columns[13:17] == ["1.0", "25", "4.0", "4.0"]  # limit, its share, raw, noop
+    assert columns[13:19] == ["1.0", "25", "3.0", "9.0", "4.0", "4.0"]  # limit, %, p50..., noop
     assert "limit" in "\n".join(head(plan))
 
 

@@ -90,6 +90,12 @@ def bus_factor(op: str, world_size: int) -> float:
     raise ValueError(f"unknown operation {op!r}; expected one of {', '.join(OPS)}")
 
 
+def bandwidths_gb_s(op: str, nbytes: int, time_us: float, world_size: int) -> tuple[float, float]:
+    """algbw and busbw, in 10^9 bytes a second."""
+    algbw = nbytes / time_us / 1e3
+    return algbw, algbw * bus_factor(op, world_size)
+
+
 def bytes_moved(op: str, nbytes: int, world_size: int) -> int:
     """Bytes that all ranks together must read and write at least.
 

@@ -1,15 +1,12 @@
-"""Measures collectives: blocks of calls, every contestant in turn, medians of clean blocks.
-
-A block is clean when processes outside the benchmark used at most ``MAX_FOREIGN`` of all cores
-during it; where too few are, the least disturbed count and the row says so.
-"""
+"""Measures collectives: blocks of calls, every contestant in turn, until enough are clean."""
 
 import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from primitives.bench.case import (
     ALWAYS_IN_PLACE,
@@ -18,21 +15,19 @@ from primitives.bench.case import (
     OPS,
     REDUCE_OPS,
     Case,
-    bus_factor,
     sizes,
     storage_dtype,
 )
+from primitives.bench.figures import LIMITS, MAX_FOREIGN, Block, Placement, Row, timing_of
 from primitives.bench.jobs import LAUNCHERS, MPI_DIR, Jobs, mpi_command
 from primitives.bench.payload import MAX_RANKS
 from primitives.bench.rank import MPIS
 
-MAX_FOREIGN = 0.04
 MIN_BLOCKS = 3
 OURS = ("gloo", "symmetric")
 """Competitors in the same processes; symmetric: this backend on symmetric memory."""
 ON_CUDA = ("nccl",)
 """Competitors on a GPU; nccl wants one for each rank."""
-LIMITS = ("copy", "copy_stream", "copy@cuda")
 
 
 @dataclass(frozen=True)
@@ -121,67 +116,6 @@ class Plan:
         return jobs, absent
 
 
-@dataclass
-class Timing:
-    """One contestant in one placement."""
-
-    time_us: float
-    """Median over its blocks of the slowest rank's mean."""
-    wrong: int | None
-    """Wrong elements on all ranks; None when not checked."""
-    num_blocks: int
-    foreign: float
-    """Median share of all cores that processes outside the benchmark used meanwhile."""
-
-
-@dataclass
-class Placement:
-    """All contestants out of place, or all in place."""
-
-    timings: dict[str, Timing] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    """What a contestant said that refused the case."""
-
-    @property
-    def limit_us(self) -> float | None:
-        """The faster copy of as many bytes as must be moved."""
-        times = [self.timings[name].time_us for name in LIMITS if name in self.timings]
-        return min(times, default=None)
-
-
-@dataclass
-class Row:
-    """One size."""
-
-    nbytes: int
-    count: int
-    out_of_place: Placement | None
-    in_place: Placement | None
-
-    @property
-    def placements(self) -> list[Placement]:
-        """Those that were measured."""
-        return [p for p in (self.out_of_place, self.in_place) if p is not None]
-
-    @property
-    def num_wrong(self) -> int:
-        """Wrong elements of everybody that claims to do the work."""
-        return sum(
-            timing.wrong or 0
-            for placement in self.placements
-            for name, timing in placement.timings.items()
-            if name != "noop"
-        )
-
-    def as_json(self) -> dict[str, object]:
-        """The row with its derived figures' ingredients."""
-        found: dict[str, object] = asdict(self)
-        for name, placement in (("out_of_place", self.out_of_place), ("in_place", self.in_place)):
-            if placement is not None:
-                found[name] = asdict(placement) | {"limit_us": placement.limit_us}
-        return found
-
-
 def measure(plans: Sequence[Plan]) -> Iterator[tuple[Plan, Row]]:
     """Starts the ranks once and measures plan by plan, size by size.
 
@@ -227,12 +161,12 @@ def _measure_case(plan: Plan, case: Case, jobs: Jobs) -> Placement:
             wrong[name] = sum(answer[name]["wrong"] for answer in answers)
             call_s = max(answer[name]["seconds"] for answer in answers)
             num_calls[name] = max(1, min(3000, int(plan.block_s / max(call_s, 1e-9))))
-    blocks: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in turns}
+    blocks: dict[str, list[Block]] = {name: [] for name, _ in turns}
     end = time.monotonic() + plan.max_s
     for turn in range(10 * plan.num_blocks):
-        fewest = min((sum(f <= MAX_FOREIGN for f, _ in b) for b in blocks.values()), default=0)
+        num_clean = [sum(b.foreign <= MAX_FOREIGN for b in of) for of in blocks.values()]
         late = turn >= MIN_BLOCKS and time.monotonic() > end
-        if late or not turns or fewest >= plan.num_blocks:
+        if late or not turns or min(num_clean) >= plan.num_blocks:
             break
         first = turn % len(turns)
         for name, link in turns[first:] + turns[:first]:
@@ -243,17 +177,11 @@ def _measure_case(plan: Plan, case: Case, jobs: Jobs) -> Placement:
             others = _busy_s() - busy - own - sum(answer["cpu"] for answer in told)
             took = max(a["end"] for a in told) - min(a["start"] for a in told)
             foreign = max(0.0, others / (wall * (os.cpu_count() or 1)))
-            blocks[name].append((foreign, took / num_calls[name]))
+            singles_us = np.concatenate([answer["singles_us"] for answer in told])
+            blocks[name].append(Block(foreign, took / num_calls[name], singles_us))
     for name, measured in blocks.items():
-        measured.sort()
-        num_clean = sum(foreign <= MAX_FOREIGN for foreign, _ in measured)
-        used = measured[: max(num_clean, min(plan.num_blocks, len(measured)), 1)]
-        found.timings[name] = Timing(
-            1e6 * statistics.median(seconds for _, seconds in used),
-            wrong[name] if plan.check and name not in LIMITS else None,
-            len(used),
-            statistics.median(foreign for foreign, _ in used),
-        )
+        checked = plan.check and name not in LIMITS
+        found.timings[name] = timing_of(measured, plan.num_blocks, wrong[name] if checked else None)
     return found
 
 
@@ -274,4 +202,4 @@ def absent_message(names: list[str]) -> str:
     return f"not measured: {', '.join(names)} (not in {MPI_DIR}); to get them: make bench-mpi"
 
 
-__all__ = ["Placement", "Plan", "Row", "Timing", "absent_message", "bus_factor", "measure"]
+__all__ = ["Plan", "absent_message", "measure"]

@@ -6,6 +6,7 @@ which all processes of a host share.
 """
 
 import gc
+import itertools
 import json
 import os
 import socket
@@ -20,6 +21,8 @@ from primitives.bench.payload import make_input, num_wrong
 
 MPIS = ("openmpi", "mpich", "impi")
 TIMEOUT_S = 100.0
+MAX_SINGLES = 200
+"""Calls timed one by one behind a block, at most; else a quarter of the block's."""
 
 
 class Job:
@@ -114,8 +117,14 @@ class Job:
         bound.recv[:] = 0
         return wrong
 
-    def measure(self, name: str, num_calls: int) -> dict[str, float]:
-        """One block: when it started and ended, and the CPU time this process used meanwhile."""
+    def measure(self, name: str, num_calls: int) -> dict[str, Any]:
+        """One block, and behind it calls with a look at the clock after each.
+
+        Returns:
+            start, end: of the block, in seconds.
+            singles_us: how long each of the other calls took on this rank.
+            cpu: seconds this process used in all.
+        """
         cpu_start = time.process_time()  # what is not the ranks' is foreign: all of theirs counts
         run, finish = self.bound[name].run, self.bound[name].finish
         for _ in range(1 + 2 * num_calls):  # the scheduler takes 0.1 s to settle the ranks
@@ -128,7 +137,15 @@ class Job:
         finish()
         end = time.monotonic()
         self.sync()
-        return {"start": start, "end": end, "cpu": time.process_time() - cpu_start}
+        stamps_ns = [time.monotonic_ns()]
+        for _ in range(max(1, min(MAX_SINGLES, num_calls // 4))):
+            run()
+            finish()
+            stamps_ns.append(time.monotonic_ns())
+        self.sync()
+        cpu = time.process_time() - cpu_start
+        singles_us = [(after - before) / 1e3 for before, after in itertools.pairwise(stamps_ns)]
+        return {"start": start, "end": end, "singles_us": singles_us, "cpu": cpu}
 
 
 def device_of(name: str) -> Any:
