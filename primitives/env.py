@@ -41,6 +41,12 @@ CHECK = Variable(
     "1 verifies a digest of every payload between ranks; on one rank is on for its groups. A "
     "difference is a CollectiveError that names both ranks and the bytes.",
 )
+STAGING = Variable(
+    "PRIMITIVES_STAGING",
+    "auto",
+    "How ranks write what their peers copy: cache, stream (around the caches), or auto, which "
+    "watches what it costs. The results are the same.",
+)
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
 )

@@ -22,7 +22,7 @@ Slice slice_of(size_t nbytes, int rank, int n) {
 // Small: every rank sums everything; the same tree, so the same bits everywhere.
 void all_reduce_small(Group& group, char* data, size_t nbytes, const Reduction& reduction) {
   const int n = group.world_size(), me = group.rank();
-  copy(group.slot(me, group.epoch() + 1), data, nbytes, false);
+  stage(group, group.slot(me, group.epoch() + 1), data, nbytes);
   publish(group, group.epoch() + 1, n, data, nbytes, 0);
   group.meet();
   std::vector<const void*> sources(n);
@@ -59,8 +59,8 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
       const size_t size = chunk_nbytes(nbytes, step, chunk);
       const Slice mine = slice_of(size, me, n);
       char* staged = group.slot(me, first + static_cast<uint32_t>(step));
-      copy(staged, data + step * chunk, mine.begin, false);
-      copy(staged + mine.end, data + step * chunk + mine.end, size - mine.end, false);
+      stage(group, staged, data + step * chunk, mine.begin);
+      stage(group, staged + mine.end, data + step * chunk + mine.end, size - mine.end);
       for (int r = 0; group.checked() && r < n; r++) {
         const Slice slice = slice_of(size, r, n);
         const size_t at = step * chunk + slice.begin;
@@ -79,10 +79,9 @@ void all_reduce_pipeline(Group& group, char* data, size_t nbytes, const Reductio
           sources[r] = r == me ? own : group.slot(r, epoch) + mine.begin;
           verify(group, epoch, r, me, sources[r], size);
         }
-        char* sums = group.slot(me, epoch + 1) + kPipelineNbytes + mine.begin;
-        reduction.kernel(sources.data(), n, sums, size / reduction.itemsize, reduction.factor,
+        reduction.kernel(sources.data(), n, own, size / reduction.itemsize, reduction.factor,
                          false);
-        copy(own, sums, size, false);
+        stage(group, group.slot(me, epoch + 1) + kPipelineNbytes + mine.begin, own, size);
         publish(group, epoch + 1, n, own, size, i * chunk + mine.begin);
       }
     }
@@ -163,7 +162,7 @@ void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
       if (r == me) continue;
       const char* mine = static_cast<const char*>(in[r].data) + at;
       const size_t size = chunk_nbytes(in[r].nbytes, i, block);
-      copy(group.slot(me, group.epoch() + 1) + r * stride, mine, size, false);
+      stage(group, group.slot(me, group.epoch() + 1) + r * stride, mine, size);
       publish(group, group.epoch() + 1, r, mine, size, at);
     }
     i == 0 ? group.meet() : group.barrier();
@@ -192,7 +191,7 @@ void reduce(Group& group, const Call& call, void* data, size_t nbytes, const Red
     char* at = static_cast<char*>(data) + i * kChunkNbytes;
     const size_t size = chunk_nbytes(nbytes, i, kChunkNbytes);
     if (me != call.root) {
-      copy(group.slot(me, group.epoch() + 1), at, size, false);
+      stage(group, group.slot(me, group.epoch() + 1), at, size);
       publish(group, group.epoch() + 1, call.root, at, size, i * kChunkNbytes);
     }
     i == 0 ? group.meet() : group.barrier();

@@ -41,7 +41,7 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
       if (r == me || (reads_peer && longest >= kDirectMinNbytes)) continue;
       const char* mine = static_cast<const char*>(in[r].data) + at;
       const size_t nbytes = chunk_nbytes(in[r].nbytes, i, block);
-      copy(group.slot(me, group.epoch() + 1) + r * stride, mine, nbytes, false);
+      stage(group, group.slot(me, group.epoch() + 1) + r * stride, mine, nbytes);
       publish(group, group.epoch() + 1, r, mine, nbytes, at);
     }
     if (i == 0) {

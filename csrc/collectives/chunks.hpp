@@ -49,6 +49,22 @@ inline void copy(void* out, const void* in, size_t nbytes, bool stream) {
   }
 }
 
+constexpr size_t kMinPacedNbytes = 4 << 10;  // of a piece: less is not worth a look at the clock
+
+// Writes to this rank's slot what peers read after the next barrier; see [Note: staging pace].
+inline void stage(Group& group, void* slot, const void* data, size_t nbytes) {
+  StagingPace& pace = group.staging_pace();
+  if (nbytes < kMinPacedNbytes) return copy(slot, data, nbytes, false);
+  if (pace.streams()) {
+    copy(slot, data, nbytes, true);
+    return stream_fence();
+  }
+  if (!pace.watches()) return copy(slot, data, nbytes, false);
+  const auto start = Clock::now();
+  copy(slot, data, nbytes, false);
+  pace.took(nbytes, Clock::now() - start);
+}
+
 // [Note: digests] With PRIMITIVES_CHECK=1 every run of bytes that goes through staging carries the
 // digest of what its writer meant to write, computed from the writer's own memory; whoever copied
 // or reduces it compares. Messages carry one in their envelope (mailbox.cpp).

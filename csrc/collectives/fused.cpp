@@ -252,8 +252,8 @@ void reduce_scatter_many(Group& group, Call call, const ReduceScatterMany& many,
       char* staged = group.slot(me, group.epoch() + 1) + r * block_nbytes(n);
       streams[r].chunk(from, from + chunk, [&](size_t t, size_t at, size_t numel, size_t position) {
         const char* in = static_cast<const char*>(many.fulls[t]);
-        copy(staged + position * itemsize, in + (cuts.begin(r, t) + at) * itemsize,
-             numel * itemsize, false);
+        stage(group, staged + position * itemsize, in + (cuts.begin(r, t) + at) * itemsize,
+              numel * itemsize);
       });
     }
     from == 0 ? group.meet() : group.barrier();

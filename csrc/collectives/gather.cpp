@@ -44,7 +44,7 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
     const char* mine = static_cast<const char*>(in) + at;
     if (n > 1) {
       const size_t nbytes = chunk_nbytes(in_nbytes, i, kChunkNbytes);
-      copy(group.slot(me, group.epoch() + 1), mine, nbytes, false);
+      stage(group, group.slot(me, group.epoch() + 1), mine, nbytes);
       publish(group, group.epoch() + 1, n, mine, nbytes, at);
     }
     i == 0 ? group.meet() : group.barrier();
@@ -69,7 +69,7 @@ void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
     const size_t at = i * kChunkNbytes, nbytes = chunk_nbytes(in_nbytes, i, kChunkNbytes);
     const char* mine = static_cast<const char*>(in) + at;
     if (me != call.root) {
-      copy(group.slot(me, group.epoch() + 1), mine, nbytes, false);
+      stage(group, group.slot(me, group.epoch() + 1), mine, nbytes);
       publish(group, group.epoch() + 1, call.root, mine, nbytes, at);
     }
     i == 0 ? group.meet() : group.barrier();
@@ -92,7 +92,7 @@ void broadcast(Group& group, const Call& call, void* data, size_t nbytes, Millis
     char* at = static_cast<char*>(data) + i * kChunkNbytes;
     const size_t size = chunk_nbytes(nbytes, i, kChunkNbytes);
     if (me == call.root) {
-      copy(group.slot(me, group.epoch() + 1), at, size, false);
+      stage(group, group.slot(me, group.epoch() + 1), at, size);
       publish(group, group.epoch() + 1, n, at, size, i * kChunkNbytes);
     }
     i == 0 ? group.meet() : group.barrier();
@@ -116,7 +116,7 @@ void scatter(Group& group, const Call& call, const std::vector<Part>& in, void* 
     for (int r = 0; me == call.root && r < n; r++) {
       char* staged = group.slot(me, group.epoch() + 1) + r * block;
       if (r == me) continue;
-      copy(staged, static_cast<const char*>(in[r].data) + at, nbytes, false);
+      stage(group, staged, static_cast<const char*>(in[r].data) + at, nbytes);
       publish(group, group.epoch() + 1, r, static_cast<const char*>(in[r].data) + at, nbytes, at);
     }
     i == 0 ? group.meet() : group.barrier();

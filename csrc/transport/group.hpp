@@ -30,6 +30,7 @@
 #include "transport/flight.hpp"
 #include "transport/process.hpp"
 #include "transport/segment.hpp"
+#include "transport/staging_pace.hpp"
 #include "transport/symmetric.hpp"
 
 namespace primitives {
@@ -122,6 +123,7 @@ class Group {
   char* slot(int rank, uint32_t epoch) const {
     return segment_->data() + layout_.stage(rank) + (epoch & 1) * kSlotNbytes;
   }
+  StagingPace& staging_pace() { return staging_pace_; }
   // Payload digests are exchanged: some rank runs with PRIMITIVES_CHECK=1.
   bool checked() const { return checked_; }
   Digest& digest(int rank, uint32_t epoch, int reader) const {
@@ -208,6 +210,7 @@ class Group {
   uint32_t epoch_ = 0;
   uint32_t call_epoch_ = 0;
   std::atomic<uint64_t> num_zero_copy_{0};
+  StagingPace staging_pace_;
   bool declined_ = false;  // the call has met, and is being made again by staging
   bool oversubscribed_ = false;
   Clock::time_point next_spread_{};

@@ -263,6 +263,12 @@ void Group::enter() {
   mine.self_address = reinterpret_cast<uint64_t>(&self_);
   const char* check = std::getenv("PRIMITIVES_CHECK");
   mine.checks.store(check != nullptr && *check != '\0' && std::strcmp(check, "0") != 0);
+  const char* staging = std::getenv("PRIMITIVES_STAGING");
+  if (staging != nullptr && *staging != '\0' && !staging_pace_.set(staging)) {
+    throw TransportError(
+        Failure::kOther,
+        here() + ": PRIMITIVES_STAGING: expected auto, cache or stream, got '" + staging + "'");
+  }
   cpu_set_t cpus;
   CPU_ZERO(&cpus);
   sched_getaffinity(0, sizeof cpus, &cpus);
