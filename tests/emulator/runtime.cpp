@@ -180,6 +180,12 @@ int primitives_cuda_allocate(int, size_t nbytes, char** memory, primitives_cuda_
 
 void primitives_cuda_free(int, char* memory) { unmap(memory); }
 
+int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
+                                 primitives_cuda_error* error) {
+  primitives_cuda_handle handle;
+  return primitives_cuda_allocate(device, nbytes, memory, &handle, error);
+}
+
 int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory,
                         primitives_cuda_error* error) {
   if (fails("map")) return refuse("cannot be opened", error);

@@ -23,5 +23,7 @@ struct Player {
 
 // One random collective, or a round of messages. Throws WrongResult.
 void play_case(Player& player);
+// One random collective on a list of tensors.
+void play_fused_case(Player& player);
 
 }  // namespace primitives::native_tests
