@@ -341,7 +341,7 @@ class Case {
 
 void play_case(Player& player) {
   const int which = static_cast<int>(player.draw(12));
-  if (which >= 10) return play_fused_case(player);
+  if (which >= 10) return play_fused_cases(player);
   switch (player.draw(5)) {
     case 0:
       return Case<float>(player).play(which);
