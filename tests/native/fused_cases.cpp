@@ -78,10 +78,10 @@ class FusedCase {
   const Cuts cuts_;
 
  private:
-  // Mostly tiny; now and then several blocks, chunks and groups of squares.
+  // Mostly tiny; now and then several blocks, chunks and leaves of squares.
   std::vector<int64_t> draw_numels() {
     std::vector<int64_t> numels(num_tensors_ * n_);
-    const uint64_t largest = player_.draw(8) == 0 ? 90'000 / n_ : 300;
+    const uint64_t largest = player_.draw(8) == 0 ? 20'000 / n_ : 300;
     for (int64_t& numel : numels) numel = static_cast<int64_t>(player_.draw(largest));
     return numels;
   }

@@ -2,7 +2,7 @@
 // the plain ones, see block.hpp; buffers are streams, see table.hpp.
 #pragma once
 
-#include "collectives/cuda/eights.hpp"
+#include "collectives/cuda/elementwise.hpp"
 #include "collectives/cuda/squares.hpp"
 
 namespace primitives::cuda {
@@ -53,25 +53,31 @@ DEVICE_FN void reduce_scatter_many(Block<M>& b, const Table<M>& table) {
   const auto place = [&](int rank, const Piece& piece) {
     return table.in(piece.tensor) + (table.begin(rank, piece.tensor) + piece.at) * size;
   };
+  // A rank's own part passes through staging only where it is misaligned: then all inputs of a sum
+  // lie at multiples of 16 bytes.
+  const auto is_staged = [&](int rank, const char* part) {
+    return rank != me || reinterpret_cast<uintptr_t>(part) % kPackNbytes != 0;
+  };
   play(
       b,
       [&](size_t i) {
         for (int r = 0; r < n; r++) {
-          if (r == me) continue;
           const Run run = b.chunks.run(call.in_nbytes[r], i);
           table.each_piece(r, run, size, [&](const Piece& piece) {
             char* to = b.meeting.next_slot() + r * share + piece.position * size;
             const char* from = place(r, piece);
+            if (!is_staged(r, from)) return;
             b.m.each_lane([&](int lane) { copy(b.m, lane, to, from, piece.numel * size); });
           });
         }
       },
       [&](size_t i) {
         table.each_piece(me, b.chunks.run(call.in_nbytes[me], i), size, [&](const Piece& piece) {
+          const char* own = place(me, piece);
           const Inputs in(
               [&](int r) {
-                return r == me ? place(me, piece)
-                               : b.meeting.slot(r) + me * share + piece.position * size;
+                return is_staged(r, own) ? b.meeting.slot(r) + me * share + piece.position * size
+                                         : own;
               },
               n);
           float* out = reinterpret_cast<float*>(table.out(piece.tensor)) + piece.at;

@@ -47,39 +47,37 @@ DEVICE_FN void visit_sum(uint8_t dtype, F f) {
   if (dtype == static_cast<uint8_t>(DType::kBFloat16)) f(BFloat16{});
 }
 
-// How a run of elements is cut: `head` of them, `num` times eight that begin at multiples of 16
+template <int kNum>
+struct Numel {
+  static constexpr int kValue = kNum;
+};
+
+// How a run of elements is cut: `head` of them, `num` batches of kNum that begin at multiples of 16
 // bytes, and the rest.
-struct Eights {
+template <int kNum>
+struct Batches {
   size_t numel, head, num;
 
-  DEVICE_FN Eights(const void* p, size_t itemsize, size_t numel) : numel(numel) {
+  DEVICE_FN Batches(const void* p, size_t itemsize, size_t numel) : numel(numel) {
     const size_t misfit = reinterpret_cast<uintptr_t>(p) % kPackNbytes;
     head = smaller(numel, (misfit == 0 ? 0 : kPackNbytes - misfit) / itemsize);
-    num = (numel - head) / 8;
+    num = (numel - head) / kNum;
   }
   // One by one unless p, too, lies at a multiple of 16 bytes behind the head.
   DEVICE_FN void need(const void* p, size_t itemsize) {
     if ((reinterpret_cast<uintptr_t>(p) + head * itemsize) % kPackNbytes != 0) num = 0;
   }
   // each(at, Numel<k>) for this lane's part.
-  template <class Some>
-  DEVICE_FN void each(int lane, size_t step, Some some) const;
-};
-
-template <int kNum>
-struct Numel {
-  static constexpr int kValue = kNum;
-};
-
-template <class Some>
-DEVICE_FN void Eights::each(int lane, size_t step, Some some) const {
-  for (size_t i = lane; i < num; i += step) some(head + 8 * i, Numel<8>{});
-  for (size_t i = lane; i < numel - 8 * num; i += step) {
-    some(i < head ? i : i + 8 * num, Numel<1>{});
+  template <class Each>
+  DEVICE_FN void each(int lane, size_t step, Each each) const {
+    for (size_t i = lane; i < num; i += step) each(head + kNum * i, Numel<kNum>{});
+    for (size_t i = lane; i < numel - kNum * num; i += step) {
+      each(i < head ? i : i + kNum * num, Numel<1>{});
+    }
   }
-}
+};
 
-// One element, or eight by 16-byte accesses.
+// One element, or a batch of them by 16-byte accesses.
 template <class T, int kNum>
 struct Some {
   using Word = std::conditional_t<kNum == 1, T, Pack>;
@@ -110,9 +108,9 @@ DEVICE_CALL void cast(M& m, int lane, char* out, const char* in, size_t numel) {
   using ToStore = typename To::Store;
   auto* to = reinterpret_cast<ToStore*>(out);
   const auto* from = reinterpret_cast<const FromStore*>(in);
-  Eights eights(to, sizeof *to, numel);
-  eights.need(from, sizeof *from);
-  eights.each(lane, m.num_lanes(), [&](size_t at, auto num) {
+  Batches<8> batches(to, sizeof *to, numel);
+  batches.need(from, sizeof *from);
+  batches.each(lane, m.num_lanes(), [&](size_t at, auto num) {
     constexpr int kNum = decltype(num)::kValue;
     const auto x = Some<FromStore, kNum>::load(m, from + at);
     Some<ToStore, kNum> y;
@@ -143,9 +141,9 @@ DEVICE_CALL void sum_into(M& m, int lane, const Call& call, int n, Inputs in, fl
                           size_t numel) {
   using Store = typename D::Store;
   const float factor = static_cast<float>(call.factor);
-  Eights eights(out, sizeof *out, numel);
-  for (int r = 0; r < n; r++) eights.need(in.at[r], sizeof(Store));
-  eights.each(lane, m.num_lanes(), [&](size_t at, auto num) {
+  Batches<kPackNbytes / static_cast<int>(sizeof(Store))> batches(out, sizeof *out, numel);
+  for (int r = 0; r < n; r++) batches.need(in.at[r], sizeof(Store));
+  batches.each(lane, m.num_lanes(), [&](size_t at, auto num) {
     constexpr int kNum = decltype(num)::kValue;
     using Inputs = Some<Store, kNum>;
     using Sums = Some<float, kNum>;
