@@ -75,7 +75,7 @@ checkpoint-kills: setup
 properties: setup
 	. $(BIN)/activate && PRIMITIVES_PROPERTY_CASES=10000 pytest --timeout 1800 \
 	  tests/test_collective_properties.py tests/test_collective_machine.py tests/test_vocab_emulator.py \
-	  tests/test_collective_emulator.py
+	  tests/test_collective_emulator.py tests/test_fused_emulator.py
 
 # A million collectives and messages on 8 processes: right, and nothing grows.
 soak: setup

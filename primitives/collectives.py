@@ -7,8 +7,10 @@ the tensors. ``fulls[i]`` is a full tensor, ``shards[i]`` this rank's part of it
   ones shorter or empty. Padding is neither sent nor expected; who wants it pads both sides;
 * or by ``numels[i]``: how many elements of the flattened tensor each rank holds, in rank order.
 
-All tensors are contiguous CPU tensors, on one side all of one dtype. Where the full tensors of all
-ranks lie in symmetric memory (``primitives.empty``) they are written or read in place.
+All tensors are contiguous, on the CPU or on one CUDA device, and on one side all of one dtype.
+Where the full tensors of all ranks lie in symmetric memory (``primitives.empty``) they are written
+or read in place. On CUDA a call is one kernel on the current stream, which may be captured in a
+graph; with ``async_op`` the Work lets the stream of its ``wait()`` wait.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,6 +14,7 @@ NOT_SYMMETRIC = 2**64 - 1
 # Values of the enums in csrc/transport/operations.hpp and csrc/collectives/dtype.hpp.
 OPS = {"all_gather": 1, "reduce_scatter": 2, "all_reduce": 3, "all_to_all": 4, "broadcast": 5}
 OPS |= {"reduce": 6, "gather": 7, "scatter": 8, "barrier": 9}
+OPS |= {"fused all_gather": 12, "fused reduce_scatter": 13}
 REDUCE_OPS = ["none", "sum", "avg", "premul_sum", "product", "min", "max", "band", "bor", "bxor"]
 DTYPES = [
     torch.float32,
@@ -62,6 +63,7 @@ class Status(ctypes.Structure):
         ("epoch", ctypes.c_uint32),
         ("mine", Words),
         ("theirs", Words),
+        ("uploaded", ctypes.c_uint32),
     )
 
 
@@ -83,6 +85,25 @@ class Ranks(ctypes.Structure):
     )
 
 
+class Many(ctypes.Structure):
+    """primitives_cuda_many."""
+
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("upload", ctypes.c_void_p),
+        ("upload_nbytes", ctypes.c_uint64),
+        ("digest", ctypes.c_uint64),
+        ("num_tensors", ctypes.c_uint32),
+        ("from_", ctypes.c_uint8),
+        ("to", ctypes.c_uint8),
+        ("in_itemsize", ctypes.c_uint8),
+        ("out_itemsize", ctypes.c_uint8),
+        ("accumulate", ctypes.c_uint8),
+        ("squares", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
+    )
+
+
 class Call(ctypes.Structure):
     """primitives_cuda_call."""
 
@@ -100,6 +121,7 @@ class Call(ctypes.Structure):
         ("in_nbytes", Sizes),
         ("out", Pointers),
         ("out_nbytes", Sizes),
+        ("many", Many),
     )
 
 
@@ -171,6 +193,10 @@ class RankCall:
     has_counts: bool = False
     heap: Tensor | None = None
     """The symmetric memory in which the inputs lie, which are then offered to the peers."""
+
+    def memory(self) -> list[Tensor]:
+        """All that the device code may touch."""
+        return [*self.ins, *self.outs, *([] if self.heap is None else [self.heap])]
 
     def native(self, seq: int) -> Call:
         """As the device code wants it."""
@@ -249,7 +275,7 @@ class Arrays:
                 ranks[r].heaps[s] = None if heap is None else heap.data_ptr()
         nbytes_at: dict[int, int] = {}
         for call in (call for rank_calls in calls for call in rank_calls):
-            for x in (*call.ins, *call.outs, *([] if call.heap is None else [call.heap])):
+            for x in call.memory():
                 nbytes = x.numel() * x.itemsize
                 nbytes_at[x.data_ptr()] = max(nbytes, nbytes_at.get(x.data_ptr(), 0))
         regions = [Region(at, nbytes) for at, nbytes in nbytes_at.items()]

@@ -34,10 +34,10 @@ def test_collectives_and_faults_on_an_emulated_device(driver: Path, kind: str) -
     """What is around the CUDA kernels; see tests/emulator/runtime.hpp."""
     flags = ["--processes"] if kind == "processes" else []
     code, output = play(
-        driver, *flags, "--device", "--ranks", "3", "--cases", "60", "--faults", "6"
+        driver, *flags, "--device", "--ranks", "3", "--cases", "60", "--faults", "7"
     )
     assert code == 0, output
-    assert output.startswith(f"ok: 3 {kind}, 60 cases, 6 faults")
+    assert output.startswith(f"ok: 3 {kind}, 60 cases, 7 faults")
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,16 @@ std::optional<DType> float_dtype(const at::Tensor& tensor) {
 
 std::string item(const std::string& what, size_t i) { return what + "[" + std::to_string(i) + "]"; }
 
-void check_memory(const Backend::Tensors& tensors, const std::string& what) {
+// `like`: another tensor of the call.
+void check_memory(const Backend::Tensors& tensors, const at::Tensor& like,
+                  const std::string& what) {
   for (size_t i = 0; i < tensors.size(); i++) {
     check_same_dtype(tensors[i], tensors[0], item(what, i));
-    check_on_cpu(tensors[i], item(what, i));
+    check_same_device(tensors[i], like, item(what, i));
+    const auto address = reinterpret_cast<uintptr_t>(tensors[i].data_ptr());
+    if (!like.device().is_cpu() && address % tensors[i].element_size() != 0) {
+      throw std::invalid_argument(item(what, i) + ": expected elements at multiples of their size");
+    }
     if (tensors[i].is_contiguous() && !tensors[i].is_conj() && !tensors[i].is_neg()) continue;
     throw std::invalid_argument(item(what, i) + ": expected a contiguous tensor, got shape " +
                                 c10::str(tensors[i].sizes()) + " with strides " +
@@ -135,8 +141,8 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
   return translated([&] {
     check_lengths(shards, fulls, what);
     if (shards.empty()) throw std::invalid_argument(what + ": expected a shard, got none");
-    check_memory(shards, what + ": shards");
-    check_memory(fulls, what + ": fulls");
+    check_memory(shards, shards[0], what + ": shards");
+    check_memory(fulls, shards[0], what + ": fulls");
     const auto cuts = std::make_shared<Cuts>(
         getSize(), checked_numels(fulls, std::move(numels), getSize(), what));
     check_shards(shards, fulls, *cuts, getRank(), what + ": shards");
@@ -166,10 +172,16 @@ Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
     }
     check_apart(std::move(ranges), what);
     const Milliseconds timeout = resolve(kDefaultTimeout);
-    return run(OpType::ALLGATHER_COALESCED, async, {}, fulls, [=, this] {
-      const GatherMany many{
-          *cuts, sources, results, cast, shards[0].dtype().itemsize(), fulls[0].dtype().itemsize()};
-      transport_->all_gather_many(call, many, timeout);
+    return run(OpType::ALLGATHER_COALESCED, async, fulls[0], fulls, [=, this] {
+      const GatherMany many{*cuts,
+                            sources,
+                            results,
+                            cast,
+                            shards[0].dtype().itemsize(),
+                            fulls[0].dtype().itemsize(),
+                            from.value_or(DType::kFloat32),
+                            to.value_or(DType::kFloat32)};
+      on(fulls[0]).all_gather_many(call, many, timeout);
     });
   });
 }
@@ -183,8 +195,8 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
   return translated([&] {
     check_lengths(shards, fulls, what);
     if (shards.empty()) throw std::invalid_argument(what + ": expected a full tensor, got none");
-    check_memory(fulls, what + ": fulls");
-    check_memory(shards, what + ": shards");
+    check_memory(fulls, fulls[0], what + ": fulls");
+    check_memory(shards, fulls[0], what + ": shards");
     const auto cuts = std::make_shared<Cuts>(
         getSize(), checked_numels(fulls, std::move(numels), getSize(), what));
     check_shards(shards, fulls, *cuts, getRank(), what + ": shards");
@@ -212,7 +224,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
     }
     float* sums = nullptr;
     if (squares) {
-      check_memory({*squares}, what + ": squares");
+      check_memory({*squares}, fulls[0], what + ": squares");
       if (squares->scalar_type() != at::kFloat) {
         throw std::invalid_argument(what + ": squares: expected float32, got " +
                                     make_call(call.op, *squares, 0).dtype);
@@ -223,7 +235,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
     }
     check_apart(std::move(ranges), what);
     const Milliseconds timeout = resolve(kDefaultTimeout);
-    return run(OpType::COALESCED, async, {}, shards, [=, this] {
+    return run(OpType::COALESCED, async, fulls[0], shards, [=, this] {
       const ReduceScatterMany many{*cuts,
                                    sources,
                                    results,
@@ -233,7 +245,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
                                    accumulate,
                                    sums,
                                    canonical::kernels().sum_of_squares};
-      transport_->reduce_scatter_many(call, many, timeout);
+      on(fulls[0]).reduce_scatter_many(call, many, timeout);
       static_cast<void>(squares);  // kept alive: the sums go into it
     });
   });

@@ -49,6 +49,7 @@ struct GatherMany {
   const std::vector<void*>& fulls;
   CastFn cast;  // null: equal dtypes
   size_t shard_itemsize, full_itemsize;
+  DType from, to;  // of a cast
 
   // out = elements [at, at + numel) of a shard, in the dtype of the full tensors.
   void convert(void* out, size_t tensor, size_t at, size_t numel) const;

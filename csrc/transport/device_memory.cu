@@ -14,6 +14,18 @@ int check(cudaError_t status, const char* what, primitives_cuda_error* error) {
   return -1;
 }
 
+// Allows the calling thread to allocate while it, or another one, captures a stream into a graph.
+class WhileCaptured {
+ public:
+  WhileCaptured() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~WhileCaptured() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  WhileCaptured(const WhileCaptured&) = delete;
+  WhileCaptured& operator=(const WhileCaptured&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace
 
 int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda_error* error) {
@@ -52,6 +64,13 @@ void primitives_cuda_free(int device, char* memory) {
   cudaFree(memory);
 }
 
+int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
+                                 primitives_cuda_error* error) {
+  const WhileCaptured allowed;
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
+  return check(cudaMalloc(memory, nbytes), "cudaMalloc", error);
+}
+
 int primitives_cuda_map(int device, const primitives_cuda_handle* handle, char** memory,
                         primitives_cuda_error* error) {
   cudaIpcMemHandle_t exported;
@@ -73,6 +92,7 @@ void primitives_cuda_unmap(int device, char* memory) {
 
 int primitives_cuda_allocate_pinned(int device, size_t nbytes, void** memory,
                                     primitives_cuda_error* error) {
+  const WhileCaptured allowed;
   if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0 ||
       check(cudaHostAlloc(memory, nbytes, cudaHostAllocMapped | cudaHostAllocPortable),
             "cudaHostAlloc", error) != 0) {

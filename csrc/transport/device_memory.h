@@ -31,12 +31,17 @@ int primitives_cuda_allocate(int device, size_t nbytes, char** memory,
                              primitives_cuda_handle* handle, primitives_cuda_error* error);
 void primitives_cuda_free(int device, char* memory);
 
+/* Memory of the device for this rank alone; not zeroed; also while a stream is captured. */
+int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
+                                 primitives_cuda_error* error);
+
 /* The memory of another process, on this device or a peer of it. */
 int primitives_cuda_map(int device, const primitives_cuda_handle* handle, char** memory,
                         primitives_cuda_error* error);
 void primitives_cuda_unmap(int device, char* memory);
 
-/* Zeroed memory of the host that kernels see at the same address. */
+/* Zeroed memory of the host that kernels see at the same address; also while a stream is captured.
+ */
 int primitives_cuda_allocate_pinned(int device, size_t nbytes, void** memory,
                                     primitives_cuda_error* error);
 void primitives_cuda_free_pinned(int device, void* memory);

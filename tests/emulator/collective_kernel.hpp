@@ -8,6 +8,7 @@ namespace primitives::cuda {
 // Block `block` of a prepared call.
 template <class M>
 void run_block(M& machine, int block, const Ranks& ranks, const Call& call) {
+  if (is_fused(static_cast<Op>(call.op))) return many_block(machine, block, ranks, call);
   if (!is_reduction(static_cast<Op>(call.op))) return move_block(machine, block, ranks, call);
   visit_reducer(
       static_cast<DType>(call.dtype), static_cast<ReduceOp>(call.reduce_op),

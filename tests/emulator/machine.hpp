@@ -133,6 +133,17 @@ class Machine {
     return true;
   }
 
+  uint32_t count(uint32_t* at) {
+    yield();
+    Clock& known = world_.released.try_emplace(at, clock().size(), 0).first->second;
+    if (!world_.goes_wrong(Mistake::kRelaxedFlag)) {
+      join(clock(), known);
+      join(known, clock());
+    }
+    clock()[first_thread_ + lane_]++;
+    return (*at)++;
+  }
+
   uint64_t now_ns() const { return 1 + world_.num_switches * 1000; }
   void pause() { yield(); }
 

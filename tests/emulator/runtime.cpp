@@ -55,6 +55,7 @@ struct HostThread {
     uint32_t none = 0;
     return __atomic_compare_exchange_n(at, &none, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   }
+  uint32_t count(uint32_t* at) { return __atomic_fetch_add(at, 1, __ATOMIC_ACQ_REL); }
   uint64_t now_ns() const {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -179,6 +180,12 @@ int primitives_cuda_allocate(int, size_t nbytes, char** memory, primitives_cuda_
 
 void primitives_cuda_free(int, char* memory) { unmap(memory); }
 
+int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
+                                 primitives_cuda_error* error) {
+  primitives_cuda_handle handle;
+  return primitives_cuda_allocate(device, nbytes, memory, &handle, error);
+}
+
 int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory,
                         primitives_cuda_error* error) {
   if (fails("map")) return refuse("cannot be opened", error);
@@ -222,6 +229,8 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
 
 int primitives_cuda_load(int, primitives_cuda_error*) { return 0; }
 
+int primitives_cuda_is_captured(int, void*, primitives_cuda_error*) { return 0; }
+
 int primitives_cuda_launch(int, const primitives_cuda_ranks* ranks, primitives_cuda_call call,
                            void* stream, void* last, primitives_cuda_error* error) {
   if (const char* refused = prepare(*ranks, &call); *refused != 0) return refuse(refused, error);
@@ -229,6 +238,8 @@ int primitives_cuda_launch(int, const primitives_cuda_ranks* ranks, primitives_c
   Event& event = *static_cast<Event*>(last);
   on.launch([seen = *ranks, call, before = event] {
     before.wait();
+    const Many& many = call.many;
+    if (many.upload != nullptr) std::memcpy(many.table, many.upload, many.upload_nbytes);
     HostThread thread;
     for (int block = 0; block < call.num_blocks; block++) run_block(thread, block, seen, call);
   });

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from collective_cases import MOVED, OPS, REDUCED
+from device_fused_cases import numbers
 from ranks import init
 from test_backend_bits import assert_bits, draw
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from primitives import collectives
 from primitives.errors import CollectiveError, CollectiveMismatch
 from special_distributed.exact_training import (
     assert_same_tensors,
@@ -127,6 +129,73 @@ def bits_of_the_cpu(num_cases: str, seed: str) -> None:
                 assert_bits(got, want)
             else:
                 assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), (op, dtype)
+    dist.destroy_process_group()
+
+
+def lists(drawn: random.Random, n: int) -> list[list[int]]:
+    """How some tensors are cut over the ranks: numels of the shards."""
+    numels = [drawn.choice(NUMELS) for _ in range(drawn.randrange(1, 9))]
+    return [[numel // n + drawn.randrange(7) for _ in range(n)] for numel in numels]
+
+
+def fused_bits_of_the_cpu(num_cases: str, seed: str) -> None:
+    """Random lists of tensors on the GPU and on the CPU, in the same group: equal bits."""
+    rank, n = start()
+    drawn = random.Random(int(seed))  # equal on all ranks
+    floats = [torch.float32, torch.float16, torch.bfloat16]
+    for case in range(int(num_cases)):
+        cut, offset = lists(drawn, n), drawn.randrange(8)
+        dtype, target, factor = drawn.choice(floats), drawn.choice(floats), drawn.random()
+        gathers, accumulate = drawn.random() < 0.5, drawn.random() < 0.5
+        results = []
+        fulls, own = [sum(of) for of in cut], [of[rank] for of in cut]
+        for device in (torch.device("cpu"), CUDA):
+            if gathers:
+                ins = [draw((numel,), dtype, case + rank + i) for i, numel in enumerate(own)]
+                empty = [torch.zeros(numel, dtype=target) for numel in fulls]
+                outs = [laid(x, device, offset, 1) for x in empty]
+                collectives.all_gather([laid(x, device, offset, 1) for x in ins], outs, numels=cut)
+            else:
+                ins = [numbers(numel, dtype, case + 9 * rank + i) for i, numel in enumerate(fulls)]
+                held = [numbers(numel, torch.float32, case + i) for i, numel in enumerate(own)]
+                outs = [laid(x, device, offset, 1) for x in held]
+                squares = torch.empty(len(cut), device=device)
+                collectives.reduce_scatter(
+                    [laid(x, device, offset, 1) for x in ins],
+                    outs,
+                    factor=factor,
+                    accumulate=accumulate,
+                    squares=squares,
+                    numels=cut,
+                )
+                outs.append(squares)
+            results.append([x.cpu() for x in outs])
+        for got, want in zip(results[1], results[0], strict=True):
+            assert_bits(got, want)
+    dist.destroy_process_group()
+
+
+def fused_in_a_graph() -> None:
+    """A captured call goes on with its own table, whatever others are called between replays."""
+    rank, n = start()
+    fulls = [torch.zeros(n * k, device=CUDA, dtype=torch.bfloat16) for k in (5, 700, 30_000)]
+    shards = [torch.zeros(len(x) // n, device=CUDA) for x in fulls]
+    squares = torch.empty(3, device=CUDA)
+    other_full, other_shard = torch.ones(n * 10, device=CUDA), torch.empty(10, device=CUDA)
+    collectives.reduce_scatter(fulls, shards, squares=squares)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        collectives.reduce_scatter(fulls, shards, squares=squares)
+    for step in range(5):
+        for x in fulls:
+            x.fill_(step + rank)
+        graph.replay()
+        want = float(n * step + n * (n - 1) // 2)
+        collectives.reduce_scatter([other_full], [other_shard], factor=0.5)
+        assert all(float(x.min()) == float(x.max()) == want for x in shards)
+        assert float(squares[1]) == 700 * want * want
+        assert float(other_shard[9]) == n / 2
     dist.destroy_process_group()
 
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "collectives/cuda/launch.h"
+#include "collectives/cuda/table.hpp"
 
 namespace {
 
@@ -77,6 +78,27 @@ class Buffers {
   std::map<char*, Region> copies_;
 };
 
+// A fused call with all its memory on the device.
+primitives_cuda_many on_device(const primitives_cuda_many& many, int n, const Buffers& buffers) {
+  const primitives::cuda::TableLayout of{static_cast<size_t>(n), many.num_tensors};
+  std::vector<uint64_t> words(many.table, many.table + of.num_words());
+  for (size_t i = of.ins(); i < of.groups(); i++) {  // addresses
+    words[i] = reinterpret_cast<uintptr_t>(
+        buffers.at_device(reinterpret_cast<const char*>(static_cast<uintptr_t>(words[i]))));
+  }
+  const auto moved = [&](auto* p) {
+    return reinterpret_cast<decltype(p)>(buffers.at_device(reinterpret_cast<const char*>(p)));
+  };
+  primitives_cuda_many made = many;
+  made.table = moved(many.table);
+  made.squares = moved(many.squares);
+  made.partials = moved(many.partials);
+  check(
+      cudaMemcpy(made.table, words.data(), words.size() * sizeof(uint64_t), cudaMemcpyHostToDevice),
+      "a table");
+  return made;
+}
+
 // What a rank owns on the device.
 struct Rank {
   char* segment = nullptr;
@@ -134,17 +156,23 @@ extern "C" int play_on_gpu(int num_calls, int dead_rank, int dead_from, const Ra
     for (int r = 0; r < n; r++) {
       own.push_back(std::make_unique<Rank>(ranks[r].slot_nbytes, *ranks[r].status));
     }
+    std::vector<Call> calls_on_device(calls, calls + n * num_calls);
+    for (Call& call : calls_on_device) {
+      for (int s = 0; s < n; s++) {
+        call.in[s] = buffers.at_device(call.in[s]);
+        call.out[s] = buffers.at_device(const_cast<char*>(call.out[s]));
+      }
+      if (call.many.table != nullptr) call.many = on_device(call.many, n, buffers);
+    }
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     for (int i = 0; i < num_calls; i++) {
       for (int r = 0; r < n; r++) {
         if (r == dead_rank && i >= dead_from) continue;
         Ranks seen = ranks[r];
-        Call call = calls[r * num_calls + i];
+        const Call& call = calls_on_device[r * num_calls + i];
         for (int s = 0; s < n; s++) {
           seen.segments[s] = own[s]->segment;
           seen.heaps[s] = buffers.at_device(seen.heaps[s]);
-          call.in[s] = buffers.at_device(call.in[s]);
-          call.out[s] = buffers.at_device(const_cast<char*>(call.out[s]));
         }
         seen.status = own[r]->status;
         check(primitives_cuda_launch(0, &seen, call, own[r]->stream, own[r]->last, &error), error);

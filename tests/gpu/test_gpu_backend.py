@@ -27,6 +27,15 @@ def test_the_bits_of_the_cpu(tmp_path: Path) -> None:
     passes(play(tmp_path, "bits_of_the_cpu", str(NUM_CASES), "0", timeout_s=1700))
 
 
+@pytest.mark.timeout(1800)
+def test_fused_collectives_have_the_bits_of_the_cpu(tmp_path: Path) -> None:
+    passes(play(tmp_path, "fused_bits_of_the_cpu", str(NUM_CASES // 5), "0", timeout_s=1700))
+
+
+def test_fused_collectives_in_a_graph(tmp_path: Path) -> None:
+    passes(play(tmp_path, "fused_in_a_graph"))
+
+
 def test_streams_and_graphs(tmp_path: Path) -> None:
     passes(play(tmp_path, "streams_and_graphs"))
 

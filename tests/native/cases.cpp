@@ -340,7 +340,8 @@ class Case {
 }  // namespace
 
 void play_case(Player& player) {
-  const int which = static_cast<int>(player.draw(10));
+  const int which = static_cast<int>(player.draw(12));
+  if (which >= 10) return play_fused_cases(player);
   switch (player.draw(5)) {
     case 0:
       return Case<float>(player).play(which);

@@ -23,5 +23,7 @@ struct Player {
 
 // One random collective, or a round of messages. Throws WrongResult.
 void play_case(Player& player);
+// Some random collectives on lists of tensors; on a device one is called before another has run.
+void play_fused_cases(Player& player);
 
 }  // namespace primitives::native_tests

@@ -49,6 +49,32 @@ void differs(DeviceTransport& device, bool guilty) {
   expect_text(device, "all_reduce(sum, float32, 3");  // 32 or 36 bytes
 }
 
+void cuts_otherwise(DeviceTransport& device, bool guilty) {
+  const int n = device.group().world_size();
+  std::vector<int64_t> numels(2 * n, 4);
+  if (guilty) numels[0]++, numels[1]--;
+  const Cuts cuts(n, numels);
+  std::vector<float> full(4 * n, 1.0f), shard(5);
+  const std::vector<const void*> in{full.data(), full.data()};
+  const std::vector<float*> out{shard.data(), shard.data()};
+  Call call;
+  call.op = Op::kReduceScatterMany;
+  call.reduce_op = ReduceOp::kSum;
+  std::snprintf(call.dtype, sizeof call.dtype, "float32");
+  call.itemsize = sizeof(float);
+  call.num_tensors = 2;
+  call.digest = cuts.digest();
+  const ReduceScatterMany many{cuts, in,    out,     DType::kFloat32, sizeof(float),
+                               1.0f, false, nullptr, nullptr};
+  expect_failure(Failure::kMismatch, "one rank cuts its tensors otherwise", [&] {
+    device.reduce_scatter_many(call, many, kLong);
+    device.drain();
+    wait_for_failure(device);
+  });
+  expect_text(device, "differs between ranks");
+  expect_text(device, "fused reduce_scatter(sum, float32, 2 tensors cut as ");
+}
+
 void absent(DeviceTransport& device, int culprit, bool guilty) {
   expect_failure(Failure::kTimeout, "one rank does not call", [&] {
     if (!guilty) sum(device, 40000, kShort);
@@ -95,7 +121,7 @@ void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptio
     if (guilty) emulator::fail_next("allocate");
     return expect_failure(Failure::kOther, "one rank has no memory", make);
   }
-  if (kind == 5) {
+  if (kind == 6) {
     if (guilty) emulator::fail_next("map");
     return expect_failure(Failure::kOther, "one rank cannot map a peer's memory", make);
   }
@@ -112,6 +138,9 @@ void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptio
       break;
     case 4:
       leaves(host, *device, culprit, guilty);
+      break;
+    case 5:
+      cuts_otherwise(*device, guilty);
       break;
   }
   device->drain();

@@ -6,7 +6,7 @@
 namespace primitives::native_tests {
 
 // The last one needs ranks that are processes.
-constexpr int kNumDeviceFaults = 6;
+constexpr int kNumDeviceFaults = 7;
 
 // `culprit` is the rank that misbehaves. Throws WrongResult.
 void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptions& options);

@@ -12,6 +12,7 @@
 //                   rank sums 1 / n of a chunk (half a slot), in a pipeline as on the CPU:
 //                   in k | sum k - 1 | out k - 2
 //   reduce          S in, S out on the root       as the one-shot all_reduce
+//   fused           as all_gather and reduce_scatter, on streams of many tensors: see many.hpp
 // When every rank's input lies in symmetric memory, of at least direct_nbytes: two meetings, no
 // staging; each rank reads its peers' inputs in place, all_reduce also writes its sums into them.
 #pragma once
@@ -39,9 +40,10 @@ struct Run {
 struct Chunks {
   int block, num_blocks;
   size_t chunk_nbytes;
+  size_t grain_nbytes;
 
   DEVICE_FN size_t part_nbytes(size_t nbytes) const {
-    return round_up((nbytes + num_blocks - 1) / num_blocks, kGrainNbytes);
+    return round_up((nbytes + num_blocks - 1) / num_blocks, grain_nbytes);
   }
   DEVICE_FN Run whole(size_t nbytes) const {
     const size_t part = part_nbytes(nbytes), at = smaller(nbytes, part * block);
@@ -72,12 +74,13 @@ struct Block {
   Meeting<M> meeting;
   Chunks chunks;
 
-  DEVICE_FN Block(M& m, int block, const Ranks& ranks, const Call& call, size_t chunk_nbytes)
+  DEVICE_FN Block(M& m, int block, const Ranks& ranks, const Call& call, size_t chunk_nbytes,
+                  size_t grain_nbytes = kGrainNbytes)
       : m(m),
         ranks(ranks),
         call(call),
         meeting(m, block, ranks, call),
-        chunks{block, call.num_blocks, chunk_nbytes} {}
+        chunks{block, call.num_blocks, chunk_nbytes, grain_nbytes} {}
 
   DEVICE_FN int n() const { return ranks.world_size; }
   DEVICE_FN int me() const { return ranks.rank; }

@@ -1,6 +1,7 @@
 // What a kernel does: block `block` of call.num_blocks.
 #pragma once
 
+#include "collectives/cuda/many.hpp"
 #include "collectives/cuda/moves.hpp"
 #include "collectives/cuda/reductions.hpp"
 

@@ -24,6 +24,10 @@ std::string dtype_named(uint8_t number) {
   if (number <= static_cast<uint8_t>(DType::kBool)) return kDtypes[number];
   for (const char* name : kDtypes) {
     if (moved_dtype(name) == number) return name;
+    for (const char* target : kDtypes) {  // of a fused all_gather
+      const std::string cast = std::string(name) + ">" + target;
+      if (moved_dtype(cast.c_str()) == number) return cast;
+    }
   }
   return "another dtype";
 }
@@ -37,10 +41,17 @@ std::string describe_letter(const uint64_t* letter) {
   if (op == Op::kBarrier) return text;
   text += "(";
   if (reduce_op != ReduceOp::kNone) text += std::string(reduce_op_name(reduce_op)) + ", ";
-  text += dtype_named(static_cast<uint8_t>(letter[0] >> 8)) + ", " +
-          std::to_string(letter[1] != 0 ? letter[1] : letter[3]) + " bytes";
+  const bool fused = op == Op::kAllGatherMany || op == Op::kReduceScatterMany;
+  text += dtype_named(static_cast<uint8_t>(letter[0] >> 8)) + ", ";
+  if (fused) {
+    char digest[32];
+    std::snprintf(digest, sizeof digest, "%08x", static_cast<uint32_t>(letter[1]));
+    text += std::to_string(letter[3]) + " tensors cut as " + digest;
+  } else {
+    text += std::to_string(letter[1] != 0 ? letter[1] : letter[3]) + " bytes";
+  }
   if (root >= 0) text += ", root " + std::to_string(root);
-  if (reduce_op == ReduceOp::kPremulSum) {
+  if (reduce_op == ReduceOp::kPremulSum || op == Op::kReduceScatterMany) {
     double factor;
     std::memcpy(&factor, &letter[2], sizeof factor);
     text += ", factor " + std::to_string(factor);

@@ -163,6 +163,7 @@ void DeviceTransport::close() {
   for (int r = 0; r < static_cast<int>(mapped_.size()); r++) {
     if (mapped_[r]) primitives_cuda_unmap(device_, ranks_.segments[r]);
   }
+  tables_.free(device_);
   if (last_ != nullptr) primitives_cuda_destroy_event(device_, std::exchange(last_, nullptr));
   if (ranks_.status != nullptr) primitives_cuda_free_pinned(device_, ranks_.status);
   char* segment = ranks_.segments[ranks_.rank];

@@ -8,18 +8,8 @@
 namespace primitives {
 namespace {
 
-primitives_cuda_call begin(const Call& call) {
-  primitives_cuda_call made{};
-  made.op = static_cast<uint8_t>(call.op);
-  made.dtype = moved_dtype(call.dtype);
-  made.has_counts = call.has_counts;
-  made.root = call.root;
-  made.place = PRIMITIVES_CUDA_NOT_SYMMETRIC;
-  return made;
-}
-
 primitives_cuda_call begin(const Call& call, const Reduction& reduction) {
-  primitives_cuda_call made = begin(call);
+  primitives_cuda_call made = begin_call(call);
   made.dtype = static_cast<uint8_t>(reduction.dtype);
   made.reduce_op = static_cast<uint8_t>(reduction.op);
   made.factor = reduction.op == ReduceOp::kPremulSum ? reduction.factor : 0;
@@ -43,6 +33,16 @@ void set_out(primitives_cuda_call& call, int rank, void* data, size_t nbytes) {
 
 }  // namespace
 
+primitives_cuda_call begin_call(const Call& call) {
+  primitives_cuda_call made{};
+  made.op = static_cast<uint8_t>(call.op);
+  made.dtype = moved_dtype(call.dtype);
+  made.has_counts = call.has_counts;
+  made.root = call.root;
+  made.place = PRIMITIVES_CUDA_NOT_SYMMETRIC;
+  return made;
+}
+
 void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Milliseconds timeout) {
   check();
   device_call.seq = static_cast<uint32_t>(++seq_);
@@ -53,14 +53,20 @@ void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Millisec
   primitives_cuda_ranks ranks = ranks_;
   ranks.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1'000'000;
   primitives_cuda_error error;
-  if (primitives_cuda_launch(device_, &ranks, device_call, stream_(), last_, &error) == 0) return;
-  group().fail(Failure::kOther, group().here() + ": " + op_name(call.op) + " on device " +
-                                    std::to_string(device_) + ": " + error.text);
+  if (primitives_cuda_launch(device_, &ranks, device_call, stream_(), last_, &error) != 0) {
+    cannot_launch(call, error.text);
+  }
+}
+
+void DeviceTransport::cannot_launch(const Call& call, const char* why) {
+  Group& of = group();
+  of.fail(Failure::kOther, of.here() + ": " + op_name(call.op) + " on device " +
+                               std::to_string(device_) + ": " + why);
 }
 
 void DeviceTransport::all_gather(const Call& call, const void* in, size_t in_nbytes,
                                  const std::vector<Part>& out, Milliseconds timeout) {
-  DeviceCall made = begin(call);
+  DeviceCall made = begin_call(call);
   for (int r = 0; r < ranks_.world_size; r++) {
     set_in(made, r, in, in_nbytes);
     set_out(made, r, out[r].data, out[r].nbytes);
@@ -105,7 +111,7 @@ void DeviceTransport::reduce(const Call& call, void* data, size_t nbytes,
 
 void DeviceTransport::all_to_all(const Call& call, const std::vector<Part>& in,
                                  const std::vector<Part>& out, Milliseconds timeout) {
-  DeviceCall made = begin(call);
+  DeviceCall made = begin_call(call);
   for (int r = 0; r < ranks_.world_size; r++) {
     set_in(made, r, in[r].data, in[r].nbytes);
     set_out(made, r, out[r].data, out[r].nbytes);
@@ -114,7 +120,7 @@ void DeviceTransport::all_to_all(const Call& call, const std::vector<Part>& in,
 }
 
 void DeviceTransport::broadcast(const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
-  DeviceCall made = begin(call);
+  DeviceCall made = begin_call(call);
   set_in(made, 0, data, nbytes);
   set_out(made, 0, data, nbytes);
   launch(call, made, timeout);
@@ -122,7 +128,7 @@ void DeviceTransport::broadcast(const Call& call, void* data, size_t nbytes, Mil
 
 void DeviceTransport::gather(const Call& call, const void* in, size_t in_nbytes,
                              const std::vector<Part>& out, Milliseconds timeout) {
-  DeviceCall made = begin(call);
+  DeviceCall made = begin_call(call);
   made.has_counts = 1;
   set_in(made, call.root, in, in_nbytes);
   for (size_t r = 0; r < out.size(); r++) {
@@ -133,7 +139,7 @@ void DeviceTransport::gather(const Call& call, const void* in, size_t in_nbytes,
 
 void DeviceTransport::scatter(const Call& call, const std::vector<Part>& in, void* out,
                               size_t out_nbytes, Milliseconds timeout) {
-  DeviceCall made = begin(call);
+  DeviceCall made = begin_call(call);
   made.has_counts = 1;
   for (size_t r = 0; r < in.size(); r++) {
     set_in(made, static_cast<int>(r), in[r].data, in[r].nbytes);
@@ -145,16 +151,10 @@ void DeviceTransport::scatter(const Call& call, const std::vector<Part>& in, voi
 void DeviceTransport::barrier(Milliseconds timeout) {
   Call call;
   call.op = Op::kBarrier;
-  DeviceCall made = begin(call);
+  DeviceCall made = begin_call(call);
   launch(call, made, timeout);
 }
 
-void DeviceTransport::all_gather_many(const Call&, const GatherMany&, Milliseconds) {
-  refuse("fused all_gather");
-}
-void DeviceTransport::reduce_scatter_many(const Call&, const ReduceScatterMany&, Milliseconds) {
-  refuse("fused reduce_scatter");
-}
 void* DeviceTransport::empty(const Call&, size_t, Milliseconds) { refuse("symmetric memory"); }
 void DeviceTransport::send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
   refuse("send");

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "collectives/cuda/launch.h"
+#include "collectives/cuda/tables.hpp"
 #include "collectives/transport.hpp"
 
 namespace primitives {
@@ -27,6 +28,8 @@ namespace primitives {
 // The number, in a call of the device, of a dtype that is only moved: others have other ones,
 // mostly.
 uint8_t moved_dtype(const char* name);
+// What a call of the device has from a call of the host.
+primitives_cuda_call begin_call(const Call& call);
 
 class DeviceTransport final : public StreamTransport {
  public:
@@ -65,9 +68,11 @@ class DeviceTransport final : public StreamTransport {
   // On the stream, like all others: the host does not wait.
   void barrier(Milliseconds timeout) override;
 
+  void all_gather_many(const Call& call, const GatherMany& many, Milliseconds timeout) override;
+  void reduce_scatter_many(const Call& call, const ReduceScatterMany& many,
+                           Milliseconds timeout) override;
+
   // Not on a device: std::invalid_argument.
-  void all_gather_many(const Call&, const GatherMany&, Milliseconds) override;
-  void reduce_scatter_many(const Call&, const ReduceScatterMany&, Milliseconds) override;
   void* empty(const Call&, size_t, Milliseconds) override;
   void send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) override;
   void recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) override;
@@ -85,6 +90,10 @@ class DeviceTransport final : public StreamTransport {
 
   void meet(Milliseconds timeout);
   void launch(const Call& call, DeviceCall& device_call, Milliseconds timeout);
+  void launch_many(const Call& call, DeviceCall& device_call, const Cuts& cuts,
+                   const std::vector<const void*>& ins, const std::vector<void*>& outs,
+                   Milliseconds timeout);
+  [[noreturn]] void cannot_launch(const Call& call, const char* why);
   void watch();
   [[noreturn]] void report();
   std::string describe_failure(Failure* failure) const;
@@ -100,6 +109,7 @@ class DeviceTransport final : public StreamTransport {
   mutable std::mutex launched_mutex_;
   std::array<Launched, 64> launched_;  // the last calls
   primitives_cuda_ranks ranks_{};
+  Tables tables_;             // of fused calls
   std::vector<bool> mapped_;  // segments of other processes
   bool has_met_ = false;      // peers may use this rank's segment
   std::mutex mutex_;

@@ -35,9 +35,9 @@ constexpr uint32_t kPollsPerCheck = 64;
 
 struct alignas(16) Letter {
   uint64_t call;          // op, dtype, reduce_op, has_counts, root, num_blocks
-  uint64_t numel_nbytes;  // of the input; 0 with counts
+  uint64_t numel_nbytes;  // of the input; 0 with counts; fused: the digest of the cuts
   uint64_t factor;        // its bits
-  uint64_t nbytes;        // from the writer to the reader
+  uint64_t nbytes;        // from the writer to the reader; fused: the number of tensors
   uint64_t longest;       // of what the writer sends to anybody
   uint64_t place;         // of its input in its heap
 };
@@ -55,6 +55,7 @@ struct alignas(128) BlockLine {
 
 struct SegmentHead {
   alignas(128) uint64_t poison;
+  alignas(128) uint32_t num_ended;  // blocks of this rank's kernel, see squares.hpp
   BlockLine lines[kMaxBlocks];
 };
 
@@ -124,6 +125,19 @@ class Meeting {
     });
   }
 
+  // Counts the blocks of this rank's kernel that are done with their work. True in all lanes of the
+  // last one, which then sees what the others wrote.
+  DEVICE_CALL bool is_last() {
+    uint32_t* num_ended = &head(rank()).num_ended;
+    m_.sync();
+    return m_.all([&](int lane) {
+      if (lane > 0) return true;
+      const bool last = m_.count(num_ended) + 1 == static_cast<uint32_t>(call_.num_blocks);
+      if (last) m_.store(num_ended, 0u);
+      return last;
+    });
+  }
+
   // --- what the peers wrote, after begin(); `own` is this rank's
   DEVICE_FN uint64_t longest() const {
     uint64_t longest = longest_part();
@@ -167,9 +181,10 @@ class Meeting {
   DEVICE_FN Letter letter_to(int peer) const {
     Letter letter;
     letter.call = signature_of(call_);
-    letter.numel_nbytes = call_.has_counts ? 0 : call_.in_nbytes[0];
+    const bool fused = call_.many.table != nullptr;
+    letter.numel_nbytes = fused ? call_.many.digest : call_.has_counts ? 0 : call_.in_nbytes[0];
     memcpy(&letter.factor, &call_.factor, 8);
-    letter.nbytes = call_.in_nbytes[peer];
+    letter.nbytes = fused ? call_.many.num_tensors : call_.in_nbytes[peer];
     letter.longest = longest_part();
     letter.place = call_.place;
     return letter;

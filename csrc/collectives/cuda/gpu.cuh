@@ -59,6 +59,11 @@ struct Gpu {
     asm volatile("st.release.sys.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
   }
   DEVICE_FN bool claim(uint32_t* at) { return atomicCAS(at, 0u, 1u) == 0; }
+  DEVICE_FN uint32_t count(uint32_t* at) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(at) : "memory");
+    return old;
+  }
 
   DEVICE_FN uint64_t now_ns() const {
     uint64_t now;

@@ -18,8 +18,14 @@ __global__ void __launch_bounds__(kNumLanes, 1)
   reduce_block<R>(gpu, blockIdx.x, ranks, call);
 }
 
+__global__ void __launch_bounds__(kNumLanes, 1)
+    many_kernel(const __grid_constant__ Ranks ranks, const __grid_constant__ Call call) {
+  Gpu gpu;
+  many_block(gpu, blockIdx.x, ranks, call);
+}
+
 const void* find_kernel(Op op, DType dtype, ReduceOp reduce_op) {
-  const void* kernel = reinterpret_cast<const void*>(move_kernel);
+  const void* kernel = reinterpret_cast<const void*>(is_fused(op) ? many_kernel : move_kernel);
   if (is_reduction(op)) {
     visit_reducer(dtype, reduce_op, [&](auto reducer) {
       kernel = reinterpret_cast<const void*>(reduce_kernel<decltype(reducer)>);
@@ -51,8 +57,10 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
 int primitives_cuda_load(int device, primitives_cuda_error* error) {
   if (check(cudaSetDevice(device), error) != 0) return -1;
   cudaFuncAttributes attributes;
-  const void* move = find_kernel(Op::kBarrier, DType::kFloat32, ReduceOp::kNone);
-  if (check(cudaFuncGetAttributes(&attributes, move), error) != 0) return -1;
+  for (const Op op : {Op::kBarrier, Op::kAllGatherMany}) {
+    const void* kernel = find_kernel(op, DType::kFloat32, ReduceOp::kNone);
+    if (check(cudaFuncGetAttributes(&attributes, kernel), error) != 0) return -1;
+  }
   for (int dtype = 0; dtype <= static_cast<int>(DType::kBool); dtype++) {
     for (int op = 0; op <= static_cast<int>(ReduceOp::kBxor); op++) {
       const void* kernel = find_kernel(Op::kAllReduce, DType(dtype), ReduceOp(op));
@@ -60,6 +68,15 @@ int primitives_cuda_load(int device, primitives_cuda_error* error) {
     }
   }
   return 0;
+}
+
+int primitives_cuda_is_captured(int device, void* stream, primitives_cuda_error* error) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (check(cudaSetDevice(device), error) != 0 ||
+      check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture), error) != 0) {
+    return -1;
+  }
+  return capture != cudaStreamCaptureStatusNone;
 }
 
 int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
@@ -75,13 +92,14 @@ int primitives_cuda_launch(int device, const primitives_cuda_ranks* ranks,
   void* arguments[] = {&by_value, &call};
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const cudaEvent_t event = static_cast<cudaEvent_t>(last);
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  if (check(cudaSetDevice(device), error) != 0 ||
-      check(cudaStreamIsCapturing(on, &capture), error) != 0) {
-    return -1;
-  }
-  const bool captured = capture != cudaStreamCaptureStatusNone;
+  const int captured = primitives_cuda_is_captured(device, stream, error);
+  if (captured < 0) return -1;
   if (!captured && check(cudaStreamWaitEvent(on, event, 0), error) != 0) return -1;
+  if (const Many& many = call.many; many.upload != nullptr) {
+    const auto copied =
+        cudaMemcpyAsync(many.table, many.upload, many.upload_nbytes, cudaMemcpyHostToDevice, on);
+    if (check(copied, error) != 0) return -1;
+  }
   if (check(cudaLaunchKernel(kernel, dim3(call.num_blocks), dim3(kNumLanes), arguments, 0, on),
             error) != 0) {
     return -1;

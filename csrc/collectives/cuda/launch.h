@@ -49,6 +49,7 @@ typedef struct {
   uint32_t block;
   uint32_t epoch; /* timeout: the meeting, a number that all ranks count alike for each block */
   uint64_t mine[PRIMITIVES_CUDA_LETTER_WORDS], theirs[PRIMITIVES_CUDA_LETTER_WORDS];
+  uint32_t uploaded; /* seq of the last fused call whose table is on the device (no failure) */
 } primitives_cuda_status;
 
 /* A group, as one rank sees it. The sizes are equal on all ranks. */
@@ -65,6 +66,20 @@ typedef struct {
   uint64_t timeout_ns;
 } primitives_cuda_ranks;
 
+/* The tensors of a fused collective. The words of `table` are those of table.hpp. */
+typedef struct {
+  uint64_t* table;    /* on the device; null: the call is not fused */
+  const void* upload; /* pinned memory that is copied there before the kernel starts, or null */
+  uint64_t upload_nbytes;
+  uint64_t digest; /* of how the tensors are cut; the same on all ranks */
+  uint32_t num_tensors;
+  uint8_t from, to; /* all_gather: DTypes of shards and full tensors; equal: copied as they are */
+  uint8_t in_itemsize, out_itemsize; /* reduce_scatter: out is float32 */
+  uint8_t accumulate;                /* reduce_scatter */
+  float* squares;  /* reduce_scatter: a sum for each shard of this rank, or null */
+  float* partials; /* room for squares, see table.hpp */
+} primitives_cuda_many;
+
 /* One collective of one rank. Unused parts are null and 0; in[r] is meant for rank r, out[r] is
  * from it.
  *   all_gather      in[every r]: the shard; out[r]: that of rank r. May differ in size.
@@ -75,19 +90,21 @@ typedef struct {
  *   reduce          in[0]; out[0]: written on the root only; the same, or apart
  *   gather          in[root] of every rank; out[every r] on the root      \ with has_counts, and
  *   scatter         in[every r] on the root; out[root] of every rank      / nothing else
- *   barrier         nothing */
+ *   barrier         nothing
+ *   fused           in_nbytes[r]: the stream of rank r, as it is staged; `many` */
 typedef struct {
   uint8_t op, dtype, reduce_op; /* primitives::Op, DType, ReduceOp */
   uint8_t has_counts;           /* sizes may differ between ranks */
   int32_t root;                 /* -1: none */
   uint32_t seq;                 /* of the call, for messages */
   int32_t num_blocks;           /* set by primitives_cuda_launch */
-  double factor;                /* premul_sum */
+  double factor;                /* premul_sum, fused reduce_scatter */
   uint64_t place;               /* of in[0] in this rank's heap, or PRIMITIVES_CUDA_NOT_SYMMETRIC */
   const char* in[PRIMITIVES_CUDA_MAX_RANKS];
   uint64_t in_nbytes[PRIMITIVES_CUDA_MAX_RANKS];
   char* out[PRIMITIVES_CUDA_MAX_RANKS];
   uint64_t out_nbytes[PRIMITIVES_CUDA_MAX_RANKS];
+  primitives_cuda_many many;
 } primitives_cuda_call;
 
 /* Bytes of a rank's segment. It must be all zero when the group begins. */
@@ -101,6 +118,9 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
  * on demand may have to wait for those that run, and these wait for it. Returns 0, or -1 with
  * `error` set. */
 int primitives_cuda_load(int device, primitives_cuda_error* error);
+
+/* Whether `stream` is captured into a graph; 1, 0, or -1 with `error` set. */
+int primitives_cuda_is_captured(int device, void* stream, primitives_cuda_error* error);
 
 /* Checks the call, sets num_blocks and launches on `stream`, a cudaStream_t of the device, behind
  * what the event `last` has recorded, and records it anew: calls of a group follow each other, on

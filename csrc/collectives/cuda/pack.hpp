@@ -11,6 +11,9 @@
 //   acquire(p)               load a flag, with all that its writer did before
 //   release(p, x)            store a flag, system-wide, after all that this block did before a sync
 //   claim(p)                 whether this caller is the first to turn *p from 0 to 1
+//   count(p)                 adds 1 to *p, for blocks of one device: after all that this block did
+//                            before a sync, and with all that those did who added before; the old
+//                            *p
 //   now_ns(), pause()        a clock, and a breath while waiting
 #pragma once
 

@@ -3,6 +3,8 @@
 
 #include <stdio.h>
 
+#include <initializer_list>
+
 #include "collectives/cuda/collectives.hpp"
 
 namespace primitives::cuda {
@@ -11,6 +13,34 @@ constexpr int kNumLanes = 512;  // of a block
 
 inline bool is_reduction(Op op) {
   return op == Op::kAllReduce || op == Op::kReduceScatter || op == Op::kReduce;
+}
+
+inline bool is_fused(Op op) { return op == Op::kAllGatherMany || op == Op::kReduceScatterMany; }
+
+// The error of a fused call, or "".
+inline const char* check_many(const Call& call, int me) {
+  const Many& many = call.many;
+  const auto is_summed = [](uint8_t dtype) {
+    return dtype == static_cast<uint8_t>(DType::kFloat32) ||
+           dtype == static_cast<uint8_t>(DType::kFloat16) ||
+           dtype == static_cast<uint8_t>(DType::kBFloat16);
+  };
+  if (many.table == nullptr || many.num_tensors == 0) return "many: expected a table of tensors";
+  for (const uint8_t itemsize : {many.in_itemsize, many.out_itemsize}) {
+    if (itemsize == 0 || itemsize > kPackNbytes || kPackNbytes % itemsize != 0) {
+      return "itemsize: expected 1, 2, 4, 8 or 16";
+    }
+  }
+  if (static_cast<Op>(call.op) == Op::kAllGatherMany) {
+    const bool casts = many.from != many.to;
+    if (casts && (!is_summed(many.from) || !is_summed(many.to))) {
+      return "from, to: expected equal dtypes, or float32, float16 and bfloat16";
+    }
+    return !casts && many.in_itemsize != many.out_itemsize ? "itemsize: expected equal ones" : "";
+  }
+  if (!is_summed(call.dtype)) return "dtype: expected float32, float16 or bfloat16";
+  const bool needs_room = many.squares != nullptr && call.in_nbytes[me] > 0;
+  return needs_room && many.partials == nullptr ? "partials: null, with squares" : "";
 }
 
 // The error, or "" with call->num_blocks set. The number must be the same on all ranks, so it
@@ -34,8 +64,11 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
   const bool rooted =
       op == Op::kBroadcast || op == Op::kReduce || op == Op::kGather || op == Op::kScatter;
   const bool equal_in = !all_to_some || !call->has_counts;
-  if (!reduces && !many_in && op != Op::kBroadcast && op != Op::kBarrier) {
-    return "op: expected a collective that is not fused";
+  if (!reduces && !many_in && op != Op::kBroadcast && op != Op::kBarrier && !is_fused(op)) {
+    return "op: expected a collective";
+  }
+  if (is_fused(op)) {
+    if (const char* error = check_many(*call, me); *error != 0) return error;
   }
   if (call->has_counts && !many_out) return "has_counts: expected none for this op";
   if (rooted ? call->root < 0 || call->root >= n : call->root != -1) {
@@ -43,7 +76,9 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
   }
   uint64_t total = 0;
   for (int r = 0; r < n; r++) {
-    if (call->in_nbytes[r] > 0 && call->in[r] == nullptr) return "in: null, with bytes";
+    if (call->in_nbytes[r] > 0 && call->in[r] == nullptr && !is_fused(op)) {
+      return "in: null, with bytes";
+    }
     if (call->out_nbytes[r] > 0 && call->out[r] == nullptr) return "out: null, with bytes";
     if (many_in && equal_in && call->in_nbytes[r] != call->in_nbytes[0]) {
       return "in_nbytes: expected parts of equal size";
@@ -56,7 +91,8 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
   if (many_out && call->out_nbytes[me] != call->in_nbytes[me]) {
     return "out_nbytes: expected the size of this rank's own part";
   }
-  if (!many_out && op != Op::kBarrier && call->out_nbytes[0] != call->in_nbytes[0]) {
+  if (!many_out && op != Op::kBarrier && !is_fused(op) &&
+      call->out_nbytes[0] != call->in_nbytes[0]) {
     return "out_nbytes: expected the size of the input's part";
   }
   if (reduces) {
