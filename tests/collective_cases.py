@@ -55,7 +55,7 @@ class Case:
 
     ``numels[r]`` counts rank r's elements where ranks may differ; ``numel`` is ``numels[0]``.
     ``delays_us[r]`` lets rank r come late; with ``placement`` rank r runs on that CPU and the
-    ones after it.
+    ones after it. ``staging`` is PRIMITIVES_STAGING.
     """
 
     form: str
@@ -69,6 +69,7 @@ class Case:
     queued: bool
     delays_us: tuple[int, ...]
     placement: int | None
+    staging: str
     seed: int
 
     @property
@@ -114,6 +115,7 @@ def cases(draw: st.DrawFn, forms: list[str], reduces: bool) -> Case:
         queued=draw(st.booleans()),
         delays_us=tuple(draw(delay) if late else 0 for _ in range(world_size)),
         placement=draw(st.sampled_from([None, None, 0, 1])),
+        staging=draw(st.sampled_from(["auto", "stream"])),
         seed=draw(st.integers(0, 2**20)),
     )
 
@@ -184,7 +186,8 @@ def bits(x: Tensor) -> Tensor:
     """The bits as integers, every NaN of the types that we compute with as one."""
     x = x.detach().resolve_conj().resolve_neg().reshape(-1)
     if x.dtype == torch.complex32:
-        x = x.contiguous().view(torch.float16)
+        # One element is contiguous with any stride; to view it, the stride must be 1.
+        x = x.clone(memory_format=torch.contiguous_format).view(torch.float16)
     elif x.dtype.is_complex:
         x = torch.view_as_real(x).reshape(-1)
     if x.dtype in FLOATS:

@@ -1,4 +1,4 @@
-"""Groups of thread ranks, one per world size, that play cases and count them."""
+"""Groups of thread ranks, one per world size and staging, that play cases and count them."""
 
 import os
 import sys
@@ -7,21 +7,26 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from collective_cases import Case
 from ranks import ThreadRanks
 
+from primitives.env import STAGING
+
 
 class Groups:
-    """Plays a case on the group of its world size; a group that failed is replaced."""
+    """Plays a case on the group it needs; a group that failed is replaced."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, ThreadRanks] = {}
+        self._groups: dict[tuple[int, str], ThreadRanks] = {}
         self.played: Counter[str] = Counter()
 
-    def of(self, world_size: int) -> ThreadRanks:
-        if world_size not in self._groups:
-            self._groups[world_size] = ThreadRanks(world_size)
-        return self._groups[world_size]
+    def of(self, world_size: int, staging: str = "auto") -> ThreadRanks:
+        if (world_size, staging) not in self._groups:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(STAGING.name, staging)
+                self._groups[world_size, staging] = ThreadRanks(world_size)
+        return self._groups[world_size, staging]
 
     def play(self, name: str, case: Case, call: Callable[[Any, int], Any]) -> list[Any]:
         """``call(backend, rank)`` on every rank, late and placed as the case says."""
@@ -34,16 +39,16 @@ class Groups:
             return call(backend, rank)
 
         try:
-            results = self.of(case.world_size)(on_rank)
+            results = self.of(case.world_size, case.staging)(on_rank)
         except BaseException:
-            self.drop(case.world_size)
+            self.drop(case.world_size, case.staging)
             raise
         self.played[name] += 1
         return results
 
-    def drop(self, world_size: int) -> None:
+    def drop(self, world_size: int, staging: str) -> None:
         """Ends a group whose ranks may not be in step any more."""
-        group = self._groups.pop(world_size)
+        group = self._groups.pop((world_size, staging))
         for backend in group.backends:
             backend.abort()
         group.close()

@@ -30,6 +30,7 @@ from ranks import ThreadRanks
 from torch import Tensor
 
 from primitives import env, reference
+from primitives.errors import CollectiveError
 
 NUM_CASES = int(env.PROPERTY_CASES.get())
 
@@ -377,3 +378,9 @@ def test_the_comparison_sees_every_flipped_bit(how: str, dtype: torch.dtype) -> 
         memory[dtype.itemsize * 3 + bit // 8] ^= 1 << bit % 8
         with pytest.raises(AssertionError, match="differ"):
             assert_bits(laid(wrong, how), x)
+
+
+def test_an_unknown_staging_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.STAGING.name, "fast")
+    with pytest.raises(CollectiveError, match="expected auto, cache or stream, got 'fast'"):
+        ThreadRanks(2)

@@ -1,6 +1,5 @@
 """The CUDA collectives on one GPU, ranks as streams: the bits of the CPU, and bounded failure."""
 
-
 import pytest
 import torch
 from device_collective_cases import CHECKS, assert_series, check_cases, series
