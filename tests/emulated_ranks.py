@@ -352,3 +352,36 @@ def misaligned(x: Tensor, nbytes: int) -> Tensor:
         return x.clone()
     view = torch.frombuffer(memory.numpy(), dtype=x.dtype, offset=begin, count=x.numel())
     return view.copy_(x)
+
+
+FOUND_AS = [
+    ("relaxed flag", {"race"}),
+    ("missing sync", {"race"}),
+    ("lost flags", {"timeout"}),
+    ("wrong index", {"wrong bits", "outside", "misaligned", "race", "timeout", "mismatch"}),
+]
+"""What a machine can be told to do wrong, and how that may be found."""
+
+
+def outcome(
+    machine: Machine, calls: Sequence[Sequence[RankCall]], assert_right: Callable[[], None]
+) -> str:
+    """What becomes of the calls: right, or how they are found to be wrong."""
+    try:
+        found = play(machine, calls)
+    except DeviceCodeWrong as wrong:
+        return str(wrong)
+    if any(found):
+        return next(f.failure for f in found if f is not None and f.failure != "told")
+    try:
+        assert_right()
+    except AssertionError:
+        return "wrong bits"
+    return "right"
+
+
+def check_found(outcomes: list[str], expected: set[str]) -> None:
+    """Of a mistake at many places some must be found, as expected, and none in another way."""
+    caught = [one for one in outcomes if any(word in one for word in expected)]
+    assert set(outcomes) - set(caught) <= {"right"}, outcomes
+    assert len(caught) >= 4, outcomes

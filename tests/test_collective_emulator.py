@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from device_collective_cases import CHECKS, assert_series, check_cases, series
-from emulated_ranks import DeviceCodeWrong, Failure, Machine, RankCall, library, misaligned, play
+from emulated_ranks import (
+    FOUND_AS,
+    DeviceCodeWrong,
+    Failure,
+    Machine,
+    RankCall,
+    check_found,
+    library,
+    misaligned,
+    outcome,
+    play,
+)
 
 from primitives import env
 
@@ -104,41 +115,18 @@ def test_a_grid_that_fits_never_waits_for_room() -> None:
     assert any(None not in play(m, series(m, 5)[0]) for m in stuck)
 
 
-def outcome(machine: Machine) -> str:
-    """What becomes of ``series``: right, or how it is found to be wrong."""
-    calls, wants = series(machine, 10)
-    try:
-        found = play(machine, calls)
-    except DeviceCodeWrong as wrong:
-        return str(wrong)
-    if any(found):
-        return next(f.failure for f in found if f is not None and f.failure != "told")
-    try:
-        assert_series(calls, wants, 10)
-    except AssertionError:
-        return "wrong bits"
-    return "right"
-
-
-@pytest.mark.parametrize(
-    ("mistake", "expected"),
-    [
-        ("relaxed flag", {"race"}),
-        ("missing sync", {"race"}),
-        ("lost flags", {"timeout"}),
-        ("wrong index", {"wrong bits", "outside", "misaligned", "race", "timeout", "mismatch"}),
-    ],
-)
+@pytest.mark.parametrize(("mistake", "expected"), FOUND_AS)
 def test_a_mistake_is_found(mistake: str, expected: set[str]) -> None:
     """One flag, barrier or index that goes wrong, at many places of a series of calls."""
-    found = []
-    for at in range(3, 300, 19):
-        machine = Machine(3, mistake=mistake, mistake_at=at, timeout_ns=10**7, seed=at)
-        found.append(outcome(machine))
-    assert outcome(Machine(3)) == "right"
-    caught = [f for f in found if any(word in f for word in expected)]
-    assert set(found) - set(caught) <= {"right"}, found
-    assert len(caught) >= 4, found
+
+    def played(machine: Machine) -> str:
+        calls, wants = series(machine, 10)
+        return outcome(machine, calls, lambda: assert_series(calls, wants, 10))
+
+    places = range(3, 300, 19)
+    wrong = [Machine(3, mistake=mistake, mistake_at=at, timeout_ns=10**7, seed=at) for at in places]
+    assert played(Machine(3)) == "right"
+    check_found([played(machine) for machine in wrong], expected)
 
 
 def test_calls_that_make_no_sense_are_refused() -> None:

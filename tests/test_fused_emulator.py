@@ -19,7 +19,7 @@ from device_fused_cases import (
     fused_series,
     gradients,
 )
-from emulated_ranks import DeviceCodeWrong, Failure, Machine, play
+from emulated_ranks import FOUND_AS, DeviceCodeWrong, Failure, Machine, check_found, outcome, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import ThreadRanks
@@ -136,41 +136,18 @@ def test_lists_that_differ_between_ranks_are_a_mismatch() -> None:
             assert failure.mine[:3] != failure.theirs[:3], what
 
 
-def outcome(machine: Machine) -> str:
-    """What becomes of ``fused_series``: right, or how it is found to be wrong."""
-    calls, wants = fused_series(machine.world_size, 4)
-    try:
-        found = play(machine, calls)
-    except DeviceCodeWrong as wrong:
-        return str(wrong)
-    if any(found):
-        return next(f.failure for f in found if f is not None and f.failure != "told")
-    try:
-        assert_fused_series(calls, wants)
-    except AssertionError:
-        return "wrong bits"
-    return "right"
-
-
-@pytest.mark.parametrize(
-    ("mistake", "expected"),
-    [
-        ("relaxed flag", {"race"}),
-        ("missing sync", {"race"}),
-        ("lost flags", {"timeout"}),
-        ("wrong index", {"wrong bits", "outside", "misaligned", "race", "timeout", "mismatch"}),
-    ],
-)
+@pytest.mark.parametrize(("mistake", "expected"), FOUND_AS)
 def test_a_mistake_is_found(mistake: str, expected: set[str]) -> None:
     """One flag, barrier or index that goes wrong, at many places of a series of calls."""
-    found = []
-    for at in range(1, 120, 11):
-        machine = Machine(2, mistake=mistake, mistake_at=at, timeout_ns=10**7, seed=at)
-        found.append(outcome(machine))
-    assert outcome(Machine(2)) == "right"
-    caught = [f for f in found if any(word in f for word in expected)]
-    assert set(found) - set(caught) <= {"right"}, found
-    assert len(caught) >= 4, found
+
+    def played(machine: Machine) -> str:
+        calls, wants = fused_series(machine.world_size, 4)
+        return outcome(machine, calls, lambda: assert_fused_series(calls, wants))
+
+    places = range(1, 120, 11)
+    wrong = [Machine(2, mistake=mistake, mistake_at=at, timeout_ns=10**7, seed=at) for at in places]
+    assert played(Machine(2)) == "right"
+    check_found([played(machine) for machine in wrong], expected)
 
 
 def test_calls_that_make_no_sense_are_refused() -> None:
