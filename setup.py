@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -66,7 +67,14 @@ def static_cudart_dir(nvcc: str) -> str:
 
 
 class Build(BuildExtension):
-    """Compiles ``csrc/**/*.cu`` with nvcc, links the objects in, says what it built."""
+    """Compiles ``csrc/**/*.cu`` with nvcc, links the objects in, says what it built.
+
+    Objects stay in ``build/``: after a change only what includes it is compiled again.
+    """
+
+    def finalize_options(self) -> None:
+        self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+        super().finalize_options()
 
     def build_extensions(self) -> None:
         nvcc = find_nvcc()
@@ -104,10 +112,9 @@ class Build(BuildExtension):
             flag for a in archs for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")
         ] + ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
         objects = []
+        folder = Path(self.build_temp, f"sm_{'_'.join(archs)}")
         for source in sorted(ROOT.glob("csrc/**/*.cu")):
-            target = Path(self.build_temp).absolute() / source.relative_to(ROOT).with_suffix(
-                ".cu.o"
-            )
+            target = folder / source.relative_to(ROOT).with_suffix(".cu.o")
             objects.append(str(target))
             headers = [h for kind in ("h", "hpp", "cuh") for h in ROOT.glob(f"csrc/**/*.{kind}")]
             headers.append(source)
