@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 import primitives._C as _C
@@ -45,6 +46,7 @@ class Communicator(_C.Communicator):
     - ``reduce(data [k], root=0, op="sum")``: in place on the root, the others keep theirs.
     - ``gather(out [n * k], shard [k], root=0)``: ``out`` is None but on the root.
     - ``scatter(out [k], full [n * k], root=0)``: ``full`` is None but on the root.
+    - ``empty(*shape, dtype=)``: memory in which the others copy nothing twice.
     - ``barrier()``.
     - ``send(data, dst, tag=0)``, ``recv(data, src=None, tag=0)``: None is any rank; recv returns
       the source. send returns when the data may be changed.
@@ -164,6 +166,18 @@ class Communicator(_C.Communicator):
             timeout_s=timeout_s,
             name=name,
         )
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # type: ignore[override]
+        """An uninitialized CPU tensor in memory that every rank has mapped; ``primitives.empty``.
+
+        Collective. ``.numpy()`` shows it as an array. It outlives this communicator.
+
+        Raises:
+            CollectiveMismatch: ranks ask for different sizes or dtypes.
+            CollectiveError: a rank has no room; on all ranks alike, and the communicator stays
+                usable.
+        """
+        return super().empty(shape, dtype)
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
         """One communicator for all ranks of each color; collective over this one.

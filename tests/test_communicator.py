@@ -73,6 +73,35 @@ def test_reductions_have_the_bits_of_the_definition(case: Any, numel: int, n: in
         assert_bits(rooted, everywhere if rank == n - 1 else xs[rank])
 
 
+def test_symmetric_memory_has_the_same_bits_and_is_not_staged() -> None:
+    n, numel = 3, 20_000
+    xs = [draw((n * numel,), torch.float32, 7 * r) for r in range(n)]
+    everywhere = reference.all_reduce(xs, "sum")[0]
+
+    def body(comm: Communicator) -> Any:
+        whole, shard = comm.empty(n * numel).copy_(xs[comm.rank]), comm.empty(numel)
+        gathered = comm.empty(n, numel)
+        comm.reduce_scatter(shard, whole)
+        comm.all_gather(gathered.numpy(), shard)
+        comm.all_reduce(whole)
+        assert comm.num_zero_copy == 3
+        comm.all_reduce(torch.zeros(n * numel))
+        assert comm.num_zero_copy == 3
+        return whole, shard, gathered
+
+    for rank, (whole, shard, gathered) in enumerate(on_ranks(n, body)):  # all have left by now
+        assert_bits(whole, everywhere)
+        assert_bits(shard, everywhere[rank * numel : (rank + 1) * numel])
+        assert_bits(gathered.flatten(), everywhere)
+
+
+def test_symmetric_memory_of_different_sizes_is_a_mismatch() -> None:
+    errors = errors_of(2, lambda c: c.empty(4 + c.rank, dtype=torch.int8), timeout_s=20)
+    for error in errors:
+        assert isinstance(error, CollectiveMismatch)
+        assert "empty(int8, numel 5)" in str(error)
+
+
 def test_moves() -> None:
     def body(comm: Communicator) -> None:
         n, rank = comm.world_size, comm.rank
@@ -194,6 +223,7 @@ full = np.zeros(8)
         (lambda c: c.all_to_all(np.zeros(3), np.zeros(3)), "a multiple of 2 elements, got 3"),
         (lambda c: c.broadcast(np.zeros(3), 2), r"root: expected a rank in \[0, 2\), got 2"),
         (lambda c: c.send(np.zeros(3), -1), r"dst: expected a rank in \[0, 2\), got -1"),
+        (lambda c: c.empty(2, -3), r"empty: expected sizes >= 0, got \[2, -3\]"),
         (lambda c: c.split(-2), "expected a color >= 0 or None, got -2"),
     ],
 )

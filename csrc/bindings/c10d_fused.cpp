@@ -125,14 +125,6 @@ Call fused_call(Op op, const at::Tensor& tensor, const Cuts& cuts) {
   return call;
 }
 
-at::Tensor in_heap(std::shared_ptr<SymmetricHeap> heap, void* data, at::IntArrayRef shape,
-                   at::ScalarType dtype) {
-  return at::for_blob(data, shape)
-      .deleter([heap = std::move(heap)](void* memory) { heap->free(memory); })
-      .options(at::TensorOptions().dtype(dtype))
-      .make_tensor();
-}
-
 }  // namespace
 
 Backend::WorkPtr Backend::all_gather_many(Tensors shards, Tensors fulls,
@@ -253,7 +245,7 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
 
 at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype) {
   return translated([&] {
-    const int64_t numel = c10::multiply_integers(shape);
+    const int64_t numel = numel_of(shape);
     const Call call = make_call(Op::kEmpty, at::empty({0}, dtype), numel);
     void* data = nullptr;
     group_->check();

@@ -335,4 +335,19 @@ Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::Reduc
   return make_reduction(call, tensor.scalar_type(), reduce_op_of(op), factor, world_size);
 }
 
+int64_t numel_of(at::IntArrayRef shape) {
+  if (std::ranges::all_of(shape, [](int64_t size) { return size >= 0; })) {
+    return c10::multiply_integers(shape);
+  }
+  throw std::invalid_argument("empty: expected sizes >= 0, got " + c10::str(shape));
+}
+
+at::Tensor in_heap(std::shared_ptr<SymmetricHeap> heap, void* data, at::IntArrayRef shape,
+                   at::ScalarType dtype) {
+  return at::for_blob(data, shape)
+      .deleter([heap = std::move(heap)](void* memory) { heap->free(memory); })
+      .options(at::TensorOptions().dtype(dtype))
+      .make_tensor();
+}
+
 }  // namespace primitives

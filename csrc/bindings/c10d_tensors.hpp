@@ -3,11 +3,13 @@
 
 #include <ATen/ATen.h>
 
+#include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 #include <vector>
 
 #include "collectives/collectives.hpp"
+#include "transport/symmetric.hpp"
 
 namespace primitives {
 
@@ -60,5 +62,11 @@ Reduction make_reduction(Call& call, at::ScalarType dtype, ReduceOp op, double f
                          int world_size);
 Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::ReduceOp& op,
                          int world_size);
+
+// Throws std::invalid_argument when a size is negative.
+int64_t numel_of(at::IntArrayRef shape);
+// Memory of the heap as a tensor that gives it back.
+at::Tensor in_heap(std::shared_ptr<SymmetricHeap> heap, void* data, at::IntArrayRef shape,
+                   at::ScalarType dtype);
 
 }  // namespace primitives

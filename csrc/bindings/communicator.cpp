@@ -81,6 +81,7 @@ class Communicator {
   int rank() const { return rank_; }
   int world_size() const { return world_size_; }
   const std::string& name() const { return name_; }
+  uint64_t num_zero_copy() const { return transport_->group().num_zero_copy(); }
 
   void close() {
     if (transport_->group().forked()) return;
@@ -207,6 +208,15 @@ class Communicator {
     });
   }
 
+  at::Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
+    void* data = nullptr;
+    call([&](Locked lock) {
+      const Call call = make_call(Op::kEmpty, dtype, numel_of(shape));
+      lock([&] { data = transport_->empty(call, call.numel * call.itemsize, timeout_); });
+    });
+    return in_heap(transport_->group().heap(), data, shape, dtype);
+  }
+
   void barrier() {
     call([&](Locked lock) { lock([&] { transport_->barrier(timeout_); }); });
   }
@@ -298,6 +308,7 @@ void bind_communicator(py::module_& m) {
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)
+      .def_property_readonly("num_zero_copy", &Communicator::num_zero_copy)
       .def("all_gather", &Communicator::all_gather, "out"_a, "shard"_a, "counts"_a = py::none())
       .def("reduce_scatter", &Communicator::reduce_scatter, "out"_a, "full"_a, "op"_a = "sum",
            "counts"_a = py::none(), "factor"_a = 1.0)
@@ -309,6 +320,7 @@ void bind_communicator(py::module_& m) {
            "factor"_a = 1.0)
       .def("gather", &Communicator::gather, "out"_a, "shard"_a, "root"_a = 0)
       .def("scatter", &Communicator::scatter, "out"_a, "full"_a, "root"_a = 0)
+      .def("empty", &Communicator::empty, "shape"_a, "dtype"_a)
       .def("barrier", &Communicator::barrier)
       .def("send", &Communicator::send, "data"_a, "dst"_a, "tag"_a = 0)
       .def("recv", &Communicator::recv, "data"_a, "src"_a = py::none(), "tag"_a = 0)

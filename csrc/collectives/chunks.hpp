@@ -10,7 +10,7 @@
 
 namespace primitives {
 
-constexpr size_t kChunkNbytes = 128 << 10;
+constexpr size_t kChunkNbytes = 256 << 10;
 constexpr size_t kSmallNbytes = 16 << 10;  // all_reduce: every rank sums everything
 constexpr size_t kStreamNbytes = 2 << 20;  // results from here on are written around the caches
 
@@ -25,7 +25,7 @@ inline bool is_direct_pair(const Group& group, size_t nbytes) {
 
 // Bytes of one of n blocks that share a slot.
 inline size_t block_nbytes(int n) {
-  return std::max<size_t>(64, (2 * kChunkNbytes / static_cast<size_t>(n)) & ~size_t{63});
+  return std::max<size_t>(64, (kSlotNbytes / static_cast<size_t>(n)) & ~size_t{63});
 }
 
 // From one block in a slot to the next: small equal ones lie side by side, on fewer pages.

@@ -15,7 +15,8 @@ template <class T>
 struct Plain {
   using Store = T;
   using Acc = T;
-  static constexpr bool kPlain = true;
+  static constexpr bool kPlain = true, kWidens = true;
+  static T widen(T x) { return x; }
 };
 
 inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -24,9 +25,10 @@ inline uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 struct BFloat16 {
   using Store = uint16_t;
   using Acc = float;
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kWidens = true;  // an element at a time, in vector code
+  static float widen(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
   static void load(float* out, const uint16_t* in, size_t numel) {
-    for (size_t i = 0; i < numel; i++) out[i] = as_float(static_cast<uint32_t>(in[i]) << 16);
+    for (size_t i = 0; i < numel; i++) out[i] = widen(in[i]);
   }
   static void store(uint16_t* out, const float* in, size_t numel) {
     for (size_t i = 0; i < numel; i++) {
@@ -40,7 +42,7 @@ struct BFloat16 {
 struct Float16 {
   using Store = uint16_t;
   using Acc = float;
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kWidens = false;
 
   static float widen(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
@@ -151,29 +153,50 @@ struct Bxor : Sum {
 };
 
 // ---- the tree: splitting at the largest power of two below n gives adjacent pairs, level by level
+
+// Up to four inputs in one pass, the partial results in registers; `finish` gets each result. `out`
+// may be one of the inputs.
+template <class D, class O, class Finish>
+void few(const typename D::Store* const* in, int n, size_t at, size_t numel, typename D::Acc* out,
+         typename D::Acc factor, Finish finish) {
+  auto x = [=](const typename D::Store* source, size_t i) {
+    return O::in(D::widen(source[i]), factor);
+  };
+  const auto *a = in[0] + at, *b = in[n > 1 ? 1 : 0] + at, *c = in[n > 2 ? 2 : 0] + at,
+             *d = in[n > 3 ? 3 : 0] + at;
+  if (n == 1) {
+#pragma GCC ivdep
+    for (size_t i = 0; i < numel; i++) out[i] = finish(x(a, i));
+  } else if (n == 2) {
+#pragma GCC ivdep
+    for (size_t i = 0; i < numel; i++) out[i] = finish(O::two(x(a, i), x(b, i)));
+  } else if (n == 3) {
+#pragma GCC ivdep
+    for (size_t i = 0; i < numel; i++) {
+      out[i] = finish(O::two(O::two(x(a, i), x(b, i)), x(c, i)));
+    }
+  } else {
+#pragma GCC ivdep
+    for (size_t i = 0; i < numel; i++) {
+      out[i] = finish(O::two(O::two(x(a, i), x(b, i)), O::two(x(c, i), x(d, i))));
+    }
+  }
+}
+
 template <class D, class O>
 void tree(const typename D::Store* const* in, int n, size_t at, size_t numel, typename D::Acc* out,
           typename D::Acc factor) {
   using Acc = typename D::Acc;
-  Acc other[kBlock];
-  if (n == 1) {
-    if constexpr (D::kPlain) {
-      for (size_t i = 0; i < numel; i++) out[i] = O::in(in[0][at + i], factor);
-    } else {
-      D::load(out, in[0] + at, numel);
-      for (size_t i = 0; i < numel; i++) out[i] = O::in(out[i], factor);
-    }
-    return;
-  }
-  if (D::kPlain && n == 2) {
-    const auto *a = in[0] + at, *b = in[1] + at;
-    for (size_t i = 0; i < numel; i++) {
-      out[i] = O::two(O::in(static_cast<Acc>(a[i]), factor), O::in(static_cast<Acc>(b[i]), factor));
-    }
+  if constexpr (D::kWidens) {
+    if (n <= 4) return few<D, O>(in, n, at, numel, out, factor, [](Acc x) { return x; });
+  } else if (n == 1) {
+    D::load(out, in[0] + at, numel);
+    for (size_t i = 0; i < numel; i++) out[i] = O::in(out[i], factor);
     return;
   }
   int left = 1;
   while (2 * left < n) left *= 2;
+  Acc other[kBlock];
   tree<D, O>(in, left, at, numel, out, factor);
   tree<D, O>(in + left, n - left, at, numel, other, factor);
   for (size_t i = 0; i < numel; i++) out[i] = O::two(out[i], other[i]);
@@ -219,10 +242,15 @@ void reduce(const void* const* in, int n, void* out, size_t numel, double factor
   for (size_t at = 0; at < numel; at += kBlock) {
     const size_t k = numel - at < kBlock ? numel - at : kBlock;
     Store* to = stream ? block : result + at;
-    tree<D, O>(sources, n, at, k, acc, f);
     if constexpr (D::kPlain) {
-      for (size_t i = 0; i < k; i++) to[i] = O::out(acc[i], f);
+      if (n <= 4) {
+        few<D, O>(sources, n, at, k, to, f, [f](Acc x) { return O::out(x, f); });
+      } else {
+        tree<D, O>(sources, n, at, k, acc, f);
+        for (size_t i = 0; i < k; i++) to[i] = O::out(acc[i], f);
+      }
     } else {
+      tree<D, O>(sources, n, at, k, acc, f);
       for (size_t i = 0; i < k; i++) acc[i] = O::out(acc[i], f);
       D::store(to, acc, k);
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -75,25 +76,29 @@ def as_tensor(array: Array, dtype: str) -> "torch.Tensor":
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
+def zeros_by(empty: "Callable[..., torch.Tensor]") -> Allocate:
+    """Allocates through ``empty(nbytes, dtype=)``."""
+    import torch
+
+    def allocate(numel: int, dtype: "np.dtype[Any]") -> Array:
+        array: Array = empty(numel * dtype.itemsize, dtype=torch.uint8).zero_().numpy().view(dtype)
+        return array
+
+    return allocate
+
+
 class C10d:
     """A process group of torch.distributed, on private or on symmetric memory."""
 
     def __init__(self, backend: str, *, symmetric: bool = False) -> None:
         import torch.distributed as dist
 
+        from primitives.memory import empty
+
         if backend == "fake":  # registers itself
             import torch.testing._internal.distributed.fake_pg  # noqa: F401
         self.group = dist.new_group(backend=backend)
-        self.allocate: Allocate = self._symmetric_zeros if symmetric else zeros
-
-    def _symmetric_zeros(self, numel: int, dtype: "np.dtype[Any]") -> Array:
-        import torch
-
-        from primitives.memory import empty
-
-        memory = empty(numel * dtype.itemsize, dtype=torch.uint8, group=self.group)
-        array: Array = memory.zero_().numpy().view(dtype)
-        return array
+        self.allocate = zeros_by(partial(empty, group=self.group)) if symmetric else zeros
 
     def bind(self, case: Case, rank: int) -> Bound | None:
         """The public function of torch.distributed on the case."""
@@ -124,16 +129,17 @@ class C10d:
 
 
 class Raw:
-    """``primitives.communicator`` without torch.distributed."""
+    """``primitives.communicator`` without torch.distributed, on private or symmetric memory."""
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, *, symmetric: bool = False) -> None:
         from primitives.communicator import Communicator
 
         self.communicator = Communicator.from_store(store, rank, world_size)
+        self.allocate = zeros_by(self.communicator.empty) if symmetric else zeros
 
     def bind(self, case: Case, rank: int) -> Bound | None:
         """The communicator's method on the case."""
-        send, recv = buffers(case, rank)
+        send, recv = buffers(case, rank, self.allocate)
         # NumPy has no bfloat16; a tensor over the same memory does.
         source: Any = as_tensor(send, case.dtype) if case.dtype == "bfloat16" else send
         target: Any = as_tensor(recv, case.dtype) if case.dtype == "bfloat16" else recv

@@ -63,13 +63,18 @@ class Job:
             match name:
                 case "primitives" | "gloo":
                     self.contestants[name] = C10d(name)
-                case "symmetric":
+                case "raw":
+                    self.contestants[name] = Raw(
+                        PrefixStore(name, store), self.rank, self.world_size
+                    )
+                case "symmetric" if "primitives" in names:
                     self.contestants[name] = C10d("primitives", symmetric=True)
+                case "symmetric":
+                    self.contestants[name] = Raw(
+                        PrefixStore(name, store), self.rank, self.world_size, symmetric=True
+                    )
                 case "noop":
                     self.contestants[name] = C10d("fake")
-                case "raw":
-                    self.contestants[name] = Raw(PrefixStore("raw", store), self.rank,
-                                                 self.world_size)  # fmt: skip
                 case "copy" | "copy_stream":
                     self.contestants[name] = Copy(stream=name == "copy_stream")
                 case _ if "@" in name:
