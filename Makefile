@@ -2,7 +2,7 @@
 BIN := .venv/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.hpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.hpp' 'tests/*.cu')
 
-.PHONY: setup build lint format test dist bench bench-mpi golden clean layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread gpu-check
+.PHONY: setup build lint format test dist bench bench-mpi golden clean launchers layouts mutants torch-suite convert-proofs checkpoint-kills properties soak sanitize-address sanitize-thread gpu-check
 
 setup build:
 	@python3 bootstrap.py
@@ -18,12 +18,21 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Two files at a time: many tests wait rather than compute. run_all.sh plays all of
+# special_distributed on forked ranks; here is a sample of it on ranks of the launchers.
+SAMPLE := $(addprefix special_distributed/test_,c10d.py collectives.py torch_functional.py)
+TORCHRUN := python -m torch.distributed.run --standalone --nproc-per-node 4
 test: lint
-	. $(BIN)/activate && pytest tests \
-	  && python -m torch.distributed.run --standalone --nproc-per-node 4 -m pytest special_distributed \
+	. $(BIN)/activate && pytest -n 2 --dist loadfile --no-loadscope-reorder tests \
+	  && $(TORCHRUN) -m pytest $(SAMPLE) \
 	  && pytest --ranks 8 special_distributed/test_mcore_config_converter.py \
 	  && mpirun -n 4 pytest special_distributed/test_torch_functional.py \
 	    special_distributed/test_against_mpi.py special_distributed/test_mcore_config_converter.py
+
+# All of special_distributed on ranks started in every way.
+launchers: setup
+	. $(BIN)/activate && pytest special_distributed \
+	  && $(TORCHRUN) -m pytest special_distributed && mpirun -n 4 pytest special_distributed
 
 # PyTorch's own distributed tests, all of them (tests/test_torch_suite.py runs a sample).
 torch-suite: setup

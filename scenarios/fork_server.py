@@ -8,6 +8,7 @@ started dies with it.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -219,6 +220,7 @@ def main() -> None:
     for module in PRELOADED:
         with contextlib.suppress(ImportError):  # which each process meets again, and tells
             importlib.import_module(module)
+    gc.freeze()  # a fork that looks for garbage at its end would copy all these pages
     call = serve(socket.socket(fileno=int(sys.argv[1])))
     if call:
         call()

@@ -1,9 +1,14 @@
 """Ranks for tests: threads of this process (fast), or processes of their own (real faults)."""
 
+import atexit
+import functools
+import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +19,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from scenarios.fork_server import ForkServer, Process
+
 ROOT = Path(__file__).resolve().parent.parent
-WORKER = """
-import importlib, sys
-sys.path[:0] = sys.argv[1:3]
-module, function = sys.argv[3].split(":")
-getattr(importlib.import_module(module), function)(*sys.argv[4:])
+WORKER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.ranks import work
+work(*sys.argv[1:])
 """
 
 
@@ -106,16 +113,38 @@ def run_threads(num: int, function: Callable[[int], Any], timeout_s: float = 60.
     return results
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    """One for all tests of this process."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def work(folder: str, target: str, *args: str) -> None:
+    """A process of ProcessRanks: ``module:function`` of the tests, with ``folder`` as its own."""
+    os.chdir(folder)
+    sys.path[:0] = [str(ROOT / "tests")]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    module, function = target.split(":")
+    getattr(importlib.import_module(module), function)(*args)
+
+
 @dataclass
 class ProcessRanks:
-    """``module:function`` on ``world_size`` processes that meet through a file in ``folder``."""
+    """``module:function`` on ``world_size`` processes that meet through a file in ``folder``.
+
+    ``fresh``: each is an interpreter of its own instead of a fork, for what is settled when a
+    process starts, like malloc's settings.
+    """
 
     target: str
     world_size: int
     folder: Path
     args: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    fresh: bool = False
+    processes: list[Process | subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> "ProcessRanks":
         for rank in range(self.world_size):
@@ -127,35 +156,49 @@ class ProcessRanks:
                 "TEST_STORE": str(self.folder / "store"),
                 **self.env,
             }
-            argv = [sys.executable, "-c", WORKER, str(ROOT), str(ROOT / "tests"), self.target]
-            self.processes.append(
-                subprocess.Popen(
-                    [*argv, *self.args],
-                    env=env,
-                    cwd=self.folder,
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            words = [str(self.folder), self.target, *self.args]
+            log = self._log(rank)
+            if self.fresh:
+                with log.open("x") as output:
+                    process: Process | subprocess.Popen[bytes] = subprocess.Popen(
+                        [sys.executable, "-c", WORKER, *words],
+                        env=env,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+            else:
+                process = fork_server().start("tests.ranks:work", *words, environment=env, log=log)
+            self.processes.append(process)
         return self
 
     def wait(self, timeout_s: float = 60.0) -> list[tuple[int, str]]:
         """Exit code and output of each rank; kills what does not end."""
-        results = []
         try:
-            for process in self.processes:
-                output, _ = process.communicate(timeout=timeout_s)
-                results.append((process.returncode, output))
+            return [self.wait_for(rank, timeout_s) for rank in range(self.world_size)]
         finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
-        return results
+            for rank in range(self.world_size):
+                self.kill(rank)
+
+    def wait_for(self, rank: int, timeout_s: float = 60.0) -> tuple[int, str]:
+        """Exit code and output of one rank."""
+        deadline = time.monotonic() + timeout_s
+        log = self._log(rank)
+        while (code := self.processes[rank].poll()) is None:
+            assert time.monotonic() < deadline, f"rank {rank} does not end:\n{log.read_text()}"
+            time.sleep(0.01)
+        return code, log.read_text()
+
+    def kill(self, rank: int) -> None:
+        """Ends a rank, if it still runs."""
+        self.processes[rank].send_signal(signal.SIGKILL)
+        self.processes[rank].wait()
 
     def leftovers(self) -> list[str]:
         """Shared memory that these processes left behind."""
         return [name for process in self.processes for name in leftovers(process.pid)]
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.log"
 
 
 def init(timeout_s: float = 20.0) -> tuple[int, int]:

@@ -173,8 +173,8 @@ def soak(num_operations: int, num_ranks: int, folder: Path, timeout_s: float) ->
     # One arena: which thread happened to allocate must not look like growth.
     env = {"MALLOC_ARENA_MAX": "1"}
     arguments = (str(num_operations),)
-    started = ranks.ProcessRanks("soak:worker", num_ranks, folder, arguments, env).start()
-    results = started.wait(timeout_s)
+    started = ranks.ProcessRanks("soak:worker", num_ranks, folder, arguments, env, fresh=True)
+    results = started.start().wait(timeout_s)
     for rank, (code, output) in enumerate(results):
         assert code == 0, f"rank {rank} ended with {code}:\n{output}"
     assert not started.leftovers(), started.leftovers()

@@ -136,9 +136,8 @@ def test_sigusr1_dumps_a_blocked_process_and_merging_names_who_is_behind(tmp_pat
     while len(list(folder.glob("*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert all(process.poll() is None for process in ranks.processes)
-    for process in ranks.processes:
-        process.kill()
-    ranks.wait()
+    for rank in range(3):
+        ranks.kill(rank)
     merged = merge(read_dumps([folder]))
     assert merged.ranks == [1, 2]
     problems = "\n".join(merged.problems)

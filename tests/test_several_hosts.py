@@ -23,7 +23,6 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import (
-    ROOT,
     WORKER,
     ProcessRanks,
     ThreadRanks,
@@ -232,7 +231,7 @@ def start_in_namespaces(target: str, namespaces: tuple[str, str], hosts: str, *a
             "TEST_ADDRESS": "10.99.7.1",
         }
         inside = ["ip", "netns", "exec", namespaces["ab".index(host)]]
-        python = [sys.executable, "-c", WORKER, str(ROOT), str(ROOT / "tests"), target]
+        python = [sys.executable, "-c", WORKER, os.getcwd(), target]
         processes.append(
             subprocess.Popen(
                 [*inside, *python, hosts, *args],

@@ -173,10 +173,12 @@ class Service:
                     self.failures.append(self._ended("coordinator", coordinator))
                 break
             for index, ranks in enumerate(replicas):
-                failed = {name: rank for name, rank in ranks.items() if rank.poll()}
-                if failed and index not in lost:
+                if index not in lost and any(rank.poll() for rank in ranks.values()):
                     lost.add(index)
-                    # A signal is the cause, an error of the others may be the consequence.
+                    # A signal is the cause, an error of the others may be the consequence; yet it
+                    # may be told a moment later.
+                    time.sleep(POLL_S)
+                    failed = {name: rank for name, rank in ranks.items() if rank.poll()}
                     name = min(failed, key=lambda name: failed[name].returncode or 0)
                     message = self._ended(name, failed[name])
                     self.failures.append(message)

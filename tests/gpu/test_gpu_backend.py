@@ -13,8 +13,8 @@ KILLED = -9
 
 
 def play(folder: Path, name: str, *args: str, timeout_s: float = 600.0) -> list[tuple[int, str]]:
-    ranks = ProcessRanks(f"gpu.gpu_backend_ranks:{name}", NUM_RANKS, folder, args).start()
-    return ranks.wait(timeout_s)
+    target = f"gpu.gpu_backend_ranks:{name}"
+    return ProcessRanks(target, NUM_RANKS, folder, args, fresh=True).start().wait(timeout_s)
 
 
 def passes(results: list[tuple[int, str]]) -> None:
