@@ -239,3 +239,45 @@ def a_copy_that_fails(hosts: str) -> None:
         device.fail_next("copy")
     with pytest.raises(CollectiveError, match=r"rank 1.* by way of the host: cannot be copied"):
         dist.all_reduce(device.on_device(x, 0))
+
+
+def communicator(hosts: str, kind: str) -> None:
+    """Every operation on arrays of another library; what was asked of it; mistakes."""
+    device = install(os.environ["TEST_BINDINGS"])
+    rank, n = int(os.environ["TEST_RANK"]), int(os.environ["TEST_WORLD_SIZE"])
+    os.environ["PRIMITIVES_HOST_ID"] = hosts[rank]
+    import emulated_arrays
+    import numpy as np
+    from gpu.gpu_communicator_ranks import surface
+
+    from primitives.communicator import Communicator
+
+    made: list[Any] = []
+
+    def make(array: np.ndarray, **options: Any) -> Any:
+        made.append(getattr(emulated_arrays, kind)(array.copy("K"), device, **options))
+        return made[-1]
+
+    store = dist.FileStore(os.environ["TEST_STORE"], n)
+    with Communicator(store, rank, n, timeout_s=60) as comm:
+        for given, asked in ((None, 1), (0, 1), (device.stream(), device.stream())):
+            surface(comm, make, **({} if given is None else {"stream": given}))
+            comm.barrier()
+            assert all(stream == asked for array in made for stream in array.streams)
+            assert any(array.streams for array in made) == (kind != "Interface")
+            made.clear()
+        x = make(np.ones(4))
+        for call, message in (
+            (lambda: comm.all_reduce(make(np.ones((4, 4)).T)), "expected contiguous memory, got"),
+            (lambda: comm.all_gather(np.ones(4 * n), x), "expected memory on cuda:0, got cpu"),
+            (lambda: comm.all_gather(x, make(np.ones(4, "i4"))), "dtype int32, got float64"),
+            (lambda: comm.all_to_all(x, x), "expected memory apart from the input"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        if kind != "Old":
+            with pytest.raises(ValueError, match="expected writable memory, got read-only memory"):
+                comm.all_reduce(make(np.ones(4), readonly=True))
+        comm.all_reduce(x)
+        assert x.get().tolist() == [n] * 4
+        comm.barrier()

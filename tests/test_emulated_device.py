@@ -67,3 +67,12 @@ def test_another_order_of_the_sum_would_be_found() -> None:
     xs = [draw((4096,), torch.float32, seed).nan_to_num() for seed in range(3)]
     assert not bits_equal((xs[0] + xs[1]) + xs[2], xs[0] + (xs[1] + xs[2]))
     assert bits_equal(xs[0], xs[0].clone())
+
+
+@pytest.mark.parametrize("hosts", [ONE_HOST, TWO_HOSTS])
+@pytest.mark.parametrize("kind", ["Versioned", "Old", "Interface"])
+def test_communicator_on_arrays_of_others(
+    bindings: str, tmp_path: Path, kind: str, hosts: str
+) -> None:
+    """By kernels and by way of the host."""
+    play(tmp_path, bindings, "communicator", hosts, kind)
