@@ -1,4 +1,4 @@
-"""The collectives on NumPy arrays, torch tensors and other memory, without torch.distributed.
+"""The collectives on NumPy and CuPy arrays, torch tensors and other memory, without c10d.
 
 Ranks meet through a torch Store, through MPI, or through a file; then they share memory (or talk by
 gloo where they run on several hosts), with the bits, errors and deadlines of the backend.
@@ -32,9 +32,10 @@ TIMEOUT_S = 300.0
 class Communicator(_C.Communicator):
     """One rank of a group. Every method is a collective of all ranks, but for send and recv.
 
-    Buffers are C-contiguous CPU memory: NumPy arrays, torch tensors, or objects with the buffer
-    protocol or DLPack. Data that is only read may be read-only. Bytes move for every dtype (bool,
-    complex, float8 too). Where ``n`` is the world size:
+    Buffers are C-contiguous memory of the CPU or of one CUDA device: NumPy and CuPy arrays, torch
+    tensors, or objects with the buffer protocol, DLPack or the CUDA array interface. Data that is
+    only read may be read-only. Bytes move for every dtype (bool, complex, float8 too). Where ``n``
+    is the world size:
 
     - ``all_gather(out [n * k], shard [k], counts=None)``: shards in rank order; ``counts``:
       elements of each rank's shard when they differ.
@@ -52,6 +53,12 @@ class Communicator(_C.Communicator):
       the source. send returns when the data may be changed.
     - ``abort(why)``: ends the waits of all ranks with PeerLost.
 
+    ``stream=None``, of all that take buffers: for those on a CUDA device, a cudaStream_t as an
+    integer (0 or 1: the legacy default stream), on which the call is enqueued and the result is
+    valid; the buffers live until then. None: the legacy default stream, and the call returns when
+    the result is there. What the owner of a buffer enqueued before goes first, by the protocol that
+    shows it. send and recv always wait.
+
     ``op``: sum, avg, premul_sum (times ``factor``), product, min, max, band, bor, bxor.
 
     Args:
@@ -67,8 +74,10 @@ class Communicator(_C.Communicator):
         CollectiveTimeout, PeerLost: as in ``primitives.errors``; afterwards all calls raise.
 
     Contract: calls of one communicator are made in the same order on all ranks, by one thread at a
-        time, and return when the result is there. An output overlaps no input, except that a rank's
-        shard may already lie at its place.
+        time, and return when the result is there (or, with a stream, on its way). An output
+        overlaps no input, except that a rank's shard may already lie at its place. Memory on CUDA
+        is that of the first such call's device; ranks that are threads give a stream each
+        (docs/cuda.md).
     Numerics: reductions run along the tree over ranks (``primitives.reference``): the same bits on
         every rank, for every size.
     """

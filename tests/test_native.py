@@ -34,10 +34,20 @@ def test_collectives_and_faults_on_an_emulated_device(driver: Path, kind: str) -
     """What is around the CUDA kernels; see tests/emulator/runtime.hpp."""
     flags = ["--processes"] if kind == "processes" else []
     code, output = play(
-        driver, *flags, "--device", "--ranks", "3", "--cases", "60", "--faults", "7"
+        driver, *flags, "--device", "--ranks", "3", "--cases", "60", "--faults", "9"
     )
     assert code == 0, output
-    assert output.startswith(f"ok: 3 {kind}, 60 cases, 7 faults")
+    assert output.startswith(f"ok: 3 {kind}, 60 cases, 9 faults")
+
+
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_collectives_of_a_device_by_way_of_the_host(driver: Path, kind: str) -> None:
+    flags = ["--processes"] if kind == "processes" else []
+    code, output = play(
+        driver, *flags, "--by-host", "--ranks", "3", "--cases", "60", "--faults", "0"
+    )
+    assert code == 0, output
+    assert output.startswith(f"ok: 3 {kind}, 60 cases, 0 faults")
 
 
 @pytest.mark.parametrize(

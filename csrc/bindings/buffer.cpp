@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "bindings/c10d_tensors.hpp"
+#include "bindings/device_buffer.hpp"
 
 namespace primitives {
 namespace {
@@ -64,7 +65,7 @@ std::string name_of(at::ScalarType dtype) { return make_call(Op::kNone, dtype, 0
 
 }  // namespace
 
-Buffer::Buffer(py::handle object, Access access, const char* what) : what_(what) {
+Buffer::Buffer(py::handle object, Access access, const char* what, uintptr_t stream) : what_(what) {
   // Whether it is a tensor is asked later: for another class that costs as much as all the rest.
   constexpr int kFlags = PyBUF_STRIDES | PyBUF_FORMAT;
   if (PyObject_CheckBuffer(object.ptr()) && PyObject_GetBuffer(object.ptr(), &view_, kFlags) == 0) {
@@ -72,6 +73,11 @@ Buffer::Buffer(py::handle object, Access access, const char* what) : what_(what)
     return;
   }
   PyErr_Clear();
+  if (const auto buffer = device_buffer_of(object, stream, what)) {
+    if (access == Access::kWrite && buffer->readonly) refuse("writable memory", "read-only memory");
+    take_tensor(buffer->tensor);
+    return;
+  }
   if (THPVariable_Check(object.ptr())) {
     take_tensor(THPVariable_Unpack(object.ptr()));
     return;
@@ -98,7 +104,6 @@ Buffer::Buffer(py::handle object, Access access, const char* what) : what_(what)
 
 void Buffer::take_tensor(const at::Tensor& tensor) {
   check_tensor(tensor, what_);
-  check_on_cpu(tensor, what_);
   if (!tensor.is_contiguous() || tensor.is_conj() || tensor.is_neg()) {
     refuse("contiguous memory",
            "a tensor of shape " + c10::str(tensor.sizes()) + " with strides " +
@@ -110,6 +115,10 @@ void Buffer::take_tensor(const at::Tensor& tensor) {
   numel_ = static_cast<size_t>(tensor.numel());
   itemsize_ = tensor.element_size();
   dtype_ = tensor.scalar_type();
+  if (tensor.is_cuda()) device_ = tensor.get_device();
+  if (device_ >= 0 && reinterpret_cast<uintptr_t>(data_) % itemsize_ != 0) {
+    refuse("elements at multiples of their size", "memory that begins elsewhere");
+  }
 }
 
 void Buffer::take_view(Access access) {
@@ -129,8 +138,12 @@ void Buffer::take_view(Access access) {
   numel_ = static_cast<size_t>(view_.len) / itemsize_;
 }
 
-void Buffer::check_dtype(const Buffer& like) const {
-  if (dtype_ != like.dtype_) refuse("dtype " + name_of(like.dtype_), name_of(dtype_));
+void Buffer::check_like(const Buffer& other) const {
+  if (dtype_ != other.dtype_) refuse("dtype " + name_of(other.dtype_), name_of(dtype_));
+  const auto place = [](int device) {
+    return device < 0 ? std::string("cpu") : "cuda:" + std::to_string(device);
+  };
+  if (device_ != other.device_) refuse("memory on " + place(other.device_), place(device_));
 }
 
 void Buffer::check_numel(size_t expected) const {

@@ -111,7 +111,11 @@ class Backend : public c10d::Backend {
   // Runs it where the memory of `like` is; undefined: on the CPU.
   WorkPtr run(c10d::OpType type, bool async, const at::Tensor& like, Tensors outputs, Job job);
   WorkPtr run_on_stream(c10d::OpType type, at::Device device, Tensors outputs, const Job& job);
-  // The transport for the memory of a tensor, made when a device comes first.
+  // Makes the transport for a device when its first tensor comes.
+  void meet_on(at::Device device);
+  // Runs what is for the device, from the thread of the call.
+  void launch(const Job& job);
+  // The transport for the memory of a tensor.
   Transport& on(const at::Tensor& tensor);
   WorkPtr receive(Tensors& tensors, int src, int tag);
   Milliseconds resolve(Milliseconds timeout) const;

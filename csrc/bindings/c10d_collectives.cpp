@@ -417,7 +417,7 @@ Backend::WorkPtr Backend::alltoall(Tensors& out, Tensors& in,
 // A device's part is launched here, where the order of the group's calls is; then the host waits.
 Backend::WorkPtr Backend::barrier(const c10d::BarrierOptions& options) {
   const Milliseconds timeout = resolve(options.timeout);
-  if (device_) translated([&] { device_->barrier(timeout); });
+  if (device_) translated([&] { launch([&] { device_->barrier(timeout); }); });
   return run(OpType::BARRIER, options.asyncOp, {}, {}, [=, this] {
     if (device_) device_->drain();
     transport_->barrier(timeout);

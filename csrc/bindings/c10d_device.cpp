@@ -1,61 +1,45 @@
-// The backend on CUDA tensors: its transport, and how a collective is launched on the caller's
-// stream.
+// The backend on CUDA tensors: its transport, and how a collective comes onto the caller's stream.
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "bindings/c10d_backend.hpp"
 #include "bindings/c10d_stream_work.hpp"
-#ifdef PRIMITIVES_CUDA
-#include "collectives/cuda/device_transport.hpp"
-#endif
+#include "bindings/make_transport.hpp"
 
 namespace primitives {
-namespace {
 
-#ifdef PRIMITIVES_CUDA
-std::unique_ptr<StreamTransport> make_device_transport(Transport& host, at::Device device,
-                                                       Milliseconds timeout) {
-  if (dynamic_cast<OneHost*>(&host) == nullptr) {
-    throw std::invalid_argument(
-        "collectives on cuda: expected all ranks on one host; use a group of another backend, as "
-        "nccl, between hosts");
-  }
-  const auto current_stream = [device] {
-    return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-  };
-  const c10::DeviceGuard guard(device);
-  return std::make_unique<DeviceTransport>(host, device.index(), current_stream, timeout);
+Transport& Backend::on(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() ? *transport_ : *device_;
 }
-#else
-std::unique_ptr<StreamTransport> make_device_transport(Transport&, at::Device, Milliseconds) {
-  throw std::invalid_argument(
-      "collectives on cuda: this build of primitives has no CUDA kernels (there was no nvcc)");
-}
-#endif
-
-}  // namespace
 
 // The first call on a device is a meeting of all ranks, in the order of the group's calls.
-Transport& Backend::on(const at::Tensor& tensor) {
-  const at::Device device = tensor.device();
-  if (device.is_cpu()) return *transport_;
+void Backend::meet_on(at::Device device) {
   if (!device_) {
-    queue_->run_sync(
-        [&] { device_ = make_device_transport(*transport_, device, options_->timeout); });
+    const auto stream = [device] {
+      return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+    };
+    std::string said;  // later: no job may need the GIL
+    const auto say = [&](const std::string& text) { said = text; };
+    queue_->run_sync([&] {
+      device_ = make_device_transport(
+          *transport_, {getRank(), getSize(), device.index(), stream, options_->timeout, say});
+    });
     device_index_ = device.index();
+    if (!said.empty()) warn(said);
   }
-  if (device.index() != device_index_) {
-    throw std::invalid_argument(
-        "collectives on cuda: expected tensors on cuda:" + std::to_string(device_index_) +
-        ", the device of this group's " + "first call, got one on " + device.str());
-  }
-  return *device_;
+  if (device.index() == device_index_) return;
+  throw std::invalid_argument(
+      "collectives on cuda: expected tensors on cuda:" + std::to_string(device_index_) +
+      ", the device of this group's first call, got one on " + device.str());
 }
+
+void Backend::launch(const Job& job) { device_->runs_on_host() ? queue_->run_sync(job) : job(); }
 
 Backend::WorkPtr Backend::run_on_stream(c10d::OpType type, at::Device device, Tensors outputs,
                                         const Job& job) {
   const c10::DeviceGuard guard(device);
-  job();
+  meet_on(device);
+  launch(job);
   const auto self = c10::intrusive_ptr<Backend>::unsafe_reclaim_from_nonowning(this);
   auto work = c10::make_intrusive<StreamWork>(type, device, std::move(outputs),
                                               c10::weak_intrusive_ptr<Backend>(self));

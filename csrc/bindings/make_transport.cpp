@@ -1,5 +1,8 @@
 #include "bindings/make_transport.hpp"
 
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
 #include <utility>
 
 #include "bindings/c10d_errors.hpp"
@@ -33,6 +36,22 @@ std::unique_ptr<Transport> make_transport(const c10::intrusive_ptr<c10d::Store>&
     return std::make_unique<SeveralHosts>(std::move(meeting), std::move(options), host_of_rank,
                                           std::make_unique<C10dWire>(wire));
   });
+}
+
+std::unique_ptr<StreamTransport> make_device_transport(Transport& host,
+                                                       const StreamTransportOptions& options) {
+#ifdef PRIMITIVES_CUDA
+  return make_stream_transport(host, options);
+#else
+  static_cast<void>(host), static_cast<void>(options);
+  throw std::invalid_argument(
+      "collectives on cuda: this build of primitives has no CUDA kernels (there was no nvcc)");
+#endif
+}
+
+void warn(const std::string& text) {
+  const pybind11::gil_scoped_acquire gil;
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 1) != 0) throw pybind11::error_already_set();
 }
 
 }  // namespace primitives

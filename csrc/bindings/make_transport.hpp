@@ -7,7 +7,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <vector>
 
-#include "collectives/transport.hpp"
+#include "collectives/cuda/stream_transport.hpp"
 
 namespace primitives {
 
@@ -16,5 +16,12 @@ std::unique_ptr<Transport> make_transport(const c10::intrusive_ptr<c10d::Store>&
                                           GroupOptions options,
                                           const std::vector<std::string>& host_of_rank,
                                           const c10::intrusive_ptr<c10d::Backend>& wire);
+
+// ... for buffers on a CUDA device. Throws std::invalid_argument in a build without CUDA.
+std::unique_ptr<StreamTransport> make_device_transport(Transport& host,
+                                                       const StreamTransportOptions& options);
+
+// A RuntimeWarning of Python; from any thread without the GIL.
+void warn(const std::string& text);
 
 }  // namespace primitives

@@ -54,9 +54,11 @@ class Transport {
   virtual void close() = 0;
 };
 
-// One whose collectives run later, on a stream of a device.
+// One whose collectives work on memory of a device, in the order of a stream.
 class StreamTransport : public Transport {
  public:
+  // Whether a call runs on the transport of the host, and so at a turn among that one's calls.
+  virtual bool runs_on_host() const { return false; }
   // Throws when the group has failed, also by what ran on the stream.
   virtual void check() = 0;
   // Waits for all that was launched; then leaving is safe for the others.

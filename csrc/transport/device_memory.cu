@@ -28,6 +28,25 @@ class WhileCaptured {
 
 }  // namespace
 
+int primitives_cuda_device_of(const void* memory, primitives_cuda_error* error) {
+  cudaPointerAttributes found;
+  if (check(cudaPointerGetAttributes(&found, memory), "cudaPointerGetAttributes", error) != 0) {
+    return -1;
+  }
+  if (found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged) {
+    return found.device;
+  }
+  snprintf(error->text, sizeof error->text, "memory of the host");
+  return -1;
+}
+
+int primitives_cuda_exchange_device(int device) {
+  int before = -1;
+  if (cudaGetDevice(&before) != cudaSuccess) before = -1;
+  if (device >= 0) cudaSetDevice(device);
+  return before;
+}
+
 int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda_error* error) {
   cudaDeviceProp properties;
   if (check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties", error) != 0) {
@@ -40,22 +59,30 @@ int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda
 }
 
 int primitives_cuda_allocate(int device, size_t nbytes, char** memory,
-                             primitives_cuda_handle* handle, primitives_cuda_error* error) {
-  static_assert(sizeof(primitives_cuda_handle) == sizeof(cudaIpcMemHandle_t));
+                             primitives_cuda_error* error) {
   void* made = nullptr;
   if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0 ||
       check(cudaMalloc(&made, nbytes), "cudaMalloc", error) != 0) {
     return -1;
   }
-  cudaIpcMemHandle_t exported;
   if (check(cudaMemset(made, 0, nbytes), "cudaMemset", error) != 0 ||
-      check(cudaDeviceSynchronize(), "cudaMemset", error) != 0 ||
-      check(cudaIpcGetMemHandle(&exported, made), "cudaIpcGetMemHandle", error) != 0) {
+      check(cudaDeviceSynchronize(), "cudaMemset", error) != 0) {
     cudaFree(made);
     return -1;
   }
-  memcpy(handle, &exported, sizeof exported);
   *memory = static_cast<char*>(made);
+  return 0;
+}
+
+int primitives_cuda_export(int device, char* memory, primitives_cuda_handle* handle,
+                           primitives_cuda_error* error) {
+  static_assert(sizeof(primitives_cuda_handle) == sizeof(cudaIpcMemHandle_t));
+  cudaIpcMemHandle_t exported;
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0 ||
+      check(cudaIpcGetMemHandle(&exported, memory), "cudaIpcGetMemHandle", error) != 0) {
+    return -1;
+  }
+  memcpy(handle, &exported, sizeof exported);
   return 0;
 }
 
@@ -126,5 +153,19 @@ void primitives_cuda_destroy_event(int device, void* event) {
 int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* error) {
   if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
   return check(cudaEventSynchronize(static_cast<cudaEvent_t>(event)), "cudaEventSynchronize",
+               error);
+}
+
+int primitives_cuda_copy(int device, void* to, const void* from, size_t nbytes, void* stream,
+                         primitives_cuda_error* error) {
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
+  return check(
+      cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
+      "cudaMemcpyAsync", error);
+}
+
+int primitives_cuda_synchronize_stream(int device, void* stream, primitives_cuda_error* error) {
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
+  return check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "cudaStreamSynchronize",
                error);
 }

@@ -24,11 +24,19 @@ typedef struct {
   int num_multiprocessors;
 } primitives_cuda_gpu;
 
+/* The device whose memory this is, or -1 with `error` set. */
+int primitives_cuda_device_of(const void* memory, primitives_cuda_error* error);
+/* Makes `device` the current one of the calling thread, unless it is -1; the one before, or -1. */
+int primitives_cuda_exchange_device(int device);
+
 int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda_error* error);
 
 /* Zeroed memory of the device. */
 int primitives_cuda_allocate(int device, size_t nbytes, char** memory,
-                             primitives_cuda_handle* handle, primitives_cuda_error* error);
+                             primitives_cuda_error* error);
+/* ... and by which handle other processes map it. */
+int primitives_cuda_export(int device, char* memory, primitives_cuda_handle* handle,
+                           primitives_cuda_error* error);
 void primitives_cuda_free(int device, char* memory);
 
 /* Memory of the device for this rank alone; not zeroed; also while a stream is captured. */
@@ -50,6 +58,12 @@ void primitives_cuda_free_pinned(int device, void* memory);
 int primitives_cuda_make_event(int device, void** event, primitives_cuda_error* error);
 void primitives_cuda_destroy_event(int device, void* event);
 int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* error);
+
+/* Copies on `stream`, a cudaStream_t, between any memory of host and device; and the wait of the
+ * host for all that is on the stream. */
+int primitives_cuda_copy(int device, void* to, const void* from, size_t nbytes, void* stream,
+                         primitives_cuda_error* error);
+int primitives_cuda_synchronize_stream(int device, void* stream, primitives_cuda_error* error);
 
 #ifdef __cplusplus
 }

@@ -114,6 +114,15 @@ void unmap(char* memory) {
 
 void fail_next(const char* call) { failing = call; }
 
+Stream& legacy_stream() {
+  static auto* stream = new Stream;  // till the end of the process
+  return *stream;
+}
+
+Stream& stream_of(void* handle) {
+  return handle == reinterpret_cast<void*>(1) ? legacy_stream() : *static_cast<Stream*>(handle);
+}
+
 Stream::Stream() : thread_([this] { loop(); }) {}
 
 Stream::~Stream() {
@@ -135,6 +144,11 @@ void Stream::launch(std::function<void()> kernel) {
 uint64_t Stream::num_launched() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return num_launched_;
+}
+
+uint64_t Stream::num_ended() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return num_ended_;
 }
 
 void Stream::wait_for(uint64_t number) {
@@ -161,29 +175,39 @@ void Stream::loop() {
 
 using namespace emulator;
 
+int primitives_cuda_device_of(const void*, primitives_cuda_error*) { return 0; }
+
+int primitives_cuda_exchange_device(int) { return 0; }
+
 int primitives_cuda_gpu_of(int, primitives_cuda_gpu* gpu, primitives_cuda_error*) {
   std::memset(gpu->uuid, 7, sizeof gpu->uuid);
   gpu->num_multiprocessors = 132;
   return 0;
 }
 
-int primitives_cuda_allocate(int, size_t nbytes, char** memory, primitives_cuda_handle* handle,
-                             primitives_cuda_error* error) {
+int primitives_cuda_allocate(int, size_t nbytes, char** memory, primitives_cuda_error* error) {
   if (fails("allocate")) return refuse("out of memory", error);
   const int fd = memfd_create("emulated device", 0);
   if (fd < 0 || ftruncate(fd, static_cast<off_t>(nbytes)) != 0) return refuse("no file", error);
-  std::snprintf(reinterpret_cast<char*>(handle->bytes), sizeof handle->bytes, "%zu /proc/%d/fd/%d",
-                nbytes, getpid(), fd);
   *memory = map_file(fd, nbytes);
   return *memory == nullptr ? refuse("no memory", error) : 0;
+}
+
+int primitives_cuda_export(int, char* memory, primitives_cuda_handle* handle,
+                           primitives_cuda_error* error) {
+  if (fails("export")) return refuse("cannot be shared", error);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Allocation& of = allocations.at(memory);
+  std::snprintf(reinterpret_cast<char*>(handle->bytes), sizeof handle->bytes, "%zu /proc/%d/fd/%d",
+                of.nbytes, getpid(), of.fd);
+  return 0;
 }
 
 void primitives_cuda_free(int, char* memory) { unmap(memory); }
 
 int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
                                  primitives_cuda_error* error) {
-  primitives_cuda_handle handle;
-  return primitives_cuda_allocate(device, nbytes, memory, &handle, error);
+  return primitives_cuda_allocate(device, nbytes, memory, error);
 }
 
 int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory,
@@ -221,6 +245,19 @@ int primitives_cuda_synchronize(int, void* event, primitives_cuda_error*) {
   return 0;
 }
 
+int primitives_cuda_copy(int, void* to, const void* from, size_t nbytes, void* stream,
+                         primitives_cuda_error* error) {
+  if (fails("copy")) return refuse("cannot be copied", error);
+  stream_of(stream).launch([=] { std::memcpy(to, from, nbytes); });
+  return 0;
+}
+
+int primitives_cuda_synchronize_stream(int, void* stream, primitives_cuda_error*) {
+  Stream& on = stream_of(stream);
+  on.wait_for(on.num_launched());
+  return 0;
+}
+
 size_t primitives_cuda_segment_nbytes(uint32_t slot_nbytes) { return segment_nbytes(slot_nbytes); }
 
 int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int num_groups) {
@@ -229,12 +266,14 @@ int primitives_cuda_max_blocks(int num_multiprocessors, int ranks_on_device, int
 
 int primitives_cuda_load(int, primitives_cuda_error*) { return 0; }
 
-int primitives_cuda_is_captured(int, void*, primitives_cuda_error*) { return 0; }
+int primitives_cuda_is_captured(int, void* stream, primitives_cuda_error*) {
+  return stream_of(stream).captured;
+}
 
 int primitives_cuda_launch(int, const primitives_cuda_ranks* ranks, primitives_cuda_call call,
                            void* stream, void* last, primitives_cuda_error* error) {
   if (const char* refused = prepare(*ranks, &call); *refused != 0) return refuse(refused, error);
-  Stream& on = *static_cast<Stream*>(stream);
+  Stream& on = stream_of(stream);
   Event& event = *static_cast<Event*>(last);
   on.launch([seen = *ranks, call, before = event] {
     before.wait();

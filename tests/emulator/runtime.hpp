@@ -20,9 +20,11 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
   void launch(std::function<void()> kernel);
-  // How many were launched so far; and the wait until so many have ended.
+  // How many were launched, and have ended, so far; and the wait until so many have ended.
   uint64_t num_launched();
+  uint64_t num_ended();
   void wait_for(uint64_t number);
+  bool captured = false;  // as if into a graph
 
  private:
   void loop();
@@ -35,7 +37,11 @@ class Stream {
   std::thread thread_;
 };
 
-// The next call of the calling thread that is named so ("allocate", "map") fails.
+// The legacy default stream; and the stream behind a cudaStream_t: one of these, or 1 for that one.
+Stream& legacy_stream();
+Stream& stream_of(void* handle);
+
+// The next call of the calling thread that is named so ("allocate", "export", "map", "copy") fails.
 void fail_next(const char* call);
 
 }  // namespace emulator

@@ -4,9 +4,11 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from collective_cases import MOVED, OPS, REDUCED
@@ -45,8 +47,10 @@ NUMELS = (*(0, 1, 3, 60, 511, 1500, 4096) * 3, 16_385, 40_001, 300_001)
 
 
 def start(timeout_s: float = 120.0) -> tuple[int, int]:
-    """Joins the group; rank and world size."""
+    """Joins the group, as if on the host that TEST_HOSTS names by a letter; rank and world size."""
     torch.cuda.set_device(CUDA)
+    if hosts := os.environ.get("TEST_HOSTS"):
+        os.environ["PRIMITIVES_HOST_ID"] = hosts[int(os.environ["TEST_RANK"])]
     return init(timeout_s)
 
 
@@ -229,6 +233,35 @@ def streams_and_graphs() -> None:
         y = torch.full((10,), rank + 1.0, device=CUDA)
         dist.all_reduce(y, group=part)
         assert float(y[0]) == 3.0
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def handed_to_the_host() -> None:
+    """On several hosts: said once, ordered by the stream, refused in a graph; the group goes on."""
+    rank, n = start()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            x = torch.zeros(100_000, device=CUDA)
+            torch.cuda._sleep(20_000_000)
+            x.fill_(rank + 1.0)
+            work = dist.all_reduce(x, async_op=True)
+            assert work is not None
+        work.wait()
+        assert float(x[-1]) == n * (n + 1) / 2
+        dist.all_reduce(x)
+    texts = [str(w.message) for w in caught if "handed to the host" in str(w.message)]
+    assert len(texts) == (rank == 0), texts
+    assert all("its ranks are on several hosts" in text for text in texts)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph), pytest.raises(ValueError, match="a stream that is not captured"):
+        dist.all_reduce(x)
+    y = torch.ones(10, device=CUDA)
+    dist.all_reduce(y[::2])
+    assert y.tolist() == [n, 1] * 5
     dist.barrier()
     dist.destroy_process_group()
 

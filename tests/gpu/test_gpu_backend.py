@@ -10,11 +10,16 @@ from primitives.env import PROPERTY_CASES
 NUM_RANKS = 4
 NUM_CASES = max(1000, int(PROPERTY_CASES.get()))
 KILLED = -9
+HOSTS = "aabb"
+"""As if: ranks of other letters share no memory."""
 
 
-def play(folder: Path, name: str, *args: str, timeout_s: float = 600.0) -> list[tuple[int, str]]:
-    target = f"gpu.gpu_backend_ranks:{name}"
-    return ProcessRanks(target, NUM_RANKS, folder, args, fresh=True).start().wait(timeout_s)
+def play(
+    folder: Path, name: str, *args: str, timeout_s: float = 600.0, hosts: str = ""
+) -> list[tuple[int, str]]:
+    target, env = f"gpu.gpu_backend_ranks:{name}", {"TEST_HOSTS": hosts}
+    ranks = ProcessRanks(target, NUM_RANKS, folder, args, env, fresh=True)
+    return ranks.start().wait(timeout_s)
 
 
 def passes(results: list[tuple[int, str]]) -> None:
@@ -55,3 +60,21 @@ def test_a_dead_rank_is_named(tmp_path: Path) -> None:
 
 def test_a_rank_that_calls_something_else_is_a_mismatch(tmp_path: Path) -> None:
     passes(play(tmp_path, "a_rank_that_calls_something_else"))
+
+
+def test_several_hosts_go_by_way_of_the_host(tmp_path: Path) -> None:
+    passes(play(tmp_path, "handed_to_the_host", hosts=HOSTS))
+
+
+@pytest.mark.timeout(1800)
+def test_several_hosts_have_the_bits_of_the_cpu(tmp_path: Path) -> None:
+    cases = str(NUM_CASES // 5)
+    passes(play(tmp_path, "bits_of_the_cpu", cases, "1", timeout_s=1700, hosts=HOSTS))
+
+
+def test_fused_collectives_over_several_hosts(tmp_path: Path) -> None:
+    passes(play(tmp_path, "fused_bits_of_the_cpu", "50", "1", hosts=HOSTS))
+
+
+def test_clients_over_several_hosts(tmp_path: Path) -> None:
+    passes(play(tmp_path, "clients", hosts=HOSTS))

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "collectives/cuda/device_transport.hpp"
+#include "collectives/cuda/stream_transport.hpp"
 #include "emulator/runtime.hpp"
 #include "faults.hpp"
 
@@ -11,8 +12,8 @@ namespace {
 
 constexpr Milliseconds kLong{60000}, kShort{200}, kSoon{5000};
 
-// A sum that is launched; the failure comes later, from a kernel.
-void sum(DeviceTransport& device, size_t numel, Milliseconds timeout) {
+// A sum of ones that is launched; the failure comes later, from a kernel.
+std::vector<float> sum(StreamTransport& device, size_t numel, Milliseconds timeout) {
   std::vector<float> data(numel, 1.0f);
   Call call;
   call.op = Op::kAllReduce;
@@ -24,22 +25,23 @@ void sum(DeviceTransport& device, size_t numel, Milliseconds timeout) {
                             ReduceOp::kSum, sizeof(float), 0};
   device.all_reduce(call, data.data(), numel * sizeof(float), reduction, timeout);
   device.drain();
+  return data;
 }
 
 // The failure of the group, which all ranks learn of, whatever they do.
-void wait_for_failure(DeviceTransport& device) {
+void wait_for_failure(StreamTransport& device) {
   const auto end = Clock::now() + kSoon;
   while (!device.group().failed() && Clock::now() < end) usleep(1000);
   device.check();
 }
 
 // ... and what it says to all of them.
-void expect_text(DeviceTransport& device, const std::string& part) {
+void expect_text(StreamTransport& device, const std::string& part) {
   const std::string text = device.group().failure_text();
   if (text.find(part) == std::string::npos) throw WrongResult("no '" + part + "' in: " + text);
 }
 
-void differs(DeviceTransport& device, bool guilty) {
+void differs(StreamTransport& device, bool guilty) {
   expect_failure(Failure::kMismatch, "one rank sums another number of elements", [&] {
     sum(device, guilty ? 9 : 8, kLong);
     wait_for_failure(device);
@@ -49,7 +51,7 @@ void differs(DeviceTransport& device, bool guilty) {
   expect_text(device, "all_reduce(sum, float32, 3");  // 32 or 36 bytes
 }
 
-void cuts_otherwise(DeviceTransport& device, bool guilty) {
+void cuts_otherwise(StreamTransport& device, bool guilty) {
   const int n = device.group().world_size();
   std::vector<int64_t> numels(2 * n, 4);
   if (guilty) numels[0]++, numels[1]--;
@@ -75,7 +77,7 @@ void cuts_otherwise(DeviceTransport& device, bool guilty) {
   expect_text(device, "fused reduce_scatter(sum, float32, 2 tensors cut as ");
 }
 
-void absent(DeviceTransport& device, int culprit, bool guilty) {
+void absent(StreamTransport& device, int culprit, bool guilty) {
   expect_failure(Failure::kTimeout, "one rank does not call", [&] {
     if (!guilty) sum(device, 40000, kShort);
     wait_for_failure(device);
@@ -83,7 +85,7 @@ void absent(DeviceTransport& device, int culprit, bool guilty) {
   expect_text(device, "missing: rank " + std::to_string(culprit));
 }
 
-void aborts(DeviceTransport& device, bool guilty) {
+void aborts(StreamTransport& device, bool guilty) {
   expect_failure(Failure::kPeerLost, "one rank aborts", [&] {
     if (guilty) {
       usleep(5000);
@@ -95,7 +97,7 @@ void aborts(DeviceTransport& device, bool guilty) {
   });
 }
 
-void leaves(Transport& host, DeviceTransport& device, int culprit, bool guilty) {
+void leaves(Transport& host, StreamTransport& device, int culprit, bool guilty) {
   if (guilty) {
     usleep(5000);
     device.drain();
@@ -106,6 +108,49 @@ void leaves(Transport& host, DeviceTransport& device, int culprit, bool guilty) 
     wait_for_failure(device);
   });
   expect_text(device, "rank " + std::to_string(culprit));
+}
+
+void cannot_copy(StreamTransport& by_host, int culprit, bool guilty) {
+  expect_failure(Failure::kOther, "one rank cannot copy to the host", [&] {
+    if (guilty) emulator::fail_next("copy");
+    sum(by_host, 8, kLong);
+  });
+  expect_text(by_host, "rank " + std::to_string(culprit));
+  expect_text(by_host, "all_reduce on device 0, by way of the host: cannot be copied");
+}
+
+void expect_sum(StreamTransport& device, int world_size) {
+  for (const float one : sum(device, 1000, kLong)) {
+    if (one != static_cast<float>(world_size)) throw WrongResult("handed over: another sum");
+  }
+}
+
+// All ranks take the way of the host; rank 0 says so, once.
+void cannot_reach(OneHost& host, emulator::Stream& stream, const GroupOptions& options) {
+  static int num_said = 0;  // a rank is a process
+  const int n = options.world_size;
+  const auto say = [&](const std::string& text) {
+    num_said++;
+    const bool names_it = text.find("the memory of rank ") != std::string::npos &&
+                          text.find("cannot be mapped: cannot be ") != std::string::npos;
+    if (options.rank != 0 || !names_it) throw WrongResult("handed over: it says: " + text);
+  };
+  const auto device =
+      make_stream_transport(host, {options.rank, n, 0, [&] { return &stream; }, kLong, say});
+  if (!device->runs_on_host()) throw WrongResult("not handed over");
+  if (num_said != (options.rank == 0 ? 1 : 0)) throw WrongResult("handed over: not said once");
+  expect_sum(*device, n);
+  stream.captured = true;
+  try {
+    sum(*device, 8, kLong);
+    throw WrongResult("handed over: captured");
+  } catch (const std::invalid_argument& error) {
+    const std::string text = error.what();
+    if (text.find("expected a stream that is not captured") == std::string::npos) throw;
+  }
+  stream.captured = false;
+  expect_sum(*device, n);
+  host.close();
 }
 
 }  // namespace
@@ -122,8 +167,12 @@ void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptio
     return expect_failure(Failure::kOther, "one rank has no memory", make);
   }
   if (kind == 6) {
-    if (guilty) emulator::fail_next("map");
-    return expect_failure(Failure::kOther, "one rank cannot map a peer's memory", make);
+    ByHostTransport by_host(host, options.rank, options.world_size, 0, [&] { return &stream; });
+    return cannot_copy(by_host, culprit, guilty);
+  }
+  if (kind > 6) {
+    if (guilty) emulator::fail_next(kind == 7 ? "map" : "export");
+    return cannot_reach(host, stream, options);
   }
   const auto device = make();
   switch (kind) {

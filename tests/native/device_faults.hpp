@@ -5,8 +5,8 @@
 
 namespace primitives::native_tests {
 
-// The last one needs ranks that are processes.
-constexpr int kNumDeviceFaults = 7;
+// The last ones need ranks that are processes.
+constexpr int kNumDeviceFaults = 9, kNumDeviceFaultsOfThreads = 7;
 
 // `culprit` is the rank that misbehaves. Throws WrongResult.
 void play_device_fault(int kind, int culprit, Meeting& meeting, const GroupOptions& options);

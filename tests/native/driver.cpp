@@ -1,10 +1,11 @@
 // Plays random collectives, messages and faults on ranks that are threads or processes, without
 // Python and torch, so that the sanitizers see all code that runs.
 //
-//   driver [--ranks N] [--processes] [--device] [--cases N] [--faults N] [--seed N]
+//   driver [--ranks N] [--processes] [--device | --by-host] [--cases N] [--faults N] [--seed N]
 //          [--break race|overflow|bits]
 //
-// --device plays the collectives of CUDA devices, on the runtime of tests/emulator/runtime.hpp.
+// --device plays the collectives of CUDA devices, on the runtime of tests/emulator/runtime.hpp;
+// --by-host those whose devices cannot map each other.
 // --break makes a mistake on purpose: a race for ThreadSanitizer, a read beyond a buffer for
 // AddressSanitizer, a flipped bit for the comparison; each must make the run fail.
 #include <sys/wait.h>
@@ -35,6 +36,7 @@ struct Plan {
   int num_ranks = 4;
   bool processes = false;
   bool device = false;
+  bool by_host = false;  // a device
   int num_cases = 1000;
   int num_faults = kNumFaults;
   uint64_t seed = 1;
@@ -50,8 +52,9 @@ Plan parse(int argc, char** argv) {
       plan.processes = true;
       continue;
     }
-    if (flag == "--device") {
+    if (flag == "--device" || flag == "--by-host") {
       plan.device = true;
+      plan.by_host = flag == "--by-host";
       continue;
     }
     if (i + 1 == argc) throw std::invalid_argument("driver: " + flag + " needs a value");
@@ -122,13 +125,18 @@ void play_rank(const Plan& plan, int rank) {
       emulator::Stream streams[2];  // used in turn: the calls must follow each other all the same
       int num_calls = 0;
       const auto current = [&] { return &streams[num_calls++ % 2]; };
-      DeviceTransport device(host, 0, current, Milliseconds(60000));
+      std::unique_ptr<StreamTransport> device;
+      if (plan.by_host) {
+        device = std::make_unique<ByHostTransport>(host, rank, plan.num_ranks, 0, current);
+      } else {
+        device = std::make_unique<DeviceTransport>(host, 0, current, Milliseconds(60000));
+      }
       const auto settle = [&] {
-        device.drain();
-        device.check();
+        device->drain();
+        device->check();
       };
-      play_cases({device, settle, false, random}, &num_played);
-      device.drain();
+      play_cases({*device, settle, false, random}, &num_played);
+      device->drain();
       host.close();
     } else {
       play_cases({host, [] {}, true, random}, &num_played);
@@ -138,8 +146,8 @@ void play_rank(const Plan& plan, int rank) {
   for (int i = 0; i < plan.num_faults && plan.num_ranks > 1; i++) {
     FolderMeeting meeting(next_folder());
     if (plan.device) {
-      play_device_fault(i % (kNumDeviceFaults - !plan.processes), i % plan.num_ranks, meeting,
-                        options(round));
+      const int num_kinds = plan.processes ? kNumDeviceFaults : kNumDeviceFaultsOfThreads;
+      play_device_fault(i % num_kinds, i % plan.num_ranks, meeting, options(round));
     } else {
       play_fault(i % kNumFaults, i % plan.num_ranks, meeting, options(round));
     }

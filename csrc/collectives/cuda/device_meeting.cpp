@@ -17,7 +17,8 @@ constexpr Milliseconds kLeavePatience{2000};
 
 // What a rank tells the others.
 struct Card {
-  primitives_cuda_error error;  // text: why it cannot take part; else ""
+  primitives_cuda_error error;        // text: why it cannot take part; else ""
+  primitives_cuda_error unreachable;  // text: why its memory cannot be mapped; else ""
   primitives_cuda_handle handle;
   primitives_cuda_gpu gpu;
   int32_t pid;
@@ -49,17 +50,15 @@ int blocks_of(int num_multiprocessors, std::ptrdiff_t sharers) {
   return blocks;
 }
 
-// The same error on all ranks, if any has one.
+// What the ranks say, if any says something: "rank 1: out of memory; rank 2: ..."
 template <class T, class TextOf>
-void check_all(Group& group, const std::vector<T>& values, TextOf text_of) {
-  std::string text;
+std::string texts_of(const Group& group, const std::vector<T>& values, TextOf text_of) {
+  std::string all;
   for (int r = 0; r < group.world_size(); r++) {
     const char* found = text_of(values[r]);
-    if (*found != '\0') text += "; " + group.named(r) + ": " + found;
+    if (*found != '\0') all += (all.empty() ? "" : "; ") + group.named(r) + ": " + found;
   }
-  if (text.empty()) return;
-  throw TransportError(Failure::kOther,
-                       "group '" + group.name() + "' cannot be used on CUDA devices" + text);
+  return all;
 }
 
 }  // namespace
@@ -79,9 +78,7 @@ DeviceTransport::DeviceTransport(Transport& host, int device, CurrentStream stre
 void DeviceTransport::meet(Milliseconds timeout) {
   const int n = group().world_size(), me = group().rank();
   if (n > PRIMITIVES_CUDA_MAX_RANKS) {
-    throw TransportError(Failure::kOther, "group '" + group().name() +
-                                              "' on CUDA devices: expected up to 8 ranks, got " +
-                                              std::to_string(n));
+    throw Unreachable("expected up to 8 ranks, got " + std::to_string(n));
   }
   ranks_.rank = me;
   ranks_.world_size = n;
@@ -97,19 +94,26 @@ void DeviceTransport::meet(Milliseconds timeout) {
   card.start_time = self.start_time;
   void* status = nullptr;
   const size_t nbytes = primitives_cuda_segment_nbytes(ranks_.slot_nbytes);
-  const bool ready = primitives_cuda_gpu_of(device_, &card.gpu, &card.error) == 0 &&
-                     primitives_cuda_load(device_, &card.error) == 0 &&
-                     primitives_cuda_make_event(device_, &last_, &card.error) == 0 &&
-                     primitives_cuda_allocate_pinned(device_, sizeof(primitives_cuda_status),
-                                                     &status, &card.error) == 0 &&
-                     primitives_cuda_allocate(device_, nbytes, &ranks_.segments[me], &card.handle,
-                                              &card.error) == 0;
-  if (ready) card.error.text[0] = '\0';
+  const bool ready =
+      primitives_cuda_gpu_of(device_, &card.gpu, &card.error) == 0 &&
+      primitives_cuda_load(device_, &card.error) == 0 &&
+      primitives_cuda_make_event(device_, &last_, &card.error) == 0 &&
+      primitives_cuda_allocate_pinned(device_, sizeof(primitives_cuda_status), &status,
+                                      &card.error) == 0 &&
+      primitives_cuda_allocate(device_, nbytes, &ranks_.segments[me], &card.error) == 0;
+  if (ready) {
+    card.error.text[0] = '\0';
+    primitives_cuda_export(device_, ranks_.segments[me], &card.handle, &card.unreachable);
+  }
   ranks_.status = static_cast<primitives_cuda_status*>(status);
   card.segment = ranks_.segments[me];
 
   const std::vector<Card> cards = all_gather_values(host_, card, timeout);
-  check_all(group(), cards, [](const Card& of) { return of.error.text; });
+  const std::string errors = texts_of(group(), cards, [](const Card& of) { return of.error.text; });
+  if (!errors.empty()) {
+    throw TransportError(Failure::kOther, "group '" + group().name() +
+                                              "' cannot be used on CUDA devices: " + errors);
+  }
 
   auto same_gpu = [&](const Card& a, const Card& b) {
     return std::memcmp(a.gpu.uuid, b.gpu.uuid, sizeof a.gpu.uuid) == 0;
@@ -130,8 +134,9 @@ void DeviceTransport::meet(Milliseconds timeout) {
       }
       continue;
     }
-    primitives_cuda_error cause{};
-    mapped_[r] = primitives_cuda_map(device_, &of.handle, &ranks_.segments[r], &cause) == 0;
+    primitives_cuda_error cause = of.unreachable;
+    mapped_[r] = of.unreachable.text[0] == '\0' &&
+                 primitives_cuda_map(device_, &of.handle, &ranks_.segments[r], &cause) == 0;
     if (!mapped_[r]) {
       std::snprintf(error.text, sizeof error.text, "the memory of rank %d cannot be mapped: %.160s",
                     r, cause.text);
@@ -141,14 +146,27 @@ void DeviceTransport::meet(Milliseconds timeout) {
     std::snprintf(error.text, sizeof error.text,
                   "expected a multiprocessor for each rank that shares a device");
   }
-  check_all(group(), all_gather_values(host_, error, timeout),
-            [](const primitives_cuda_error& of) { return of.text; });
+  const auto reached = all_gather_values(host_, error, timeout);
+  const std::string why =
+      texts_of(group(), reached, [](const primitives_cuda_error& of) { return of.text; });
+  if (!why.empty()) {
+    unmap();  // before anybody frees it
+    host_.barrier(timeout);
+    throw Unreachable(why);
+  }
   has_met_ = true;
 }
 
 void DeviceTransport::drain() {
   primitives_cuda_error error;
   if (last_ != nullptr) primitives_cuda_synchronize(device_, last_, &error);
+}
+
+void DeviceTransport::unmap() {
+  for (int r = 0; r < static_cast<int>(mapped_.size()); r++) {
+    if (mapped_[r]) primitives_cuda_unmap(device_, ranks_.segments[r]);
+    mapped_[r] = false;
+  }
 }
 
 void DeviceTransport::close() {
@@ -160,9 +178,7 @@ void DeviceTransport::close() {
   }
   changed_.notify_all();
   if (watch_.joinable()) watch_.join();
-  for (int r = 0; r < static_cast<int>(mapped_.size()); r++) {
-    if (mapped_[r]) primitives_cuda_unmap(device_, ranks_.segments[r]);
-  }
+  unmap();
   tables_.free(device_);
   if (last_ != nullptr) primitives_cuda_destroy_event(device_, std::exchange(last_, nullptr));
   if (ranks_.status != nullptr) primitives_cuda_free_pinned(device_, ranks_.status);

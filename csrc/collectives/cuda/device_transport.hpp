@@ -3,8 +3,9 @@
 //
 // [Note: device segments] The first collective on a device is a meeting: every rank allocates a
 // segment, tells the others its IPC handle through the group of the host, and maps theirs. It ends
-// alike on all ranks. A rank that leaves waits for its own kernels first, and frees its segment
-// only when all others have left, too.
+// alike on all ranks; where one of them cannot map another's segment, with Unreachable. A rank that
+// leaves waits for its own kernels first, and frees its segment only when all others have left,
+// too.
 //
 // [Note: device watch] A thread looks now and then. What a kernel of this rank reports becomes the
 // failure of the whole group, also of its ranks that wait on the host; and when the group has
@@ -13,12 +14,13 @@
 
 #include <array>
 #include <condition_variable>
-#include <functional>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "collectives/cuda/by_host_transport.hpp"
 #include "collectives/cuda/launch.h"
 #include "collectives/cuda/tables.hpp"
 #include "collectives/transport.hpp"
@@ -31,11 +33,16 @@ uint8_t moved_dtype(const char* name);
 // What a call of the device has from a call of the host.
 primitives_cuda_call begin_call(const Call& call);
 
+// The devices of a group do not reach each other's memory: why, the same on all its ranks. The
+// group is as it was before.
+class Unreachable : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 class DeviceTransport final : public StreamTransport {
  public:
-  using CurrentStream = std::function<void*()>;  // a cudaStream_t of the device
-
-  // Collective over the ranks of `host`, which outlives this. Throws TransportError.
+  // Collective over the ranks of `host`, which outlives this. Throws TransportError, Unreachable.
   DeviceTransport(Transport& host, int device, CurrentStream stream, Milliseconds timeout);
   ~DeviceTransport() override { close(); }
   DeviceTransport(const DeviceTransport&) = delete;
@@ -89,6 +96,7 @@ class DeviceTransport final : public StreamTransport {
   };
 
   void meet(Milliseconds timeout);
+  void unmap();
   void launch(const Call& call, DeviceCall& device_call, Milliseconds timeout);
   void launch_many(const Call& call, DeviceCall& device_call, const Cuts& cuts,
                    const std::vector<const void*>& ins, const std::vector<void*>& outs,
