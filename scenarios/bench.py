@@ -15,7 +15,7 @@ from scenarios.bench_csv import csv_text
 from scenarios.bench_decode import bench_decode
 from scenarios.bench_plot import check_plot, plot_bytes
 from scenarios.bench_tables import fused_head, fused_line, gemm_lines, head, lines_of
-from scenarios.bench_vocab import bench_vocab
+from scenarios.bench_vocab import bench_head, bench_vocab
 from scenarios.golden import write_atomically
 from scenarios.provenance import cpu_model, gpu_models, versions
 
@@ -204,6 +204,8 @@ def bench(
                 click.echo(fused_line(fused_row))
     if "vocab_entropy" in op:
         document["vocab_entropy"] = bench_vocab(given["num_blocks"], device, as_json)
+        if device == "cpu":
+            document["vocab_head"] = bench_head(given["num_blocks"], as_json)
     if "decode" in op:
         document["decode"] = bench_decode(given["num_blocks"], as_json)
     if "step" in op:
