@@ -100,7 +100,7 @@ class Build(BuildExtension):
         summary = (
             "build summary\n"
             f"  torch   {torch.__version__}\n"
-            "  cpu     AVX-512, AVX2, scalar (chosen at run time)\n"
+            "  cpu     AVX-512 (also BF16), AVX2, scalar (chosen at run time)\n"
             f"  cuda    {cuda}\n"
         )
         print("\n" + summary)

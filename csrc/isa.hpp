@@ -2,11 +2,12 @@
 // for.
 //
 // Every kernel exists three times (avx512, avx2, scalar) with the same bits; only speed differs.
+// avx512_bf16 is avx512 with another product of bfloat16 matrices.
 #pragma once
 
 namespace primitives {
 
-enum class Isa { kScalar, kAvx2, kAvx512 };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);
 

@@ -20,8 +20,8 @@ class Variable:
 ISA = Variable(
     "PRIMITIVES_ISA",
     "",
-    "CPU kernels to use: avx512, avx2 or scalar. Default: the best this CPU has. "
-    "The results are the same bits.",
+    "CPU kernels to use: avx512_bf16, avx512, avx2 or scalar. Default: the best this CPU has; "
+    "avx512_bf16 also must pass a test of its instruction. The results are the same bits.",
 )
 CUDA = Variable("PRIMITIVES_CUDA", "auto", "Build: 0 leaves CUDA kernels out, 1 requires nvcc.")
 NVCC = Variable("PRIMITIVES_NVCC", "", "Build: path of the nvcc to use.")

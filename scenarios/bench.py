@@ -15,12 +15,13 @@ from scenarios.bench_csv import csv_text
 from scenarios.bench_decode import bench_decode
 from scenarios.bench_plot import check_plot, plot_bytes
 from scenarios.bench_tables import fused_head, fused_line, gemm_lines, head, lines_of
-from scenarios.bench_vocab import bench_vocab
+from scenarios.bench_vocab import bench_head, bench_vocab
 from scenarios.golden import write_atomically
 from scenarios.provenance import cpu_model, gpu_models, versions
 
 BENCHMARKS = [*OPS, "gemm", "fused", "vocab_entropy", "decode", "checkpoint", "step"]
 GEMM_SHAPES = ((256, 48, 128), (256, 128, 128), (512, 512, 512))
+GEMM_DTYPES = ("float", "half", "bfloat16")
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -144,6 +145,10 @@ def bench(
         raise click.UsageError(
             f"--device cuda: collectives and vocab_entropy run there, got {', '.join(on_cpu)}"
         )
+    if "gemm" in op and given["dtype"] not in GEMM_DTYPES:
+        raise click.UsageError(
+            f"-d: expected one of {', '.join(GEMM_DTYPES)} for gemm, got {given['dtype']}"
+        )
     _check_device(device)
     if factor is None and step_nbytes is None:
         factor = 2
@@ -182,7 +187,7 @@ def bench(
     if "gemm" in op:
         from primitives.bench import gemm  # imports torch
 
-        gemm_rows = gemm.measure(list(GEMM_SHAPES))
+        gemm_rows = gemm.measure(list(GEMM_SHAPES), DTYPES[given["dtype"]])
         document["gemm"] = [asdict(row) for row in gemm_rows]
         if not as_json:
             click.echo("\n".join(gemm_lines(gemm_rows)))
@@ -199,6 +204,8 @@ def bench(
                 click.echo(fused_line(fused_row))
     if "vocab_entropy" in op:
         document["vocab_entropy"] = bench_vocab(given["num_blocks"], device, as_json)
+        if device == "cpu":
+            document["vocab_head"] = bench_head(given["num_blocks"], as_json)
     if "decode" in op:
         document["decode"] = bench_decode(given["num_blocks"], as_json)
     if "step" in op:

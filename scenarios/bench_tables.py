@@ -101,8 +101,10 @@ def _doubts(row: Row, mine: str) -> list[str]:
 
 def gemm_lines(rows: "list[GemmRow]") -> list[str]:
     """The canonical GEMM beside torch.mm."""
-    lines = ["# gemm: one thread, float", f"#{'m':>5} {'n':>5} {'k':>5} {'ours':>9} {'torch.mm':>9}"
-             f" {'ours/torch':>10}   (GFLOP/s)"]  # fmt: skip
+    lines = [
+        f"# gemm: one thread, {rows[0].dtype}",
+        f"#{'m':>5} {'n':>5} {'k':>5} {'ours':>9} {'torch.mm':>9} {'ours/torch':>10}   (GFLOP/s)",
+    ]
     for row in rows:
         ratio = row.canonical_gflop_s / row.torch_gflop_s
         lines.append(f" {row.m:>5} {row.n:>5} {row.k:>5} {row.canonical_gflop_s:>9.2f} "

@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from primitives.bench.vocab_entropy import Case, Row
+    from primitives.bench.vocab_head import Row as HeadRow
 
 
 def bench_vocab(num_rounds: int, device: str, as_json: bool) -> list[dict[str, Any]]:
@@ -32,6 +33,19 @@ def bench_vocab(num_rounds: int, device: str, as_json: bool) -> list[dict[str, A
         found += [asdict(row) for row in of_case]
         if not as_json:
             click.echo("\n".join(vocab_lines(of_case)))
+    return found
+
+
+def bench_head(num_rounds: int, as_json: bool) -> list[dict[str, Any]]:
+    """The same fused with the LM head: measures, prints unless ``as_json``, returns the rows."""
+    from primitives.bench import vocab_head as head  # imports torch
+
+    found = []
+    for case in head.CASES:
+        rows = head.measure(case, num_rounds)
+        found += [asdict(row) for row in rows]
+        if not as_json:
+            click.echo("\n".join(head_lines(rows)))
     return found
 
 
@@ -59,6 +73,22 @@ def vocab_lines(rows: "list[Row]") -> Iterator[str]:
             f" {row.forward_ms:>8.2f} {row.forward_gb_s:>7.2f} {100 * row.forward_share:>4.0f} "
             f" {row.backward_ms:>8.2f} {row.backward_gb_s:>7.2f} {100 * row.backward_share:>4.0f} "
             f" {row.ms:>8.2f} {row.ms / best.ms:>5.1f} {memory:>7} {row.num_collectives:>5}"
+            f"  {row.contestant}"
+        )
+
+
+def head_lines(rows: "list[HeadRow]") -> Iterator[str]:
+    """A case of the LM head; x: how often the first row's time fits in."""
+    case, best = rows[0].case, rows[0]
+    yield (
+        f"# LM head, forward: {case.num_tokens} tokens, hidden {case.hidden_size}, "
+        f"vocab {case.vocab_size}, {case.dtype}, one thread"
+    )
+    yield f"#{'ms':>9} {'x':>5} {'GFLOP/s':>8} {'MB':>8}"
+    for row in rows:
+        memory = "-" if row.extra_nbytes is None else f"{row.extra_nbytes / 1e6:.0f}"
+        yield (
+            f" {row.ms:>9.1f} {row.ms / best.ms:>5.2f} {row.gflop_s:>8.1f} {memory:>8}"
             f"  {row.contestant}"
         )
 

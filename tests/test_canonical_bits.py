@@ -10,6 +10,7 @@ from canonical_definition import assert_detected, assert_same_bits, rounded, wid
 from canonical_inputs import SPECIAL, draw, dtypes, families, few, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from primitives import canonical
 
@@ -91,6 +92,85 @@ def test_gemm_takes_strided_operands() -> None:
     q, k = packed[..., :16], packed[..., 16:32]
     expected = slow.gemm(widened(q), widened(k.mT), 1.0, None)
     assert_same_bits(canonical.gemm(q, k, transpose_b=True), rounded(expected, torch.float32))
+
+
+# Exponents around those at which two steps of a chain may go in one instruction: the smallest of a
+# and that of b must sum up to -112 at least.
+@few
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 30), st.integers(1, 90), st.integers(1, 70)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(-56, -56), (-57, -56), (-56, -57), (-126, 14), (-126, 13), (14, -126)]),
+    st.sampled_from([4, 80]),
+    st.floats(0, 1),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    seeds,
+)
+def test_gemm_of_bfloat16_with_small_numbers(
+    sizes, transpose_a, transpose_b, smallest, spread, density, out_dtype, seed
+) -> None:
+    num_batches, m, k, n = sizes
+    generator = torch.Generator().manual_seed(seed)
+
+    def powers(shape: tuple[int, ...], exponent: int) -> Tensor:
+        mantissas = 1 + torch.randint(128, shape, generator=generator) / 128
+        exponents = exponent + torch.randint(spread, shape, generator=generator)
+        signs = torch.randint(2, shape, generator=generator) * 2 - 1
+        keep = torch.rand(shape, generator=generator) <= density
+        x = torch.where(keep, torch.ldexp(signs * mantissas, exponents), 0.0 * signs)
+        return x.to(torch.bfloat16)
+
+    a, b = powers((num_batches, m, k), smallest[0]), powers((num_batches, k, n), smallest[1])
+    if k > 1:  # every second step cancels the one before
+        a[:, :, 1::2] = -a[:, :, : k // 2 * 2 : 2]
+        b[:, 1::2] = b[:, : k // 2 * 2 : 2]
+    got = canonical.gemm(
+        a.mT.contiguous() if transpose_a else a,
+        b.mT.contiguous() if transpose_b else b,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+        out_dtype=out_dtype,
+    )
+    assert_same_bits(got, rounded(slow.gemm(widened(a), widened(b), 1.0, None), out_dtype))
+
+
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, True), (True, False)])
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 1300])
+def test_gemm_of_bfloat16_over_several_blocks(k: int, transpose_a: bool, transpose_b: bool) -> None:
+    a, b = draw((200, k), torch.bfloat16, 1), draw((k, 330), torch.bfloat16, 2)
+    a[5], b[:, 7], a[9, 0] = float("inf"), 3e38, float("nan")
+    got = canonical.gemm(
+        a.T.contiguous() if transpose_a else a,
+        b.T.contiguous() if transpose_b else b,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+    )
+    assert_same_bits(got, rounded(slow.gemm(widened(a), widened(b), 1.0, None), torch.float32))
+
+
+def test_gemm_of_bfloat16_keeps_the_order_of_k() -> None:
+    a, b = draw((40, 64), torch.bfloat16, 6), draw((64, 40), torch.bfloat16, 7)
+    got = canonical.gemm(a, b)
+    swapped = torch.arange(64) ^ 1  # the two steps of a pair
+    x, y = widened(a), widened(b)
+    assert_detected(lambda: slow.gemm(x[:, swapped], y[swapped], 1.0, None), got)
+    assert_same_bits(got, rounded(slow.gemm(x, y, 1.0, None), torch.float32))
+
+
+def test_gemm_of_bfloat16_keeps_what_flushing_to_zero_would_lose() -> None:
+    tiny = torch.full((16, 1), 2.0**-64, dtype=torch.bfloat16)
+    assert canonical.gemm(tiny, tiny.T).eq(2.0**-128).all()  # a product
+    subnormal = torch.full((16, 1), 2.0**-130, dtype=torch.bfloat16)
+    assert canonical.gemm(subnormal, torch.ones(1, 16).bfloat16()).eq(2.0**-130).all()
+    assert canonical.gemm(subnormal, 2.0**100 * torch.ones(1, 16).bfloat16()).eq(2.0**-30).all()
+    # A difference of normal products: 2^-125 - 2^-126 * 1.9921875.
+    a = torch.tensor([[2.0**-60, -(2.0**-63) * 1.9921875]], dtype=torch.bfloat16).expand(16, 2)
+    b = torch.tensor([2.0**-65, 2.0**-63], dtype=torch.bfloat16)[:, None].expand(2, 16)
+    assert canonical.gemm(a, b.contiguous()).eq(2.0**-133).all()
+    # A product that rounds to -0 stays -0 through a pair that is not whole.
+    negative = torch.full((16, 1), -(2.0**-100), dtype=torch.bfloat16)
+    assert canonical.gemm(negative, -negative.T).signbit().all()
 
 
 def test_gemm_tells_a_fused_chain_from_an_unfused_one() -> None:

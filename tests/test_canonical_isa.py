@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["scalar", "avx2", "avx512"]
+ORDER = ["scalar", "avx2", "avx512", "avx512_bf16"]
 
 
 def start(isa: str) -> subprocess.Popen[str]:
@@ -61,4 +61,4 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     process = start("sse9")
     _, error = process.communicate(timeout=250)
     assert process.returncode != 0
-    assert "PRIMITIVES_ISA=sse9; expected avx512, avx2 or scalar" in error
+    assert "PRIMITIVES_ISA=sse9; expected avx512_bf16, avx512, avx2 or scalar" in error

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from primitives import _C, vocab_parallel
 from primitives.bench import vocab_entropy as bench
+from primitives.bench import vocab_head as head
 from primitives.bench.devices import LIMITS, Cpu
-from scenarios.bench_vocab import vocab_head, vocab_lines
+from scenarios.bench_vocab import head_lines, vocab_head, vocab_lines
 from scenarios.cli import EXIT_PASS, EXIT_USAGE, main
 
 SMALL = bench.Case(7, 1200)
@@ -20,10 +21,16 @@ def test_every_contestant_does_the_same_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "CASES", (SMALL, bench.Case(3, 1200, "bfloat16")))
+    monkeypatch.setattr(head, "CASES", (head.Case(5, 24, 1200),))
     output = tmp_path / "out.json"
     assert main(["bench", "vocab_entropy", "-n", "2", "-J", str(output)]) == EXIT_PASS
     printed = capfd.readouterr().out
-    rows = json.loads(output.read_text())["vocab_entropy"]
+    written = json.loads(output.read_text())
+    fused = [row["contestant"] for row in written["vocab_head"]]
+    assert fused == ["fused", "logits first", "torch", head.PRODUCT]
+    assert all(0 < row["ms"] < 1e5 for row in written["vocab_head"])
+    assert "# LM head, forward: 5 tokens, hidden 24, vocab 1200, bfloat16" in printed
+    rows = written["vocab_entropy"]
     names = {row["contestant"] for row in rows}
     assert {"in place", "out of place", "torch", "torch.compile"} <= names
     assert len(rows) == 2 * len(names)
@@ -57,6 +64,16 @@ def test_columns_derive_from_what_was_measured() -> None:
     assert line[2].split()[10:] == ["3.0", "-", "6", "b"]
     assert "limits read 1.00 ms" in line[0]
     assert len(vocab_head("cpu")) == 3
+
+
+def test_lines_of_the_head_derive_from_what_was_measured() -> None:
+    case = head.Case(1000, 1000, 1000)  # 2 GFLOP
+    rows = [head.Row(case, "fused", 20.0, 3_000_000), head.Row(case, "other", 30.0, None)]
+    lines = [line.split() for line in head_lines(rows)]
+    assert lines[2:] == [
+        ["20.0", "1.00", "100.0", "3", "fused"],
+        ["30.0", "1.50", "66.7", "-", "other"],
+    ]
 
 
 def test_backward_in_place_allocates_nothing_of_the_size_of_the_logits() -> None:

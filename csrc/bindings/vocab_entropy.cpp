@@ -53,7 +53,8 @@ const Argument& rows(const Argument& x) {
 
 Logits logits_of(const Argument& x, int64_t segment_length, int num_segments, double scale) {
   const auto input = rows(x).input();
-  static const bool prefetch = !__builtin_cpu_is("amd");
+  // See [Note: prefetch]: not on Zen 1 to 4.
+  static const bool prefetch = !__builtin_cpu_is("amdfam17h") && !__builtin_cpu_is("amdfam19h");
   return {input.data,     input.dtype,  x.tensor.stride(0),        x.tensor.size(1),
           segment_length, num_segments, static_cast<float>(scale), prefetch};
 }

@@ -110,7 +110,7 @@ struct Kernels {
   int64_t (*count_zeros)(Input x, int64_t n);
 };
 
-extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 
 // The table for active_isa().
 const Kernels& kernels();

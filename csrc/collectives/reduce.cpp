@@ -25,6 +25,7 @@ ReduceFn find_reduce(DType dtype, ReduceOp op) {
     case Isa::kAvx2:
       return avx2::find_reduce(dtype, op);
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
       return avx512::find_reduce(dtype, op);
   }
   return nullptr;
@@ -37,6 +38,7 @@ CastFn find_cast(DType from, DType to) {
     case Isa::kAvx2:
       return avx2::find_cast(from, to);
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
       return avx512::find_cast(from, to);
   }
   return nullptr;
@@ -49,6 +51,7 @@ SumIntoFn find_sum_into(DType dtype) {
     case Isa::kAvx2:
       return avx2::find_sum_into(dtype);
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
       return avx512::find_sum_into(dtype);
   }
   return nullptr;
@@ -61,6 +64,7 @@ void copy_stream(void* out, const void* in, size_t nbytes) {
     case Isa::kAvx2:
       return avx2::copy_stream(out, in, nbytes);
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
       return avx512::copy_stream(out, in, nbytes);
   }
 }

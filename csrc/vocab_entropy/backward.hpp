@@ -9,7 +9,7 @@
 namespace primitives::vocab_entropy {
 namespace {
 
-constexpr int kGradientPrefetchNbytes = 2048;  // see [Note: prefetch] in forward.hpp
+constexpr int kGradientPrefetchNbytes = 4096;  // see [Note: prefetch] in forward.hpp
 
 // Stores numbers around the caches; p is aligned to the vector's bytes in memory.
 template <class T>

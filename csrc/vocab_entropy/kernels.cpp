@@ -11,6 +11,7 @@ const Kernels& kernels() {
     case Isa::kAvx2:
       return kAvx2Kernels;
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
       return kAvx512Kernels;
   }
   return kScalarKernels;
