@@ -11,7 +11,7 @@ NUM_RANKS = 4
 
 def passes(folder: Path, name: str) -> None:
     target = f"gpu.gpu_communicator_ranks:{name}"
-    results = ProcessRanks(target, NUM_RANKS, folder).start().wait(600)
+    results = ProcessRanks(target, NUM_RANKS, folder, fresh=True).start().wait(600)
     assert [code for code, _ in results] == [0] * NUM_RANKS, "\n".join(out for _, out in results)
 
 
