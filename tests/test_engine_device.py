@@ -1,4 +1,7 @@
-"""The engine on a device: everything is put where it belongs, and no bit depends on it."""
+"""The engine on a device: everything is put where it belongs, and no bit depends on it.
+
+On what is no GPU: tensors that say they are elsewhere, and CUDA kernels that the host plays.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -11,6 +14,8 @@ import torch.distributed as dist
 from primitives import arithmetic
 from primitives.checkpoint import CheckpointManager
 from scenarios.engines.builtin import CPU, Trainer
+from tests.canonical_emulator import emulated
+from tests.emulators import build
 from tests.engine_scenarios import tiny_scenario
 from tests.placed_tensors import ELSEWHERE, Placed, elsewhere
 
@@ -49,6 +54,23 @@ def test_no_bit_depends_on_the_device(family: str, tmp_path: Path) -> None:
         actual = trained(family, ELSEWHERE, tmp_path / "elsewhere")
     assert actual == expected
     assert len({str(step["params-digest"]) for step in actual}) == len(actual)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cuda_kernels_train_the_same(family: str) -> None:
+    """A step in which the emulated device computes every canonical function."""
+
+    def step() -> dict[str, object]:
+        scenario = tiny_scenario(1, family=family, initial_loss_scale=1024.0, lr_warmup_iters=0)
+        trainer = Trainer(scenario)
+        trainer.gather.start()
+        return {**trainer.train_step()}
+
+    expected = step()
+    with emulated(build("canonical")):
+        actual = step()
+    assert actual == expected
+    assert actual["grad-norm"] is not None
 
 
 def test_a_tensor_in_the_wrong_place_is_noticed() -> None:
