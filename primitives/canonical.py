@@ -4,11 +4,13 @@ Every function gives the same bits on AVX-512, AVX2 and plain x86-64, for every 
 layout that respects the order of its sums. Formulas, orders and measured errors:
 docs/canonical-arithmetic.md.
 
-Conventions. Tensors are dense, on the CPU and contiguous unless said otherwise. "T" is float32,
-float16 or bfloat16; all inner arithmetic is float32, with one rounding to nearest even at the
-end. Every NaN in a result is one NaN (0x7fc00000 in float32). "The tree" sums adjacent pairs
-level by level, an odd last element carried up. Every function raises ValueError for a wrong
-shape, dtype or memory layout.
+Conventions. Tensors are dense and contiguous unless said otherwise, on the CPU or all on one CUDA
+device, with the same bits; there kernels are enqueued on the current stream, and functions that
+check int64 arguments (ids, targets, visible) wait for them. "T" is float32, float16 or bfloat16;
+all inner arithmetic is float32, with one rounding to nearest even at the end. Every NaN in a result
+is one NaN (0x7fc00000 in float32). "The tree" sums adjacent pairs level by level, an odd last
+element carried up. Every function raises ValueError for a wrong shape, dtype, device or memory
+layout.
 """
 
 import math
@@ -500,7 +502,7 @@ def cross_entropy_backward(
 
 
 def random_normal(shape: Sequence[int], key: int, first_index: int = 0) -> Tensor:
-    """Standard normal numbers (sums of twelve uniforms) keyed by position.
+    """Standard normal numbers (sums of twelve uniforms) keyed by position, on the CPU.
 
     Args:
         shape: shape of the result.

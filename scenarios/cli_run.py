@@ -35,6 +35,9 @@ def run_options(command: Command) -> Command:
         click.option("--arithmetic", type=click.Choice(["canonical", "native"]),
                      default="canonical", show_default=True,
                      help="native: the library's kernels; goldens have tolerances."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
+                     show_default=True,
+                     help="cuda: train on GPUs, which ranks may share; the same golden."),
         click.option("--layout", metavar="LAYOUT", help="Like dp2 instead of the case's own."),
         click.option("--out", type=ExistingFile, help="New or empty folder [runs/CASE-TIME]."),
         click.option("--master-port", type=click.IntRange(0, 65535), default=0,
@@ -78,6 +81,7 @@ def run(
     no_golden: bool,
     resume_layout: str | None,
     arithmetic: "Arithmetic",
+    device: str,
     layout: str | None,
     out: Path | None,
     master_port: int,
@@ -99,7 +103,7 @@ def run(
             raise click.UsageError(
                 "--layouts takes a CASE with a golden, and no --layout, --resume-layout or --data"
             )
-        launch_options = LaunchOptions(progress_stream(as_json), master_port, timeout_s)
+        launch_options = LaunchOptions(progress_stream(as_json), master_port, timeout_s, device)
         return _run_layouts(
             case, layouts, scale, arithmetic, num_steps, out, launch_options, as_json
         )
@@ -116,7 +120,7 @@ def run(
                 num_steps=num_steps,
                 with_golden=not no_golden,
                 out=out / name if out and run_all else out,
-                options=LaunchOptions(progress_stream(as_json), master_port, timeout_s),
+                options=LaunchOptions(progress_stream(as_json), master_port, timeout_s, device),
             )
         except (ValueError, RunFailed) as error:
             # One case that cannot run does not keep the others from being judged.
@@ -177,6 +181,7 @@ def record(
     case: str,
     scale: str,
     arithmetic: "Arithmetic",
+    device: str,
     layout: str | None,
     out: Path | None,
     master_port: int,
@@ -196,7 +201,7 @@ def record(
         layout=layout,
         out=out,
         command=shlex.join(["testbed", *arguments]),
-        options=LaunchOptions(progress_stream(as_json), master_port, timeout_s),
+        options=LaunchOptions(progress_stream(as_json), master_port, timeout_s, device),
     )
     if as_json:
         echo_json(recording.as_json())

@@ -20,7 +20,7 @@ from scenarios.inference.throughput import describe_throughput, record_throughpu
 from scenarios.launch import check_port
 from scenarios.machine import ANY_MACHINE
 from scenarios.provenance import provenance
-from scenarios.runner import LaunchOptions, Played, check_golden, make_out_dir, play
+from scenarios.runner import LaunchOptions, Played, check_device, check_golden, make_out_dir, play
 from scenarios.schema import Arithmetic, Scenario, list_scenarios, load_scenario
 from scenarios.verdict import Check, Verdict, difference_lines
 
@@ -88,6 +88,7 @@ def judge_case(
         resumed = resumed.first_steps(num_steps, resume=True) if resumed else None
         golden = replace(golden, metrics=first_steps(golden.metrics, num_steps)) if golden else None
     check_port(options.master_port)
+    check_device(options.device, scenario)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options, resumed)
     if played.rounds_tokens_s:
@@ -168,6 +169,7 @@ def record_case(
     path = scenario.golden_path
     old = read_golden_file(path).get(scale) if path.exists() else None
     check_port(options.master_port)
+    check_device(options.device, scenario)
     out_dir = make_out_dir(out, scenario.name)
     played = _play(scenario, out_dir, options)
     verdict = _verdict(scenario, out_dir, played, list(played.checks), "")

@@ -20,7 +20,7 @@ from scenarios.fork_server import ForkServer
 from scenarios.golden import Metrics, first_steps, write_atomically
 from scenarios.launch import check_port
 from scenarios.layout import Layout
-from scenarios.runner import LaunchOptions, make_out_dir, play
+from scenarios.runner import LaunchOptions, check_device, make_out_dir, play
 from scenarios.schema import Arithmetic, Scenario, load_scenario
 from scenarios.tolerance import compare_golden
 
@@ -145,6 +145,7 @@ def judge_layouts(
     expected = golden.metrics if base.inference else first_steps(golden.metrics, num_steps)
     names = _names(case, scale, layouts)
     check_port(options.master_port)
+    check_device(options.device, base)
     out_dir = make_out_dir(out, base.name)
     rows = []
     with ForkServer() as server:

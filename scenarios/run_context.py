@@ -23,3 +23,5 @@ class RunContext:
     resume: bool
     """Continue from the newest checkpoint instead of starting at step 1."""
     log: Callable[[int, Mapping[str, LogValue]], None]
+    device: str = "cpu"
+    """Where this rank trains: cpu, or cuda and a number."""

@@ -36,6 +36,8 @@ class LaunchOptions:
     progress: TextIO
     master_port: int = 0
     timeout_s: float = 300.0
+    device: str = "cpu"
+    """What the ranks train on, cpu or cuda."""
     server: ForkServer | None = None
     """Starts the ranks; None: one for each scenario."""
 
@@ -51,6 +53,26 @@ class Played:
     runs: tuple[tuple[str, float], ...]
     rounds_tokens_s: tuple[float, ...] = ()
     """Throughput of inference, measured so many times."""
+
+
+def check_device(device: str, scenario: Scenario) -> None:
+    """Whether a scenario can run there.
+
+    Raises:
+        ValueError: there is no GPU, or nothing that this scenario could run on it.
+    """
+    if device == "cpu":
+        return
+    if scenario.inference is not None:
+        raise ValueError(f"--device {device}: {scenario.name} is inference; training runs there")
+    if scenario.arithmetic != "canonical":
+        raise ValueError(
+            f"--device {device}: expected canonical arithmetic, got {scenario.arithmetic}"
+        )
+    from primitives.devices import missing_gpu
+
+    if reason := missing_gpu():
+        raise ValueError(f"--device {device}: {reason}")
 
 
 def make_out_dir(wish: Path | None, name: str) -> Path:
@@ -177,6 +199,7 @@ def _train(
         checkpoint_dir=str(out_dir / "checkpoints"),
         resume=first_step > 1,
         engine=ENGINE,
+        device=options.device,
     )
     label = "run 1" if first_step == 1 else f"run 2 (resumed at {first_step - 1})"
     start = time.monotonic()

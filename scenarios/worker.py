@@ -33,6 +33,8 @@ class Job:
     resume: bool
     engine: str
     """``module:function``, called as ``function(scenario, run)``."""
+    device: str = "cpu"
+    """cpu or cuda: with fewer GPUs than ranks of a host they share."""
 
     def write(self) -> Path:
         """Writes ``job.json`` and returns its path."""
@@ -61,6 +63,7 @@ def run_rank(job: Job) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from primitives import backend
+        from primitives.devices import cuda_device
         from scenarios.schema import Scenario
 
         scenario = Scenario.model_validate_json(job.scenario)
@@ -83,6 +86,7 @@ def run_rank(job: Job) -> None:
             checkpoint_dir=Path(job.checkpoint_dir),
             resume=job.resume,
             log=writer.log if writer else lambda step, metrics: None,
+            device=str(cuda_device(info.local_rank)) if job.device == "cuda" else job.device,
         )
         train(scenario, run)
         dist.destroy_process_group()

@@ -3,8 +3,10 @@
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,3 +36,25 @@ def build(name: str, csrc: Path = ROOT / "csrc", optimize: bool = True) -> ctype
             assert run.returncode == 0, run.stderr
             made.rename(library)
     return ctypes.CDLL(str(library))
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An edit of device code that must be noticed."""
+
+    name: str
+    file: str
+    """Below ``csrc``."""
+    old: str
+    """Stands exactly once in the file."""
+    new: str
+
+    def build(self, library: str, folder: Path) -> ctypes.CDLL:
+        """The library with this edit, made of a copy of ``csrc`` in ``folder``."""
+        csrc = folder / "csrc"
+        shutil.copytree(ROOT / "csrc", csrc)
+        file = csrc / self.file
+        text = file.read_text()
+        assert text.count(self.old) == 1, f"the mistakes must follow the code: {self.old}"
+        file.write_text(text.replace(self.old, self.new))
+        return build(library, csrc, optimize=False)

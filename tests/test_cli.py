@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from primitives import devices
 from scenarios import cli, commands, runner
 from scenarios.failures import RankFailure, RunFailed
 from scenarios.golden import read_golden
@@ -283,6 +285,40 @@ def test_a_corrupt_golden_is_refused_before_anything_runs(
         assert (code, out) == (2, "")
         assert f"{golden_path}: corrupt JSON" in one_error_line(errors)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("S1",), "--device cuda: no GPU today"),
+        (("S1", "--arithmetic", "native"), "--device cuda: expected canonical arithmetic, got nat"),
+        (("S3",), "--device cuda: .* is inference; training runs there"),
+    ],
+)
+def test_a_device_that_cannot_train_is_refused(
+    testbed: Testbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr(devices, "missing_gpu", lambda: "no GPU today")
+    code, out, errors = testbed("record", *arguments, "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert re.search(message, one_error_line(errors))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_share_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "missing_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [devices.cuda_device(rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert [device.index for device in current] == [0, 1, 0, 1]
+    monkeypatch.setattr(devices, "missing_gpu", lambda: "no GPU today")
+    with pytest.raises(ValueError, match="expected cuda to be usable, but no GPU today"):
+        devices.cuda_device(0)
 
 
 def test_a_busy_port_is_exit_2_and_leaves_nothing(testbed: Testbed, tmp_path: Path) -> None:

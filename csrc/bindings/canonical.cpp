@@ -1,21 +1,18 @@
 // Matrix products, sums and elementwise functions. Formulas: docs/canonical-arithmetic.md.
-#include "bindings/tensor_checks.hpp"
+#include "bindings/canonical_call.hpp"
+#include "canonical/cuda/kernels.hpp"
 
 namespace primitives {
 namespace {
 
 using canonical::Input;
-using canonical::kernels;
+using canonical::Kernels;
 using OptionalTensor = std::optional<at::Tensor>;
-
-at::Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
-  return at::empty(shape, at::TensorOptions().dtype(type));
-}
 
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, bool transpose_a, bool transpose_b,
                 const OptionalTensor& bias, double alpha, at::ScalarType out_dtype) {
-  const char* name = "gemm";
-  for (const Argument& x : {Argument{name, "a", a}, Argument{name, "b", b}}) {
+  const Call call("gemm", a);
+  for (const Argument& x : {call("a", a), call("b", b)}) {
     const auto dims = x.tensor.dim();
     if (dims != 2 && dims != 3) x.fail("2- or 3-dimensional", "shape " + x.text(x.tensor.sizes()));
     if (x.tensor.stride(-1) != 1 && x.tensor.size(-1) > 1) {
@@ -25,19 +22,17 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, bool transpose_a, bool
   const int64_t m = a.size(transpose_a ? -1 : -2), k = a.size(transpose_a ? -2 : -1);
   const int64_t n = b.size(transpose_b ? -2 : -1), b_k = b.size(transpose_b ? -1 : -2);
   if (k != b_k) {
-    Argument{name, "b", b}.fail(
-        "k = " + std::to_string(k) + " long like a " + Argument::text(a.sizes()),
-        Argument::text(b.sizes()));
+    call("b", b).fail("k = " + std::to_string(k) + " long like a " + Argument::text(a.sizes()),
+                      Argument::text(b.sizes()));
   }
   const bool batched = a.dim() == 3 || b.dim() == 3;
   const int64_t num_batches = a.dim() == 3 ? a.size(0) : b.dim() == 3 ? b.size(0) : 1;
   if (b.dim() == 3 && b.size(0) != num_batches) {
-    Argument{name, "b", b}.fail(std::to_string(num_batches) + " batches like a",
-                                Argument::text(b.sizes()));
+    call("b", b).fail(std::to_string(num_batches) + " batches like a", Argument::text(b.sizes()));
   }
   Input bias_input{nullptr, canonical::Dtype::kFloat32};
   if (bias) {
-    const Argument argument{name, "bias", *bias};
+    const Argument argument = call("bias", *bias);
     bias_input = argument.contiguous().input();
     if (bias->dim() == 2) {
       argument.shaped({num_batches, n});
@@ -45,11 +40,12 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, bool transpose_a, bool
       argument.shaped({n});
     }
   }
-  at::Tensor out = batched ? empty({num_batches, m, n}, out_dtype) : empty({m, n}, out_dtype);
-  const canonical::Gemm arguments{Argument{name, "a", a}.input(),
-                                  Argument{name, "b", b}.input(),
+  at::Tensor out =
+      batched ? call.empty({num_batches, m, n}, out_dtype) : call.empty({m, n}, out_dtype);
+  const canonical::Gemm arguments{call("a", a).input(),
+                                  call("b", b).input(),
                                   bias_input,
-                                  Argument{name, "out_dtype", out}.output(),
+                                  call("out_dtype", out).output(),
                                   num_batches,
                                   m,
                                   n,
@@ -62,14 +58,14 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, bool transpose_a, bool
                                   transpose_a,
                                   transpose_b,
                                   static_cast<float>(alpha)};
-  const KernelCall call;
-  kernels().gemm(arguments);
+  call.run([&](const Kernels& kernels) { kernels.gemm(arguments); });
   return out;
 }
 
 at::Tensor tree_sum(const at::Tensor& x, int64_t dim, const OptionalTensor& bias,
                     at::ScalarType out_dtype) {
-  const Argument argument{"tree_sum", "x", x};
+  const Call call("tree_sum", x);
+  const Argument argument = call("x", x);
   argument.contiguous();
   if (dim < -x.dim() || dim >= x.dim()) {
     argument.fail("of more than " + std::to_string(dim < 0 ? -dim - 1 : dim) +
@@ -87,54 +83,84 @@ at::Tensor tree_sum(const at::Tensor& x, int64_t dim, const OptionalTensor& bias
   Input bias_input{nullptr, canonical::Dtype::kFloat32};
   int64_t rows = 1, length = inner;
   if (bias) {
-    const Argument bias_argument{"tree_sum", "bias", *bias};
+    const Argument bias_argument = call("bias", *bias);
     if (dim + 1 == x.dim()) bias_argument.fail("None when the last dim is summed", "a tensor");
     bias_input = bias_argument.contiguous().shaped({x.size(-1)}).input();
     length = x.size(-1);
     rows = length > 0 ? inner / length : 0;
   }
-  at::Tensor out = empty(shape, out_dtype);
+  at::Tensor out = call.empty(shape, out_dtype);
   const auto x_input = argument.input();
-  const auto output = Argument{"tree_sum", "out_dtype", out}.output();
-  const KernelCall call;
-  kernels().tree_sum(x_input, outer, x.size(dim), rows, length, bias_input, output);
+  const auto output = call("out_dtype", out).output();
+  call.run([&](const Kernels& kernels) {
+    kernels.tree_sum(x_input, outer, x.size(dim), rows, length, bias_input, output);
+  });
   return out;
 }
 
 at::Tensor token_block_sum(const at::Tensor& dy, int64_t num_blocks) {
-  const Argument argument{"token_block_sum", "dy", dy};
+  const Call call("token_block_sum", dy);
+  const Argument argument = call("dy", dy);
   argument.with_dims(2).contiguous().in_blocks(num_blocks);
-  at::Tensor out = empty({num_blocks, dy.size(1)}, at::kFloat);
+  at::Tensor out = call.empty({num_blocks, dy.size(1)});
   const auto input = argument.input();
-  const auto output = Argument{"token_block_sum", "out", out}.output();
-  const KernelCall call;
-  kernels().tree_sum(input, num_blocks, dy.size(0) / num_blocks, 1, dy.size(1),
+  const auto output = call("out", out).output();
+  call.run([&](const Kernels& kernels) {
+    kernels.tree_sum(input, num_blocks, dy.size(0) / num_blocks, 1, dy.size(1),
                      {nullptr, canonical::Dtype::kFloat32}, output);
+  });
   return out;
 }
 
 at::Tensor sum_of_squares(const at::Tensor& x) {
-  const Argument argument{"sum_of_squares", "x", x};
+  const Call call("sum_of_squares", x);
+  const Argument argument = call("x", x);
   const float* data = argument.floats();
   if (x.dim() == 0) argument.fail("at least 1-dimensional", "a scalar");
-  at::Tensor out = empty(x.sizes().slice(0, x.dim() - 1), at::kFloat);
+  at::Tensor out = call.empty(x.sizes().slice(0, x.dim() - 1));
   float* result = out.mutable_data_ptr<float>();
-  const KernelCall call;
-  kernels().sum_of_squares(data, out.numel(), x.size(-1), result);
+  call.run([&](const Kernels& kernels) {
+    kernels.sum_of_squares(data, out.numel(), x.size(-1), result);
+  });
   return out;
 }
 
 template <canonical::Elementwise kFunction>
 at::Tensor elementwise(const at::Tensor& x) {
-  const float* data = Argument{"elementwise function", "x", x}.floats();
+  const Call call("elementwise function", x);
+  const float* data = call("x", x).floats();
   at::Tensor out = at::empty_like(x);
   float* result = out.mutable_data_ptr<float>();
-  const KernelCall call;
-  kernels().elementwise(kFunction, data, x.numel(), result);
+  call.run(
+      [&](const Kernels& kernels) { kernels.elementwise(kFunction, data, x.numel(), result); });
   return out;
 }
 
+// Instead of the CPU's, where it is set.
+const Kernels* emulated = nullptr;
+
 }  // namespace
+
+Call::Call(const char* name, const at::Tensor& first)
+    : name_(name), device_(first.is_cuda() ? first.device() : at::kCPU) {
+#ifndef PRIMITIVES_CUDA
+  if (on_cuda()) {
+    throw py::value_error(std::string(name) + ": the tensors are on " + device_.str() +
+                          ", but this build has no CUDA kernels (there was no nvcc)");
+  }
+#endif
+}
+
+const Kernels& Call::kernels() const {
+#ifdef PRIMITIVES_CUDA
+  if (on_cuda()) {
+    void* stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+    canonical::set_cuda_stream({device_.index(), stream});
+    return canonical::kCudaKernels;
+  }
+#endif
+  return emulated ? *emulated : canonical::kernels();
+}
 
 void bind_canonical(py::module_& m) {
   using canonical::Elementwise;
@@ -149,6 +175,10 @@ void bind_canonical(py::module_& m) {
   m.def("canonical_erf", elementwise<Elementwise::kErf>);
   m.def("canonical_sigmoid", elementwise<Elementwise::kSigmoid>);
   m.def("canonical_rsqrt", elementwise<Elementwise::kRsqrt>);
+  m.def(
+      "emulate_canonical",
+      [](uintptr_t table) { emulated = reinterpret_cast<const Kernels*>(table); },
+      "For tests: CPU tensors go to the Kernels at this address; 0 for those of the CPU again.");
   bind_canonical_layers(m);
   bind_canonical_softmax(m);
   bind_canonical_training(m);

@@ -19,6 +19,7 @@ struct Argument {
   const char* function;
   const char* name;
   const at::Tensor& tensor;
+  at::Device device = at::kCPU;  // where it must be
 
   [[noreturn]] void fail(const std::string& expected, const std::string& got) const {
     throw py::value_error(std::string(function) + ": " + name + " must be " + expected + ", got " +
@@ -32,15 +33,16 @@ struct Argument {
     return out.str();
   }
 
-  const Argument& on_cpu() const {
-    if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided) {
-      fail("a dense CPU tensor", tensor.device().str() + " " + c10::toString(tensor.scalar_type()));
+  const Argument& on_device() const {
+    if (tensor.device() != device || tensor.layout() != at::kStrided) {
+      const std::string where = device.is_cpu() ? "CPU tensor" : "tensor on " + device.str();
+      fail("a dense " + where, tensor.device().str() + " " + c10::toString(tensor.scalar_type()));
     }
     return *this;
   }
 
   const Argument& of(at::ScalarType type) const {
-    on_cpu();
+    on_device();
     if (tensor.scalar_type() != type)
       fail(c10::toString(type), c10::toString(tensor.scalar_type()));
     return *this;
@@ -81,7 +83,6 @@ struct Argument {
   }
 
   canonical::Dtype dtype() const {
-    on_cpu();
     switch (tensor.scalar_type()) {
       case at::kFloat:
         return canonical::Dtype::kFloat32;
@@ -94,8 +95,8 @@ struct Argument {
     }
   }
 
-  canonical::Input input() const { return {tensor.const_data_ptr(), dtype()}; }
-  canonical::Output output() const { return {tensor.mutable_data_ptr(), dtype()}; }
+  canonical::Input input() const { return {on_device().tensor.const_data_ptr(), dtype()}; }
+  canonical::Output output() const { return {on_device().tensor.mutable_data_ptr(), dtype()}; }
 
   const float* floats() const {
     of(at::kFloat).contiguous();
@@ -107,17 +108,26 @@ struct Argument {
     return tensor.mutable_data_ptr<float>();
   }
 
-  // int64 indices, all in [0, bound).
-  const int64_t* indices(int64_t bound) const {
+  const int64_t* integers() const {
     of(at::kLong).contiguous();
-    const int64_t* data = tensor.const_data_ptr<int64_t>();
+    return tensor.const_data_ptr<int64_t>();
+  }
+
+  // int64, all in [first, end). Those on a device are copied to the host to see.
+  const int64_t* integers_in(int64_t first, int64_t end, const std::string& range) const {
+    const int64_t* data = integers();
+    const at::Tensor on_host = tensor.cpu();
+    const int64_t* seen = on_host.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < tensor.numel(); i++) {
-      if (data[i] < 0 || data[i] >= bound) {
-        fail("in [0, " + std::to_string(bound) + ")",
-             std::to_string(data[i]) + " at position " + std::to_string(i));
+      if (seen[i] < first || seen[i] >= end) {
+        fail("in " + range, std::to_string(seen[i]) + " at position " + std::to_string(i));
       }
     }
     return data;
+  }
+
+  const int64_t* indices(int64_t bound) const {
+    return integers_in(0, bound, "[0, " + std::to_string(bound) + ")");
   }
 };
 

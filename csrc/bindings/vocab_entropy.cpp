@@ -41,7 +41,7 @@ void share_out(int64_t num_tokens, int64_t columns, const Body& body) {
 
 // [tokens, columns] with contiguous rows, not overlapping.
 const Argument& rows(const Argument& x) {
-  x.on_cpu().with_dims(2);
+  x.on_device().with_dims(2);
   const at::Tensor& t = x.tensor;
   const bool one_by_one = t.size(1) <= 1 || t.stride(1) == 1;
   if (!one_by_one || (t.size(0) > 1 && t.stride(0) < t.size(1))) {
@@ -140,7 +140,7 @@ void backward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ig
 
 uint32_t* words_of(const char* function, const at::Tensor& x) {
   const Argument argument{function, "x", x};
-  argument.on_cpu().contiguous();
+  argument.on_device().contiguous();
   if (x.nbytes() % 1024 != 0) {
     argument.fail("a multiple of 1024 bytes", std::to_string(x.nbytes()));
   }

@@ -29,9 +29,7 @@ class Call {
   // Contiguous memory of a shape, for a vector access if it is of quads.
   void* data(const char* which, const at::Tensor& x, at::ScalarType type,
              at::IntArrayRef shape) const {
-    const Argument of = here(which, x);
-    if (x.scalar_type() != type) of.fail(c10::toString(type), c10::toString(x.scalar_type()));
-    of.shaped(shape).contiguous();
+    argument(which, x).of(type).shaped(shape).contiguous();
     return x.numel() == 0 ? nullptr : x.mutable_data_ptr();
   }
 
@@ -58,7 +56,7 @@ class Call {
 
   // [tokens, columns] with contiguous rows, not overlapping.
   void rows(const char* which, const at::Tensor& x) const {
-    const Argument of = here(which, x).with_dims(2);
+    const Argument of = argument(which, x).on_device().with_dims(2);
     const bool one_by_one = x.size(1) <= 1 || x.stride(1) == 1;
     if (!one_by_one || (x.size(0) > 1 && x.stride(0) < x.size(1))) {
       of.fail("[tokens, columns] with contiguous rows",
@@ -69,8 +67,8 @@ class Call {
   Logits logits(const at::Tensor& x, int64_t segment_length, int num_segments, double scale) const {
     rows("logits", x);
     return {
-        x.const_data_ptr(),        dtype(x), x.stride(0), x.size(1), segment_length, num_segments,
-        static_cast<float>(scale), false};
+        x.const_data_ptr(), argument("logits", x).dtype(), x.stride(0), x.size(1), segment_length,
+        num_segments,       static_cast<float>(scale),     false};
   }
 
   // enqueue(call) without the GIL.
@@ -88,27 +86,8 @@ class Call {
   }
 
  private:
-  Argument argument(const char* which, const at::Tensor& x) const { return {name_, which, x}; }
-
-  Argument here(const char* which, const at::Tensor& x) const {
-    const Argument of = argument(which, x);
-    if (x.device() != device_ || x.layout() != at::kStrided) {
-      of.fail("a dense tensor on " + device_.str(), x.device().str());
-    }
-    return of;
-  }
-
-  canonical::Dtype dtype(const at::Tensor& x) const {
-    switch (x.scalar_type()) {
-      case at::kFloat:
-        return canonical::Dtype::kFloat32;
-      case at::kHalf:
-        return canonical::Dtype::kFloat16;
-      case at::kBFloat16:
-        return canonical::Dtype::kBFloat16;
-      default:
-        argument("logits", x).fail("float32, float16 or bfloat16", c10::toString(x.scalar_type()));
-    }
+  Argument argument(const char* which, const at::Tensor& x) const {
+    return {name_, which, x, device_};
   }
 
   const char* name_;

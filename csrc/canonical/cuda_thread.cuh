@@ -8,6 +8,7 @@
 
 #include <cuda_runtime.h>
 
+#include "canonical/grid.hpp"
 #include "canonical/packed.hpp"
 
 namespace primitives::canonical {
@@ -54,6 +55,14 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run(const __grid_constant__ Kernel kernel) {
   kernel(CudaThread{});
+}
+
+// Enqueues a kernel; grid.x is at most 2^31 - 1.
+template <class Kernel>
+cudaError_t start(const Kernel& kernel, const Grid& grid, cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  run<<<blocks, Kernel::kThreads, static_cast<size_t>(grid.shared_nbytes), stream>>>(kernel);
+  return cudaGetLastError();
 }
 
 }  // namespace

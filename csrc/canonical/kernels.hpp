@@ -90,7 +90,7 @@ struct Kernels {
                                   int64_t length, float scale, Output dscores);
   // table [vocabulary, hidden], float32, zeroed by the caller
   void (*embedding_backward)(Input dy, const int64_t* ids, int64_t tokens, int64_t hidden,
-                             float* table);
+                             int64_t vocabulary, float* table);
   // logits [parts, tokens, width]
   void (*vocabulary_max)(Input logits, int64_t parts, int64_t tokens, int64_t width, float* max);
   // first: vocabulary index of the first logit; a target outside these parts is another shard's

@@ -9,7 +9,7 @@ namespace primitives::canonical {
 namespace {
 
 inline void embedding_backward(Input dy, const int64_t* ids, int64_t tokens, int64_t hidden,
-                               float* table) {
+                               int64_t, float* table) {
   with_dtype(dy.dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t t = 0; t < tokens; t++) {

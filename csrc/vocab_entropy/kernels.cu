@@ -21,10 +21,7 @@ class Launcher {
   int run(const Kernel& kernel, const Grid& grid) {
     if (grid.x > INT32_MAX) return fail("more than 2^31 - 1 blocks of threads");
     if (code_ == cudaSuccess) {
-      const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-      canonical::run<<<blocks, Kernel::kThreads, static_cast<size_t>(grid.shared_nbytes),
-                       static_cast<cudaStream_t>(call_.stream)>>>(kernel);
-      code_ = cudaGetLastError();
+      code_ = canonical::start(kernel, grid, static_cast<cudaStream_t>(call_.stream));
     }
     if (code_ != cudaSuccess) {
       snprintf(call_.error, static_cast<size_t>(call_.error_capacity), "%s: %s",

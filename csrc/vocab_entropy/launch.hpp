@@ -3,17 +3,12 @@
 // enough_blocks() is how many blocks of threads keep the device busy.
 #pragma once
 
+#include "canonical/grid.hpp"
 #include "vocab_entropy/cuda.hpp"
 #include "vocab_entropy/device_backward.hpp"
 
 namespace primitives::vocab_entropy {
 namespace {
-
-struct Grid {
-  int64_t x;
-  int y;
-  int64_t shared_nbytes;
-};
 
 // How a row is shared out. The bits do not depend on it.
 struct ForwardPlan {

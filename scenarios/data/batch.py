@@ -1,7 +1,7 @@
 """Batches of consecutive samples, read from a source of token sequences."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,11 @@ class Batch:
     """[b, s] int64: the token after each token."""
     sample_index: torch.Tensor
     """[b] int64: number of each sample in the stream."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 class SampleSource(Protocol):

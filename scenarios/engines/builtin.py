@@ -17,7 +17,7 @@ from primitives.arithmetic import kernels
 from primitives.checkpoint import CheckpointManager
 from scenarios.data import make_dataset
 from scenarios.engines.training_state import TrainingState
-from scenarios.models.families import compute_dtype, make_model
+from scenarios.models.families import CPU, compute_dtype, make_model
 from scenarios.parallel.buckets import default_bucket_numel, make_buckets
 from scenarios.parallel.distributed_optimizer import (
     AdamConfig,
@@ -59,7 +59,7 @@ def train(scenario: Scenario, run: RunContext) -> None:
 
 
 def _train(scenario: Scenario, run: RunContext) -> None:
-    trainer = Trainer(scenario)
+    trainer = Trainer(scenario, device=torch.device(run.device))
     manager = CheckpointManager(run.checkpoint_dir)
     if run.resume:
         trainer.state.load(manager)
@@ -84,17 +84,22 @@ class Trainer:
     Args:
         scenario: what to train.
         bucket_numel: elements after which a bucket is closed; default as Megatron-LM.
+        device: of parameters, activations and gradients. Initial values, batches and what is
+            logged or hashed are made on the CPU, so that no bit depends on it.
 
     Raises:
         ValueError: the scenario needs what this engine does not have.
     """
 
-    def __init__(self, scenario: Scenario, bucket_numel: int | None = None):
+    def __init__(
+        self, scenario: Scenario, bucket_numel: int | None = None, device: torch.device = CPU
+    ):
         training, optimizer = scenario.training, scenario.optimizer
         self.scenario = scenario
+        self.device = device
         self.mesh = Mesh.connect(scenario.layout)
         dtype = compute_dtype(scenario)
-        self.model = make_model(scenario, self.mesh)
+        self.model = make_model(scenario, self.mesh, device)
         self.pipeline = Pipeline(self.model, self.mesh, scenario.model.hidden_size, dtype)
         self.dataset = make_dataset(scenario)
         self.num_microbatches = training.global_batch_size // training.micro_batch_size
@@ -104,7 +109,7 @@ class Trainer:
         numel = bucket_numel or default_bucket_numel(specs, dp)
         if not optimizer.use_distributed_optimizer:
             dp = expert_dp = 1
-        self.buckets = make_buckets(specs, dp, dtype, numel, expert_dp)
+        self.buckets = make_buckets(specs, dp, dtype, numel, expert_dp, device)
         overlap = optimizer.overlap_grad_reduce
         self.reducer = GradientReducer(self.buckets, self.num_microbatches, overlap, self.mesh)
         self.gather = ParameterGather(
@@ -181,7 +186,7 @@ class Trainer:
     def forward_backward(self) -> tuple[Tensor, Tensor]:
         """This replica's microbatches through this stage.
 
-        Returns:
+        Returns, on the host:
             Their losses, [microbatches of the replica * losses] fp32, those of a microbatch side by
             side; zeros but on the last stage. Their load-balancing losses, [microbatches of the
             replica, layers of this stage with experts] fp32.
@@ -191,7 +196,7 @@ class Trainer:
         microbatches = []
         for index in range(dp.rank * per_replica, (dp.rank + 1) * per_replica):
             first = self.state.consumed_samples + index * training.micro_batch_size
-            batch = self.dataset.batch(first, training.micro_batch_size)
+            batch = self.dataset.batch(first, training.micro_batch_size).to(self.device)
             microbatch = Microbatch.create(
                 index,
                 batch.tokens,
@@ -212,9 +217,9 @@ class Trainer:
             return torch.cat([loss.gradient(scale, self.num_microbatches) for loss in losses])
 
         self.pipeline.run(microbatches, start_backward)
-        aux_losses = torch.stack([mb.aux_losses_by_layer() for mb in microbatches])
+        aux_losses = torch.stack([mb.aux_losses_by_layer() for mb in microbatches]).cpu()
         if self.mesh.stage.is_last:
-            return torch.cat(means), aux_losses
+            return torch.cat(means).cpu(), aux_losses
         return torch.zeros(per_replica * len(self.model.loss_names)), aux_losses
 
     def _survey(self, local_zeros: int) -> tuple[int, float, str]:

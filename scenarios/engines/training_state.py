@@ -69,7 +69,7 @@ class TrainingState:
 
     def save(self, manager: CheckpointManager, *, asynchronous: bool) -> None:
         """Saves under the current step; with ``asynchronous`` files are written in background."""
-        state = self._tensors()
+        state: dict[str, Any] = _on_host(self._tensors())
         state["digests"] = {kind: self.digests(kind) for kind in KINDS}
         state["progress"] = json.dumps(self.progress(), sort_keys=True)
         state["scenario"] = json.dumps(self._identity(), sort_keys=True)
@@ -90,10 +90,15 @@ class TrainingState:
         manager.load(header, latest)
         self._check_identity(json.loads(header["scenario"]), latest)
 
-        state = self._tensors()
+        live_tensors = self._tensors()
+        state: dict[str, Any] = _on_host(live_tensors)
         num_leaves = len(self._optimizer.leaves.names)
         state["digests"] = {kind: torch.empty(num_leaves, 32, dtype=torch.uint8) for kind in KINDS}
         manager.load(state, latest)
+        for kind, by_name in live_tensors.items():
+            for name, tensor in by_name.items():
+                if tensor is not state[kind][name]:
+                    tensor.copy_(state[kind][name])
         for kind, saved_digests in state["digests"].items():
             self._check_digests(kind, saved_digests, latest)
 
@@ -111,7 +116,7 @@ class TrainingState:
                 f"the load: saved {saved}, live {live}"
             )
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """kind -> entry name -> live slice of this rank, [slice numel] fp32."""
         optimizer = self._optimizer
         return {
@@ -166,3 +171,11 @@ class TrainingState:
                 f"checkpoint of step {step} is of another scenario: "
                 + "; ".join(f"{n} was {saved.get(n)}, is {live.get(n)}" for n in wrong)
             )
+
+
+def _on_host(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The tensors themselves if they are on the CPU, else copies."""
+    return {
+        kind: {name: tensor.cpu() for name, tensor in by_name.items()}
+        for kind, by_name in tensors.items()
+    }

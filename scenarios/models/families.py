@@ -10,6 +10,7 @@ from scenarios.models.model import Model
 from scenarios.parallel.mesh import Mesh, Stage
 from scenarios.scenario import ModelConfig, Scenario
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 FAMILIES: dict[str, Callable[[ModelConfig, torch.dtype, Stage], Model]] = {
@@ -24,8 +25,8 @@ def compute_dtype(scenario: Scenario) -> torch.dtype:
     return DTYPES[scenario.model.precision]
 
 
-def make_model(scenario: Scenario, mesh: Mesh) -> Model:
-    """This rank's part of a scenario's model.
+def make_model(scenario: Scenario, mesh: Mesh, device: torch.device = CPU) -> Model:
+    """This rank's part of a scenario's model, on a device.
 
     Raises:
         ValueError: an unknown family, or sizes that do not divide into canonical parts.
@@ -34,4 +35,4 @@ def make_model(scenario: Scenario, mesh: Mesh) -> Model:
         raise ValueError(f"family: got {scenario.family}, expected one of {', '.join(FAMILIES)}")
     model = FAMILIES[scenario.family](scenario.model, compute_dtype(scenario), mesh.stage)
     model.allocate(mesh)
-    return model
+    return model.to(device)

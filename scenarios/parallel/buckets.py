@@ -15,6 +15,8 @@ from torch import Tensor
 from primitives.layout import NUM_SLICES
 from scenarios.parallel.parameters import ParameterSpec
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Shard:
@@ -35,11 +37,18 @@ class Bucket:
         dp: over how many data-parallel ranks slices are shared out; it divides NUM_SLICES. 1
             without ZeRO: every rank owns all slices.
         dtype: the compute dtype of the parameters.
+        device: of the parameters.
 
     Contract: all parameters are of experts, or none is.
     """
 
-    def __init__(self, specs: Sequence[ParameterSpec], dp: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        specs: Sequence[ParameterSpec],
+        dp: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ):
         self.specs = tuple(specs)
         self.expert = self.specs[0].expert
         self.dp = dp
@@ -50,14 +59,14 @@ class Bucket:
             self._gradient_start[spec.name] = gradient_numel
             gradient_numel += spec.num_partials * spec.numel // dp
             shard_numel += spec.numel // dp
-        self.gradient_full = torch.zeros(dp, gradient_numel)
-        self.parameter_full = torch.zeros(dp, shard_numel, dtype=dtype)
+        self.gradient_full = torch.zeros(dp, gradient_numel, device=device)
+        self.parameter_full = torch.zeros(dp, shard_numel, dtype=dtype, device=device)
         # What is not shared out is its own shard.
-        self.gradient_shard = self.gradient_full[0] if dp == 1 else torch.zeros(gradient_numel)
-        self.parameter_shard = (
-            self.parameter_full[0] if dp == 1 else torch.zeros(shard_numel, dtype=dtype)
-        )
-        self._state = torch.zeros(4, shard_numel)
+        self.gradient_shard, self.parameter_shard = self.gradient_full[0], self.parameter_full[0]
+        if dp > 1:
+            self.gradient_shard = torch.zeros(gradient_numel, device=device)
+            self.parameter_shard = torch.zeros(shard_numel, dtype=dtype, device=device)
+        self._state = torch.zeros(4, shard_numel, device=device)
         self.shards: dict[str, Shard] = {}
         start = 0
         for spec in self.specs:
@@ -111,6 +120,7 @@ def make_buckets(
     dtype: torch.dtype,
     bucket_numel: int,
     expert_dp: int = 1,
+    device: torch.device = CPU,
 ) -> list[Bucket]:
     """Cuts the parameters into buckets in the order their gradients become ready.
 
@@ -120,6 +130,7 @@ def make_buckets(
         dtype: compute dtype.
         bucket_numel: a bucket is closed as soon as it holds this many elements.
         expert_dp: the same as ``dp`` for parameters of experts, which get buckets of their own.
+        device: of the parameters.
 
     Raises:
         ValueError: dp or expert_dp does not divide NUM_SLICES.
@@ -134,11 +145,11 @@ def make_buckets(
         waiting = pending[spec.expert]
         waiting.insert(0, spec)
         if sum(other.numel for other in waiting) >= bucket_numel:
-            buckets.append(Bucket(waiting, num_owners[spec.expert], dtype))
+            buckets.append(Bucket(waiting, num_owners[spec.expert], dtype, device))
             pending[spec.expert] = []
     for expert, waiting in pending.items():
         if waiting:
-            buckets.append(Bucket(waiting, num_owners[expert], dtype))
+            buckets.append(Bucket(waiting, num_owners[expert], dtype, device))
     return buckets
 
 

@@ -49,20 +49,22 @@ class Dispatch:
         self._topk = experts.shape[1]
 
         counts = torch.bincount(slots, minlength=num_experts)
-        header = torch.cat((counts, counts.new_tensor([microbatch])))
-        headers = self._ep.all_gather(self._etp.all_gather(header[None]))  # [ep * etp, E + 1]
+        header = torch.cat((counts, counts.new_full((1,), microbatch)))
+        # [ep * etp, E + 1]; the plan is made on the host, which needs the numbers anyway.
+        headers = self._ep.all_gather(self._etp.all_gather(header[None])).cpu()
         per_rank = num_experts // ep
         first = self._ep.rank * per_rank
         mine = headers[:, first : first + per_rank].view(ep, etp, per_rank)
-        self._sent = counts.view(ep, per_rank).sum(dim=1).tolist()
+        self._sent = counts.cpu().view(ep, per_rank).sum(dim=1).tolist()
         self._received = mine[:, self._etp.rank].sum(dim=1).tolist()
         self._columns = mine.sum(dim=(0, 2)).tolist()
 
         # Rows arrive by (etp rank, ep rank, expert); they are wanted by (expert, ep, etp rank).
         chunk = torch.arange(mine.numel()).view(per_rank, ep, etp).permute(2, 1, 0).flatten()
         sizes = mine.permute(1, 0, 2).flatten()
-        self._sorting = torch.argsort(torch.repeat_interleave(chunk, sizes), stable=True)
-        self._arrival = torch.argsort(self._sorting)
+        sorting = torch.argsort(torch.repeat_interleave(chunk, sizes), stable=True)
+        self._sorting = sorting.to(experts.device)
+        self._arrival = torch.argsort(sorting).to(experts.device)
         by_expert = mine.flatten(0, 1).t()  # [experts of this rank, ranks of the block]
         self.runs = _runs(by_expert.tolist(), headers[:, -1].tolist())
         stops = by_expert.sum(dim=1).cumsum(0).tolist()

@@ -91,20 +91,20 @@ class DistributedOptimizer:
         return finite
 
     def gradient_leaves(self) -> Tensor:
-        """[leaves] fp32: this rank's sums of squares of the gradients."""
-        return torch.cat([kernels.sum_of_squares(s.grad).view(-1) for s in self.shards])
+        """[leaves] fp32 on the host: this rank's sums of squares of the gradients."""
+        return torch.cat([kernels.sum_of_squares(s.grad).view(-1) for s in self.shards]).cpu()
 
     def parameter_leaves(self) -> Tensor:
-        """[leaves] fp32: this rank's sums of squares of the main parameters."""
-        return torch.cat([kernels.sum_of_squares(s.main).view(-1) for s in self.shards])
+        """[leaves] fp32 on the host: this rank's sums of squares of the main parameters."""
+        return torch.cat([kernels.sum_of_squares(s.main).view(-1) for s in self.shards]).cpu()
 
     def digest_leaves(self, kind: str) -> Tensor:
-        """[leaves, 32] uint8: SHA-256 of this rank's slices of ``main``, ``exp_avg``, ..."""
+        """[leaves, 32] uint8 on the host: SHA-256 of this rank's slices of ``main`` and others."""
         raw = bytearray()
         for shard in self.shards:
             values: Tensor = getattr(shard, kind)
             width = values.shape[-1] * values.element_size()
-            data = values.numpy().tobytes()
+            data = values.cpu().numpy().tobytes()
             for start in range(0, len(data), width):
                 raw += hashlib.sha256(data[start : start + width]).digest()
         return torch.frombuffer(raw, dtype=torch.uint8).view(-1, 32)

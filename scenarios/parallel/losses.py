@@ -35,7 +35,7 @@ class Loss:
         if self.counted is not None:
             values = torch.where(self.counted, values, 0.0)
         total = kernels.tree_sum(kernels.token_block_sum(values[:, None], self.num_blocks))
-        return (total / torch.tensor(float(self.num_counted))).reshape(())
+        return (total / total.new_full((), float(self.num_counted))).reshape(())
 
     def gradient(self, scale: float, num_microbatches: int) -> Tensor:
         """[items] fp32: what backward starts from, for the scaled mean over all microbatches."""

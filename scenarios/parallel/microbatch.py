@@ -111,7 +111,7 @@ class Microbatch:
 
     def token_ids(self) -> Tensor:
         """[local tokens] int64: a number of its own for every token of the run, for dropout."""
-        positions = self.sample_index.new_tensor(range(self.seq_length))
+        positions = torch.arange(self.seq_length, device=self.sample_index.device)
         ids = (self.sample_index[None, :] * self.seq_length + positions[:, None]).reshape(-1)
         return ids[self.local_slice]
 
@@ -120,8 +120,9 @@ class Microbatch:
         tp = self.mesh.tp
         num_parts = NUM_PARTS // tp.num_ranks
         first = tp.rank * num_parts * heads_per_part
-        heads = self.sample_index.new_tensor(range(first, first + num_parts * heads_per_part))
-        positions = self.sample_index.new_tensor(range(self.seq_length))
+        end = first + num_parts * heads_per_part
+        heads = torch.arange(first, end, device=self.sample_index.device)
+        positions = torch.arange(self.seq_length, device=self.sample_index.device)
         num_heads = NUM_PARTS * heads_per_part
         rows = self.sample_index.view(1, -1, 1, 1) * num_heads + heads.view(num_parts, 1, -1, 1)
         return (rows * self.seq_length + positions).reshape(-1)

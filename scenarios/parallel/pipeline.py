@@ -94,7 +94,8 @@ class Pipeline:
 
     def _receive(self, mb: Microbatch, stage: int) -> Tensor:
         tokens = mb.local_slice
-        out = torch.empty(tokens.stop - tokens.start, self._hidden_size, dtype=self._dtype)
+        num_tokens = tokens.stop - tokens.start
+        out = mb.tokens.new_empty(num_tokens, self._hidden_size, dtype=self._dtype)
         pp = self._mesh.pp
         dist.recv(out, src=pp.ranks[stage], group=pp.handle)
         return out

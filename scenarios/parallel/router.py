@@ -56,9 +56,11 @@ class _Route(Function):
         router, mb = ctx.router, ctx.mb
         # The aux loss joins here, weighted like a loss that is the mean over microbatches.
         slope = router.balance_factor(mb) * router.aux_loss_coeff * mb.loss_weight
-        dscores = (counts * torch.tensor(slope)).expand_as(scores).contiguous()
+        dscores = (counts * counts.new_full((), slope)).expand_as(scores).contiguous()
         dlogits = kernels.softmax_backward(dscores, scores)
-        dlogits.scatter_add_(1, experts, kernels.softmax_backward(dprobs, probs))
+        # A choice has one expert once: no sum here has an order.
+        chosen = dlogits.gather(1, experts) + kernels.softmax_backward(dprobs, probs)
+        dlogits.scatter_(1, experts, chosen)
         by_block = [value.view(mb.num_token_blocks, -1, value.shape[1]) for value in (dlogits, x)]
         dweight = kernels.gemm(*by_block, transpose_a=True)  # [token blocks, E, h]
         mb.gradients.push(router.weight_name, mb.index, dweight)
@@ -153,4 +155,4 @@ class Router(Layer):
         counts = gathered[:, 0].sum(dim=0)  # whole numbers: any order is exact
         sums = gathered[:, 1:].reshape(NUM_PARTS, self.num_experts).contiguous()
         total = kernels.row_sum(counts * kernels.tree_sum(sums))
-        return counts, total * torch.tensor(self.balance_factor(mb))
+        return counts, total * total.new_full((), self.balance_factor(mb))

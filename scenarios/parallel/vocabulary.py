@@ -45,7 +45,7 @@ class _Embedding(Function):
         name, mb = ctx.name, ctx.mb
         dx = kernels.dropout(dx.contiguous(), ctx.probability, ctx.key, ctx.token_ids)
         by_position = dx.view(-1, mb.num_samples, dx.shape[-1]).transpose(0, 1).contiguous()
-        dpositions = torch.zeros(ctx.positions_shape)
+        dpositions = torch.zeros(ctx.positions_shape, device=dx.device)
         # + 0.0: the zeros of other ranks' positions turn -0 into +0 with sequence parallelism.
         dpositions[_local_positions(mb)] = kernels.tree_sum(by_position) + 0.0
         mb.gradients.push(f"{name}.position_embeddings.weight", mb.index, dpositions)

@@ -1,8 +1,8 @@
 """``make gpu-check``: all that only a machine with a GPU can say, into docs/performance/.
 
-The tests of this folder; those marked ``sanitize`` under compute-sanitizer; the benchmarks on the
-GPU. Writes ``docs/performance/<gpu>.md`` and one JSON file per benchmark. The exit code is 0 only
-if everything ran and passed.
+The tests of this folder; those marked ``sanitize`` under compute-sanitizer; the training scenarios
+on the GPU, against the goldens of the CPU; the benchmarks. Writes ``docs/performance/<gpu>.md`` and
+one JSON file per benchmark. The exit code is 0 only if everything ran and passed.
 """
 
 import re
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = "tests/gpu"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+TRAINED = ("S1", "S2", "S4")
+"""Cases that train; their ranks share the GPUs there are."""
 BENCHES = (
     ("vocab_entropy", "--device", "cuda", "-n", "20"),
     (*COLLECTIVES, "--device", "cuda", "-b", "4K", "-e", "256M", "-f", "4", "-n", "10"),
@@ -66,6 +68,13 @@ def sanitized(sanitizer: str | None, tool: str) -> tuple[bool, str]:
     return code == 0, f"compute-sanitizer {tool}: {summary[-1] if summary else last_line(output)}"
 
 
+def scenario(case: str) -> tuple[bool, str]:
+    """Whether training there gave the golden, bit for bit."""
+    arguments = ("run", case, "--device", "cuda")
+    code, output = run([sys.executable, "-m", "scenarios", *arguments])
+    return code == 0, f"`testbed {' '.join(arguments)}`:\n\n```\n{output.rstrip()}\n```"
+
+
 def benchmark(arguments: Sequence[str], name: str) -> tuple[bool, str]:
     """Whether it ran, and its table."""
     file = f"docs/performance/{name}_{arguments[0]}.json"
@@ -90,6 +99,7 @@ def main() -> int:
     report.parent.mkdir(exist_ok=True)
     sanitizer = find_sanitizer()
     results = [tests(), *(sanitized(sanitizer, tool) for tool in SANITIZERS)]
+    results += [scenario(case) for case in TRAINED]
     results += [benchmark(arguments, name) for arguments in BENCHES]
     head = f"# {description}\n\n`make gpu-check` of commit {commit or 'unknown'}, " + (
         f"{datetime.now(UTC).isoformat(timespec='minutes')}.\n"

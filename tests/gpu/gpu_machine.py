@@ -2,18 +2,9 @@
 
 import torch
 
-from primitives import _C
+from primitives.devices import missing_gpu
 
-
-def missing_gpu() -> str | None:
-    """Why nothing can run on a GPU here; None if it can."""
-    if not _C.cuda_built:
-        return "this build of primitives has no CUDA kernels (there was no nvcc)"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no usable GPU"
-    return None
+__all__ = ["gpu_description", "missing_gpu"]
 
 
 def gpu_description() -> str:
