@@ -25,6 +25,7 @@ def play(folder: Path, bindings: str, name: str, hosts: str, *args: str) -> None
         folder,
         (hosts, *args),
         {"TEST_BINDINGS": bindings},
+        fresh=True,  # a fork has loaded primitives._C
     ).start()
     results = ranks.wait(240)
     assert [code for code, _ in results] == [0] * len(hosts), "\n".join(out for _, out in results)
