@@ -156,7 +156,7 @@ const Kernels& Call::kernels() const {
   if (on_cuda()) {
     void* stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
     canonical::set_cuda_stream({device_.index(), stream});
-    return canonical::kCudaKernels;
+    return canonical::cuda_kernels();
   }
 #endif
   return emulated ? *emulated : canonical::kernels();

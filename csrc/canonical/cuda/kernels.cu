@@ -35,7 +35,10 @@ class Launcher {
 
 }  // namespace
 
-const Kernels kCudaKernels = device_table<Launcher>();
+const Kernels& cuda_kernels() {
+  static const Kernels table = device_table<Launcher>();
+  return table;
+}
 
 void set_cuda_stream(const CudaStream& stream) { current = stream; }
 

@@ -10,7 +10,7 @@
 
 namespace primitives::canonical {
 
-extern const Kernels kCudaKernels;
+const Kernels& cuda_kernels();
 
 // A device, which becomes the current one of the calling thread, and a cudaStream_t of it.
 struct CudaStream {
