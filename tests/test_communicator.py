@@ -73,6 +73,27 @@ def test_reductions_have_the_bits_of_the_definition(case: Any, numel: int, n: in
         assert_bits(rooted, everywhere if rank == n - 1 else xs[rank])
 
 
+@pytest.mark.parametrize("numel", [2**20 - 1, 2**20, 2**20 + 3, 2**23 + 1])
+def test_two_ranks_move_parts_from_a_mebibyte_on(numel: int) -> None:
+    """Staged, or read from the peer's memory where the kernel allows that."""
+    xs = [draw((2 * numel,), torch.uint8, 5 * r) for r in range(2)]
+
+    def body(comm: Communicator) -> Any:
+        rank = comm.rank
+        gathered = torch.empty(2 * numel, dtype=torch.uint8)
+        exchanged, summed = torch.empty_like(gathered), torch.empty(numel, dtype=torch.uint8)
+        comm.all_gather(gathered, xs[rank][:numel])
+        comm.all_to_all(exchanged, xs[rank])
+        comm.reduce_scatter(summed, xs[rank])
+        return gathered, exchanged, summed
+
+    for rank, (gathered, exchanged, summed) in enumerate(on_ranks(2, body)):
+        part = slice(rank * numel, (rank + 1) * numel)
+        assert_bits(gathered, torch.cat([x[:numel] for x in xs]))
+        assert_bits(exchanged, torch.cat([x[part] for x in xs]))
+        assert_bits(summed, reference.all_reduce(xs, "sum")[0][part])
+
+
 def test_symmetric_memory_has_the_same_bits_and_is_not_staged() -> None:
     n, numel = 3, 20_000
     xs = [draw((n * numel,), torch.float32, 7 * r) for r in range(n)]

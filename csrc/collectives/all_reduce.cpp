@@ -113,28 +113,6 @@ void all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
   group.finish();
 }
 
-namespace {
-
-// Two ranks: the peer's part comes straight from its input, by way of the cache.
-void reduce_scatter_pair(Group& group, const std::vector<Part>& in, char* out,
-                         const Reduction& reduction, bool stream) {
-  const int me = group.rank(), peer = 1 - me;
-  group.lend(peer, in[peer].data);
-  group.meet();
-  char* theirs = group.slot(me, group.epoch() + 1);  // no peer reads it before the next barrier
-  for (size_t at = 0; at < in[me].nbytes; at += kPipelineNbytes) {
-    const size_t nbytes = std::min(kPipelineNbytes, in[me].nbytes - at);
-    group.read_lent(peer, at, theirs, nbytes);
-    const void* sources[2];
-    sources[me] = static_cast<const char*>(in[me].data) + at;
-    sources[peer] = theirs;
-    reduction.kernel(sources, 2, out + at, nbytes / reduction.itemsize, reduction.factor, stream);
-  }
-  group.barrier();
-}
-
-}  // namespace
-
 void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in, void* out,
                     const Reduction& reduction, Milliseconds timeout) {
   if (symmetric::reduce_scatter(group, call, in, out, reduction, timeout)) return;
@@ -151,11 +129,6 @@ void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
   std::vector<const void*> sources(n);
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, block));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
-  if (is_direct_pair(group, longest)) {
-    reduce_scatter_pair(group, in, static_cast<char*>(out), reduction, stream);
-    if (stream) stream_fence();
-    return group.finish();
-  }
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * block;
     for (int r = 0; r < n; r++) {

@@ -14,14 +14,9 @@ constexpr size_t kChunkNbytes = 256 << 10;
 constexpr size_t kSmallNbytes = 16 << 10;  // all_reduce: every rank sums everything
 constexpr size_t kStreamNbytes = 2 << 20;  // results from here on are written around the caches
 
-// Two ranks read parts of these sizes from each other's memory where that is possible. With more
-// ranks the kernel's page walks cost more than the second copy: staging won at every size.
-constexpr size_t kDirectMinNbytes = 32 << 10, kDirectMaxNbytes = 8 << 20;
-
-inline bool is_direct_pair(const Group& group, size_t nbytes) {
-  return group.world_size() == 2 && group.reads_peers() && nbytes >= kDirectMinNbytes &&
-         nbytes <= kDirectMaxNbytes;
-}
+// Two ranks read parts of these sizes from each other's memory where that is possible. Of smaller
+// parts, of sums, and with more ranks, the kernel's page walks cost more than the second copy.
+constexpr size_t kDirectMinNbytes = 1 << 20, kDirectMaxNbytes = 8 << 20;
 
 // Bytes of one of n blocks that share a slot.
 inline size_t block_nbytes(int n) {

@@ -30,7 +30,7 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
   const bool stream = total_nbytes(out) >= kStreamNbytes;
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, kChunkNbytes));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
-  if (is_direct_pair(group, longest)) {
+  if (n == 2 && group.reads_peers() && longest >= kDirectMinNbytes && longest <= kDirectMaxNbytes) {
     const int peer = 1 - me;
     group.lend(peer, in);
     group.meet();
