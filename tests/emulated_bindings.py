@@ -32,8 +32,6 @@ def missing() -> str | None:
 
     if not _C.cuda_built:
         return "this build of primitives has no CUDA host code (there was no nvcc)"
-    if not OBJECTS.exists():
-        return f"the objects of the build are not in {OBJECTS}"
     return None
 
 
@@ -44,6 +42,7 @@ def _run(command: list[str]) -> None:
 
 def build() -> Path:
     """The extension module, linked unless that was done before."""
+    assert OBJECTS.exists(), f"the build left no objects in {OBJECTS}: run make build"
     emulator = ROOT / "tests" / "emulator"
     csrc = ROOT / "csrc"
     names = sorted(file.relative_to(csrc) for file in csrc.glob("**/*.cpp"))

@@ -81,6 +81,6 @@ def test_a_tensor_in_the_wrong_place_is_noticed() -> None:
             x + torch.ones(3)
         with pytest.raises(RuntimeError, match=r"canonical\.gelu_backward: expected all tensors"):
             arithmetic.kernels.gelu_backward(x, torch.ones(3))
-        with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        with pytest.raises(RuntimeError, match="not supported for tensor subclasses"):
             x.numpy()
         assert copy.copy(x.cpu()).tolist() == [1.0, 1.0, 1.0]
