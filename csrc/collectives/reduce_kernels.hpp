@@ -7,8 +7,11 @@
 namespace primitives::ISA {
 namespace {
 
-constexpr size_t kBlock =
-    512;  // elements combined at a time: the partial results stay in the L1 cache
+// Combined at a time: partial results stay in the L1 cache. What goes around the caches goes in
+// smaller blocks: stores that long hold up the loads of the next inputs.
+constexpr size_t kBlock = 512;  // elements
+constexpr size_t kStreamBlockNbytes = 512;
+constexpr size_t kAheadNbytes = 4096;  // that a copy around the caches asks for what it reads
 
 // ---- types: how elements are stored, and what they are combined in
 template <class T>
@@ -210,7 +213,11 @@ void copy_around_caches(void* out, const void* in, size_t nbytes) {
   __builtin_memcpy(to, from, head);
   size_t i = head;
   for (; i + 256 <= nbytes; i += 256) {
-    for (int line = 0; line < 256; line += 64) _mm_prefetch(from + i + 1024 + line, _MM_HINT_T0);
+    if (i + kAheadNbytes + 256 <= nbytes) {  // beyond may be what a peer writes now
+      for (int line = 0; line < 256; line += 64) {
+        _mm_prefetch(from + i + kAheadNbytes + line, _MM_HINT_T0);
+      }
+    }
 #if ISA_LEVEL == 2
     for (int k = 0; k < 256; k += 64) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + k), _mm512_loadu_si512(from + i + k));
@@ -237,10 +244,14 @@ void reduce(const void* const* in, int n, void* out, size_t numel, double factor
   const auto* sources = reinterpret_cast<const Store* const*>(in);
   Store* result = static_cast<Store*>(out);
   const Acc f = static_cast<Acc>(factor);
+  constexpr size_t kStreamBlock = kStreamBlockNbytes / sizeof(Store);
   Acc acc[kBlock];
-  alignas(64) Store block[kBlock];
-  for (size_t at = 0; at < numel; at += kBlock) {
-    const size_t k = numel - at < kBlock ? numel - at : kBlock;
+  alignas(64) Store block[kStreamBlock];
+  // The first block ends where a cache line of the result does.
+  const size_t before = reinterpret_cast<uintptr_t>(out) % 64 / sizeof(Store);
+  size_t k = stream ? kStreamBlock - before : kBlock;
+  for (size_t at = 0; at < numel; at += k, k = stream ? kStreamBlock : kBlock) {
+    if (k > numel - at) k = numel - at;
     Store* to = stream ? block : result + at;
     if constexpr (D::kPlain) {
       if (n <= 4) {
