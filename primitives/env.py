@@ -44,8 +44,8 @@ CHECK = Variable(
 STAGING = Variable(
     "PRIMITIVES_STAGING",
     "auto",
-    "How ranks write what their peers copy: cache, stream (around the caches), or auto, which "
-    "watches what it costs. The results are the same.",
+    "How ranks write results and what their peers copy: cache, stream (around the caches), or "
+    "auto, which goes by size and watches what it costs. The results are the same.",
 )
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."

@@ -7,11 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from collective_cases import Case
 from ranks import ThreadRanks
-
-from primitives.env import STAGING
 
 
 class Groups:
@@ -23,9 +20,7 @@ class Groups:
 
     def of(self, world_size: int, staging: str = "auto") -> ThreadRanks:
         if (world_size, staging) not in self._groups:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(STAGING.name, staging)
-                self._groups[world_size, staging] = ThreadRanks(world_size)
+            self._groups[world_size, staging] = ThreadRanks(world_size, staging=staging)
         return self._groups[world_size, staging]
 
     def play(self, name: str, case: Case, call: Callable[[Any, int], Any]) -> list[Any]:

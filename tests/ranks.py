@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from primitives.env import STAGING
 from scenarios.fork_server import ForkServer, Process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,10 +49,16 @@ class ThreadRanks:
 
     Args:
         hosts: the host of each rank, a letter each, like "aabb"; empty: all on one.
+        staging: PRIMITIVES_STAGING of the ranks; empty: as it is here.
     """
 
     def __init__(
-        self, world_size: int, timeout_s: float = 20.0, hosts: str = "", **options: Any
+        self,
+        world_size: int,
+        timeout_s: float = 20.0,
+        hosts: str = "",
+        staging: str = "",
+        **options: Any,
     ) -> None:
         from primitives import _C
         from primitives.hosts import connect_hosts
@@ -68,7 +75,10 @@ class ThreadRanks:
             return _C.Backend(store, rank, world_size, settings, list(hosts), wire)
 
         self.world_size, self.num_hosts = world_size, max(1, len(set(hosts)))
-        self.backends = run_threads(world_size, make)
+        with pytest.MonkeyPatch.context() as patch:
+            if staging:
+                patch.setenv(STAGING.name, staging)
+            self.backends = run_threads(world_size, make)
 
     def __call__(self, function: Callable[[Any, int], Any]) -> list[Any]:
         """``function(backend, rank)`` on every rank at once; the results in rank order."""

@@ -380,7 +380,6 @@ def test_the_comparison_sees_every_flipped_bit(how: str, dtype: torch.dtype) -> 
             assert_bits(laid(wrong, how), x)
 
 
-def test_an_unknown_staging_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(env.STAGING.name, "fast")
+def test_an_unknown_staging_is_refused() -> None:
     with pytest.raises(CollectiveError, match="expected auto, cache or stream, got 'fast'"):
-        ThreadRanks(2)
+        ThreadRanks(2, staging="fast")

@@ -73,9 +73,8 @@ def test_reductions_have_the_bits_of_the_definition(case: Any, numel: int, n: in
         assert_bits(rooted, everywhere if rank == n - 1 else xs[rank])
 
 
-@pytest.mark.parametrize("numel", [2**20 - 1, 2**20, 2**20 + 3, 2**23 + 1])
-def test_two_ranks_move_parts_from_a_mebibyte_on(numel: int) -> None:
-    """Staged, or read from the peer's memory where the kernel allows that."""
+@pytest.mark.parametrize("numel", [2**22 - 1, 2**22, 2**23 + 3])
+def test_results_that_fill_the_caches_are_written_around_them(numel: int) -> None:
     xs = [draw((2 * numel,), torch.uint8, 5 * r) for r in range(2)]
 
     def body(comm: Communicator) -> Any:

@@ -20,10 +20,13 @@ SIZES = st.one_of(st.integers(0, 40), st.sampled_from([1023, 1025, 33_001, 100_0
 SHAPES = st.lists(st.tuples(SIZES, st.integers(1, 3)), min_size=1, max_size=7)
 
 
-# The host of each rank.
-@pytest.fixture(scope="module", params=["a", "aa", "aaa", "aaaa", "ab", "abba"])
+# The host of each rank, and how it writes.
+@pytest.fixture(
+    scope="module", params=["a", "aa", "aaa", "aaa stream", "aaaa", "aaaa stream", "ab", "abba"]
+)
 def ranks(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
-    group = ThreadRanks(len(request.param), hosts=request.param)
+    hosts, _, staging = request.param.partition(" ")
+    group = ThreadRanks(len(hosts), hosts=hosts, staging=staging)
     yield group
     group.close()
 

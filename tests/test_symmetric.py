@@ -23,9 +23,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 NUMELS = st.sampled_from([1, 1000, 4099, 16_384, 16_387, 70_001, 300_000])
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=["2 auto", "3 stream", "4 auto", "4 stream"])
 def ranks(request: pytest.FixtureRequest) -> Iterator[ThreadRanks]:
-    group = ThreadRanks(request.param)
+    world_size, staging = request.param.split()
+    group = ThreadRanks(int(world_size), staging=staging)
     yield group
     group.close()
 

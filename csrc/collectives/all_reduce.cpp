@@ -118,7 +118,7 @@ void reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
   if (symmetric::reduce_scatter(group, call, in, out, reduction, timeout)) return;
   const int n = group.world_size(), me = group.rank();
   const size_t block = block_nbytes(n), out_nbytes = in[me].nbytes;
-  const bool stream = out_nbytes >= kStreamNbytes;
+  const bool stream = around_caches(group, out_nbytes);
   std::vector<uint64_t> send(n), recv(n, out_nbytes);
   size_t longest = 0;
   for (int r = 0; r < n; r++) {

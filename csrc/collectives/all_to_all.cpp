@@ -3,17 +3,6 @@
 #include "collectives/symmetric.hpp"
 
 namespace primitives {
-namespace {
-
-// Two ranks: the peer's part straight from its input.
-void all_to_all_pair(Group& group, const Part& own, const std::vector<Part>& out, bool stream) {
-  const int me = group.rank(), peer = 1 - me;
-  copy(out[me].data, own.data, own.nbytes, stream);
-  group.read_lent(peer, 0, out[peer].data, out[peer].nbytes);
-  group.barrier();
-}
-
-}  // namespace
 
 void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
                 const std::vector<Part>& out, Milliseconds timeout) {
@@ -28,17 +17,14 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
     longest = std::max(longest, in[r].nbytes);
     total += out[r].nbytes;
   }
-  const bool stream = total >= kStreamNbytes;
+  const bool stream = around_caches(group, total);
   const size_t stride = block_stride(call, longest, block);
-  // The longest part of any rank decides for all: what is that long is not staged.
-  const bool reads_peer = n == 2 && group.reads_peers();
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
-  if (reads_peer) group.lend(1 - me, in[1 - me].data);
   size_t num_chunks = std::max<size_t>(1, ceil_div(longest, block));
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * block;
     for (int r = 0; r < n; r++) {
-      if (r == me || (reads_peer && longest >= kDirectMinNbytes)) continue;
+      if (r == me) continue;
       const char* mine = static_cast<const char*>(in[r].data) + at;
       const size_t nbytes = chunk_nbytes(in[r].nbytes, i, block);
       stage(group, group.slot(me, group.epoch() + 1) + r * stride, mine, nbytes);
@@ -48,10 +34,6 @@ void all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
       group.meet();
       for (int r = 0; call.has_counts && r < n; r++) {
         for (int s = 0; s < n; s++) longest = std::max<size_t>(longest, group.sent_nbytes(r, s));
-      }
-      if (reads_peer && longest >= kDirectMinNbytes) {
-        all_to_all_pair(group, in[me], out, stream);
-        break;
       }
       num_chunks = std::max<size_t>(1, ceil_div(longest, block));
     } else {

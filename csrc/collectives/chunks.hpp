@@ -12,11 +12,8 @@ namespace primitives {
 
 constexpr size_t kChunkNbytes = 256 << 10;
 constexpr size_t kSmallNbytes = 16 << 10;  // all_reduce: every rank sums everything
-constexpr size_t kStreamNbytes = 2 << 20;  // results from here on are written around the caches
 
-// Two ranks read parts of these sizes from each other's memory where that is possible. Of smaller
-// parts, of sums, and with more ranks, the kernel's page walks cost more than the second copy.
-constexpr size_t kDirectMinNbytes = 1 << 20, kDirectMaxNbytes = 8 << 20;
+constexpr size_t kStreamNbytes = 16 << 20;  // results of all ranks that fill a last-level cache
 
 // Bytes of one of n blocks that share a slot.
 inline size_t block_nbytes(int n) {
@@ -29,6 +26,11 @@ inline size_t block_stride(const Call& call, size_t longest, size_t block) {
 }
 
 inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// Whether results of `nbytes` a rank are written around the caches.
+inline bool around_caches(Group& group, size_t nbytes, size_t limit = kStreamNbytes) {
+  return group.staging_pace().streams_results(nbytes * group.world_size(), limit);
+}
 
 // The part of [0, nbytes) that chunk `index` covers.
 inline size_t chunk_nbytes(size_t nbytes, size_t index, size_t chunk) {

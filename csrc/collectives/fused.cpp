@@ -181,7 +181,7 @@ void all_gather_many(Group& group, Call call, const GatherMany& many, Millisecon
   const Cuts& cuts = many.cuts;
   const int n = group.world_size(), me = group.rank();
   const size_t itemsize = many.full_itemsize;
-  const bool stream = cuts.numel() * itemsize >= kStreamNbytes;
+  const bool stream = around_caches(group, cuts.numel() * itemsize);
   if (write_places(group, many.fulls, cuts, itemsize) && all_symmetric(group, call, timeout)) {
     push(group, many, stream);
     if (stream) stream_fence();

@@ -27,18 +27,9 @@ void all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
     recv[r] = out[r].nbytes;
     longest = std::max(longest, out[r].nbytes);
   }
-  const bool stream = total_nbytes(out) >= kStreamNbytes;
+  const bool stream = around_caches(group, total_nbytes(out));
   const size_t num_chunks = std::max<size_t>(1, ceil_div(longest, kChunkNbytes));
   group.start(call, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
-  if (n == 2 && group.reads_peers() && longest >= kDirectMinNbytes && longest <= kDirectMaxNbytes) {
-    const int peer = 1 - me;
-    group.lend(peer, in);
-    group.meet();
-    copy(out[me].data, in, in_nbytes, stream);
-    group.read_lent(peer, 0, out[peer].data, out[peer].nbytes);
-    group.barrier();
-    return group.finish();
-  }
   for (size_t i = 0; i < num_chunks; i++) {
     const size_t at = i * kChunkNbytes;
     const char* mine = static_cast<const char*>(in) + at;
@@ -85,7 +76,7 @@ void gather(Group& group, const Call& call, const void* in, size_t in_nbytes,
 void broadcast(Group& group, const Call& call, void* data, size_t nbytes, Milliseconds timeout) {
   if (symmetric::broadcast(group, call, data, nbytes, timeout)) return;
   const int n = group.world_size(), me = group.rank();
-  const bool stream = nbytes >= kStreamNbytes;
+  const bool stream = around_caches(group, nbytes);
   const size_t num_chunks = std::max<size_t>(1, ceil_div(nbytes, kChunkNbytes));
   group.start(call, nullptr, nullptr, timeout);
   for (size_t i = 0; i < num_chunks; i++) {

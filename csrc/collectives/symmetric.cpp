@@ -65,7 +65,7 @@ bool all_gather(Group& group, const Call& call, const void* in, size_t in_nbytes
     if (r < me) before += recv[r];
     total += recv[r];
   }
-  const bool stream = total >= kStreamNbytes;
+  const bool stream = around_caches(group, total);
   group.start_symmetric(call, mine, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
   if (all_offer(group, &Offer::out)) {
     for (size_t at = 0; at < in_nbytes; at += kBlockNbytes) {
@@ -102,7 +102,7 @@ bool reduce_scatter(Group& group, const Call& call, const std::vector<Part>& in,
   if (!mine.any()) return false;
   const size_t nbytes = in[me].nbytes;
   const std::vector<uint64_t> recv(n, nbytes);
-  const bool stream = nbytes >= kStreamNbytes;
+  const bool stream = around_caches(group, nbytes);
   group.start_symmetric(call, mine, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
   if (!all_offer(group, &Offer::in)) return decline(group);
   std::vector<const void*> sources(n);
@@ -124,7 +124,7 @@ bool all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
   // A slice is read and written by one rank alone, so working in place is safe.
   const size_t slice = (ceil_div(nbytes, n) + 63) & ~size_t{63};
   const size_t end = std::min(nbytes, slice * (me + 1));
-  const bool stream = nbytes * n >= kStreamAllReduceNbytes;
+  const bool stream = around_caches(group, nbytes, kStreamAllReduceNbytes);
   alignas(64) char sums[kBlockNbytes];
   std::vector<const void*> sources(n);
   for (size_t at = std::min(nbytes, slice * me); at < end; at += kBlockNbytes) {
@@ -141,6 +141,7 @@ bool all_reduce(Group& group, const Call& call, void* data, size_t nbytes,
 
 bool all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
                 const std::vector<Part>& out, Milliseconds timeout) {
+  const int n = group.world_size(), me = group.rank();
   const std::vector<uint64_t> send = nbytes_of(in), recv = nbytes_of(out);
   size_t total = 0;
   for (uint64_t nbytes : recv) total += nbytes;
@@ -148,10 +149,9 @@ bool all_to_all(Group& group, const Call& call, const std::vector<Part>& in,
   if (heap == nullptr) return false;
   const Offer mine{.in = offset_of(*heap, in)};
   if (!mine.any()) return false;
-  const bool stream = total >= kStreamNbytes;
+  const bool stream = around_caches(group, total);
   group.start_symmetric(call, mine, call.has_counts ? send.data() : nullptr, recv.data(), timeout);
   if (!all_offer(group, &Offer::in)) return decline(group);
-  const int n = group.world_size(), me = group.rank();
   for (int j = 0; j < n; j++) {
     const int r = (me + j) % n;
     size_t before = 0;
@@ -168,7 +168,7 @@ bool broadcast(Group& group, const Call& call, void* data, size_t nbytes, Millis
   if (!mine.any()) return false;
   group.start_symmetric(call, mine, nullptr, nullptr, timeout);
   if (!all_offer(group, &Offer::in)) return decline(group);
-  const bool stream = nbytes >= kStreamNbytes;
+  const bool stream = around_caches(group, nbytes);
   copy(data, heap->at(call.root, group.offer(call.root).in), nbytes, stream);
   return finish(group, stream);
 }

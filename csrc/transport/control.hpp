@@ -37,8 +37,6 @@ struct alignas(64) RankLine {
   alignas(64) std::atomic<uint32_t> bell;
   std::atomic<uint32_t> asleep;
   std::atomic<uint32_t> checks;              // this rank asked for payload digests
-  std::atomic<uint32_t> reads_peers;         // this rank can read the memory of all others
-  uint64_t self_address;                     // where its ProcessId lies, for them to try
   alignas(64) SharedText<kSiteNbytes> site;  // of the last call; "" when unknown
   SharedText<352> waiting;                   // what it has waited for elsewhere, see Waiting
 };
@@ -73,15 +71,13 @@ struct Offer {
   bool any() const { return in != kNotSymmetric || out != kNotSymmetric; }
 };
 
-// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank; and world_size
-// addresses of what each rank may read. See [Note: peer memory].
+// Followed by 2 * world_size counts: bytes to each rank, bytes from each rank.
 struct alignas(64) CallRecord {
   uint64_t seq;
   Call call;
   Offer offer;
 
   uint64_t* counts() { return reinterpret_cast<uint64_t*>(this + 1); }
-  uint64_t* lent(int world_size) { return counts() + 2 * world_size; }
 };
 
 // What a rank meant to stage, for one reader or for all. See [Note: digests].
@@ -133,7 +129,7 @@ class Layout {
   static size_t align(size_t nbytes) { return (nbytes + 63) & ~size_t{63}; }
   static size_t page_align(size_t nbytes) { return (nbytes + 4095) & ~size_t{4095}; }
   size_t record_nbytes() const {
-    return sizeof(CallRecord) + align(3 * world_size_ * sizeof(uint64_t));
+    return sizeof(CallRecord) + align(2 * world_size_ * sizeof(uint64_t));
   }
   size_t ring_heads() const { return stage(world_size_); }
 

@@ -66,12 +66,6 @@ void Group::meet_first() {
   barrier();
   call_epoch_ = epoch_;
   compare_calls();
-  if (has_met_) return;
-  has_met_ = true;
-  reads_peers_ = world_size() > 1 && !checked_;
-  for (int r = 0; r < world_size(); r++) {
-    reads_peers_ = reads_peers_ && line(r).reads_peers.load(std::memory_order_relaxed) != 0;
-  }
 }
 
 void Group::finish() {

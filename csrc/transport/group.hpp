@@ -132,17 +132,6 @@ class Group {
   // Bytes that `rank` sends to `to` in the call that has just met (has_counts only).
   uint64_t sent_nbytes(int rank, int to) const;
 
-  // --- memory of the peers, see [Note: peer memory]
-  // Whether all ranks can read one another's; the same answer on all ranks. False in the first
-  // call, before which nobody knows.
-  bool reads_peers() const { return reads_peers_; }
-  // Between start() and meet(): what `rank` may read until the next barrier.
-  void lend(int rank, const void* data) {
-    record(this->rank(), epoch_ + 1).lent(world_size())[rank] = reinterpret_cast<uint64_t>(data);
-  }
-  // After meet(): bytes [at, at + nbytes) of what `rank` has lent to this one.
-  void read_lent(int rank, size_t at, void* out, size_t nbytes);
-
   // --- failure
   // Makes `what` the failure of the whole group unless it has one, and throws the one it has.
   [[noreturn]] void fail(Failure failure, const std::string& what);
@@ -183,7 +172,6 @@ class Group {
  private:
   void attach(Meeting& meeting);
   void enter();
-  void probe_peers();
   void wait_generation(uint32_t epoch);
   void spread_over_cores();
   static constexpr Milliseconds kMinSpreadPause{1};
@@ -217,8 +205,6 @@ class Group {
   Milliseconds spread_pause_ = kMinSpreadPause;
   bool attached_ = false;
   bool checked_ = false;
-  bool has_met_ = false;
-  bool reads_peers_ = false;
   FlightRecord record_;                // of the running call
   std::atomic<uint64_t> flight_{0};    // its number in the flight recorder
   std::atomic<bool> has_told_{false};  // of the failure, in a dump

@@ -251,7 +251,6 @@ void Group::attach(Meeting& meeting) {
   }
   for (uint64_t word : cores) num_cores += std::popcount(word);
   oversubscribed_ = world_size() > num_cores;
-  probe_peers();
 }
 
 // This rank's line, for all to see.
@@ -260,7 +259,6 @@ void Group::enter() {
   mine.pid = self_.pid;
   mine.start_time = self_.start_time;
   mine.pid_space = pid_space();
-  mine.self_address = reinterpret_cast<uint64_t>(&self_);
   const char* check = std::getenv("PRIMITIVES_CHECK");
   mine.checks.store(check != nullptr && *check != '\0' && std::strcmp(check, "0") != 0);
   const char* staging = std::getenv("PRIMITIVES_STAGING");

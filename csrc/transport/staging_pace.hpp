@@ -1,4 +1,4 @@
-// How a rank writes to its staging slots: through the caches, or around them.
+// How a rank writes to its staging slots and its results: through the caches, or around them.
 //
 // [Note: staging pace] Before a line that a peer has read can be written again, it must be taken
 // back from the peer's cache. That costs 8 ns a line between cores that share a last-level cache,
@@ -28,6 +28,11 @@ class StagingPace {
     if (num_to_stream_ == 0) return false;
     if (!fixed_) num_to_stream_--;
     return true;
+  }
+
+  // How results go that have `nbytes` on all ranks together, where `limit` fill the caches.
+  bool streams_results(size_t nbytes, size_t limit) const {
+    return fixed_ ? num_to_stream_ > 0 : nbytes >= limit;
   }
 
   // Whether a copy through the caches is to be timed ...
