@@ -25,6 +25,7 @@
 #include "emulator/runtime.hpp"
 #include "faults.hpp"
 #include "meeting.hpp"
+#include "staging_pace.hpp"
 #include "values.hpp"
 
 namespace primitives::native_tests {
@@ -193,6 +194,7 @@ bool play_processes(const Plan& plan) {
 
 int run(int argc, char** argv) {
   Plan plan = parse(argc, argv);
+  check_staging_pace();
   char folder[] = "/tmp/primitives-driver-XXXXXX";
   if (mkdtemp(folder) == nullptr) throw std::runtime_error("driver: no temporary folder");
   plan.folder = folder;
