@@ -205,21 +205,21 @@ void tree(const typename D::Store* const* in, int n, size_t at, size_t numel, ty
   for (size_t i = 0; i < numel; i++) out[i] = O::two(out[i], other[i]);
 }
 
-constexpr size_t kStreamNbytes = 256;  // at a time
+constexpr size_t kLinesNbytes = 256;  // at a time
 
-// kStreamNbytes to a whole number of cache lines, around the caches.
+// kLinesNbytes to a whole number of cache lines, around the caches.
 inline void stream_lines(char* to, const char* from) {
 #if ISA_LEVEL == 2
-  for (size_t i = 0; i < kStreamNbytes; i += 64) {
+  for (size_t i = 0; i < kLinesNbytes; i += 64) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
   }
 #elif ISA_LEVEL == 1
-  for (size_t i = 0; i < kStreamNbytes; i += 32) {
+  for (size_t i = 0; i < kLinesNbytes; i += 32) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
   }
 #else
-  for (size_t i = 0; i < kStreamNbytes; i += 16) {
+  for (size_t i = 0; i < kLinesNbytes; i += 16) {
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
   }
@@ -233,9 +233,9 @@ void copy_around_caches(void* out, const void* in, size_t nbytes) {
   if (head > nbytes) head = nbytes;
   __builtin_memcpy(to, from, head);
   size_t i = head;
-  for (; i + kStreamNbytes <= nbytes; i += kStreamNbytes) {
-    if (i + kAheadNbytes + kStreamNbytes <= nbytes) {  // beyond may be what a peer writes now
-      for (size_t line = 0; line < kStreamNbytes; line += 64) {
+  for (; i + kLinesNbytes <= nbytes; i += kLinesNbytes) {
+    if (i + kAheadNbytes + kLinesNbytes <= nbytes) {  // beyond may be what a peer writes now
+      for (size_t line = 0; line < kLinesNbytes; line += 64) {
         _mm_prefetch(from + i + kAheadNbytes + line, _MM_HINT_T0);
       }
     }
@@ -276,7 +276,7 @@ void reduce(const void* const* in, int n, void* out, size_t numel, double factor
     char* const bytes = reinterpret_cast<char*>(result + at);
     if (k == kStreamBlock && reinterpret_cast<uintptr_t>(bytes) % 64 == 0) {
       const char* const from = reinterpret_cast<const char*>(block);
-      for (size_t i = 0; i < sizeof block; i += kStreamNbytes) stream_lines(bytes + i, from + i);
+      for (size_t i = 0; i < sizeof block; i += kLinesNbytes) stream_lines(bytes + i, from + i);
     } else {
       __builtin_memcpy(bytes, block, k * sizeof(Store));
     }
