@@ -163,7 +163,10 @@ void Group::spread_over_cores() {
 
 // Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on
 // this very core; otherwise keep the core awake for a while, because waking it costs more than the
-// wait.
+// wait. A yield that meets nobody is repeated: the scheduler lets the other rank run as soon as this
+// one has had as much of the core. To sleep instead would keep what this rank is owed, and with it
+// every later yield would meet nobody, too (ranks of one session forgo that by a yield; torchrun's,
+// each in a session and so in a scheduling group of its own, do not: 8 us a barrier, not 4).
 void Group::wait_generation(uint32_t epoch) {
   Control& c = control();
   auto arrived = [&] {
@@ -172,22 +175,18 @@ void Group::wait_generation(uint32_t epoch) {
   auto missing = [&](int r) {
     return static_cast<int32_t>(line(r).epoch.load(std::memory_order_acquire) - epoch) < 0;
   };
-  constexpr auto kNoSwitch = std::chrono::nanoseconds(600);  // a yield this short met nobody
   const auto start = Clock::now();
   auto now = start;
   int cpu = oversubscribed_ ? sched_getcpu() : -1;
-  for (int num_idle_yields = 0; now - start < std::chrono::milliseconds(1);) {
+  while (now - start < std::chrono::milliseconds(1)) {
     bool shares_core = false;
     for (int r = 0; oversubscribed_ && r < world_size() && !shares_core; r++) {
       shares_core = missing(r) && line(r).cpu.load(std::memory_order_relaxed) == cpu;
     }
     if (shares_core) {
-      const auto before = Clock::now();
       sched_yield();
-      now = Clock::now();
       if (arrived()) return;
-      num_idle_yields = now - before < kNoSwitch ? num_idle_yields + 1 : 0;
-      if (num_idle_yields >= 10) break;
+      now = Clock::now();
       cpu = sched_getcpu();
     } else {
       for (int i = 0; i < 16; i++) {
@@ -196,8 +195,8 @@ void Group::wait_generation(uint32_t epoch) {
       }
       now = Clock::now();
       if (now - start > std::chrono::microseconds(200)) break;
-      if (now - start > std::chrono::microseconds(25)) {
-        sched_yield();
+      if (now - start > std::chrono::microseconds(6)) {
+        sched_yield();  // a rank that waits here, too, should have had as much of the core
         if (oversubscribed_) cpu = sched_getcpu();
       }
     }
