@@ -47,7 +47,7 @@ class Communicator(_C.Communicator):
     - ``reduce(data [k], root=0, op="sum")``: in place on the root, the others keep theirs.
     - ``gather(out [n * k], shard [k], root=0)``: ``out`` is None but on the root.
     - ``scatter(out [k], full [n * k], root=0)``: ``full`` is None but on the root.
-    - ``empty(*shape, dtype=)``: memory in which the others copy nothing twice.
+    - ``empty(*shape, dtype=, device=)``: memory in which the others copy nothing twice.
     - ``barrier()``.
     - ``send(data, dst, tag=0)``, ``recv(data, src=None, tag=0)``: None is any rank; recv returns
       the source. send returns when the data may be changed.
@@ -176,17 +176,37 @@ class Communicator(_C.Communicator):
             name=name,
         )
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # type: ignore[override]
-        """An uninitialized CPU tensor in memory that every rank has mapped; ``primitives.empty``.
+    def empty(  # type: ignore[override]
+        self,
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        stream: int | None = None,
+    ) -> torch.Tensor:
+        """An uninitialized tensor in memory that every rank has mapped; ``primitives.empty``.
 
-        Collective. ``.numpy()`` shows it as an array. It outlives this communicator.
+        Collective. ``.numpy()`` shows one of the CPU as an array, ``cupy.asarray`` one of a GPU. It
+        outlives this communicator.
+
+        Args:
+            shape: sizes.
+            dtype: any.
+            device: "cpu", or a CUDA device; "cuda" is the thread's current one.
+            stream: a cudaStream_t whose work the memory is for; None: the legacy default stream. It
+                lives until the tensor is freed (docs/symmetric-memory.md).
 
         Raises:
             CollectiveMismatch: ranks ask for different sizes or dtypes.
             CollectiveError: a rank has no room; on all ranks alike, and the communicator stays
                 usable.
         """
-        return super().empty(shape, dtype)
+        place = torch.device(device)
+        if place.type == "cpu":
+            return super().empty(shape, dtype)
+        if place.type != "cuda":
+            raise ValueError(f"empty: device: expected cpu or cuda, got {device}")
+        index = -1 if place.index is None else place.index
+        return self.empty_on_device(shape, dtype, index, stream)
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
         """One communicator for all ranks of each color; collective over this one.

@@ -14,19 +14,23 @@ def empty(
     *shape: int,
     dtype: "torch.dtype | None" = None,
     symmetric: bool = True,
+    device: "torch.device | str" = "cpu",
     group: "dist.ProcessGroup | None" = None,
 ) -> "torch.Tensor":
-    """An uninitialized CPU tensor in the symmetric memory of ``group``.
+    """An uninitialized tensor in the symmetric memory of ``group``.
 
     Where the tensors of all ranks are symmetric, all_gather (outputs or inputs), reduce_scatter,
     all_to_all (inputs), all_reduce and broadcast of that group, and the fused collectives, read and
     write the peers' tensors in place: the same bits, sooner. In other groups, and beside ordinary
-    tensors, it is an ordinary tensor. Views are symmetric too.
+    tensors, it is an ordinary tensor. Views are symmetric too. On CUDA it is the inputs of the
+    operations that are read in place, and fused collectives are staged.
 
     Args:
         shape: sizes, or one sequence of them.
         dtype: any; default: torch's default dtype.
         symmetric: False makes a tensor in ordinary memory, and is no collective.
+        device: "cpu", or the CUDA device of this rank; there the memory belongs to the stream that
+            is current now, as it would with torch's own allocator.
         group: of the "primitives" backend. Default: the world.
 
     Returns:
@@ -36,7 +40,8 @@ def empty(
     Raises:
         CollectiveMismatch: ranks ask for different sizes or dtypes.
         CollectiveError: a rank has no room; on all ranks alike, and the group stays usable.
-        ValueError: the group has another backend.
+        ValueError: the group has another backend; another device than that of the group's first
+            call on CUDA; the stream is captured into a graph.
 
     Contract: a collective of the group; every rank makes the same calls in the same order.
     """
@@ -47,5 +52,5 @@ def empty(
     sizes = torch.Size(*shape) if len(shape) == 1 and not isinstance(shape[0], int) else shape
     dtype = dtype or torch.get_default_dtype()
     if not symmetric:
-        return torch.empty(sizes, dtype=dtype)
-    return native(group, "empty").empty(list(sizes), dtype)
+        return torch.empty(sizes, dtype=dtype, device=device)
+    return native(group, "empty").empty(list(sizes), dtype, torch.device(device))

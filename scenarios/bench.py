@@ -109,7 +109,7 @@ FILE = OutputFile(dir_okay=False)
     "--against",
     default=None,
     help="Of gloo, symmetric (ours on symmetric memory), openmpi, mpich, impi, mpi (all three), "
-    "none; on cuda of nccl, none; commas between "
+    "none; on cuda of nccl, symmetric, none; commas between "
     "[c10d: gloo; communicator: mpi; cuda: none].",
 )
 @click.option("--case", default="S1", show_default=True, help="What `step` trains, at scale ci.")
@@ -118,7 +118,7 @@ FILE = OutputFile(dir_okay=False)
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where collectives and vocab_entropy run.",
+    help="Where collectives, fused and vocab_entropy run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def bench(
@@ -140,10 +140,11 @@ def bench(
 
     Sizes, algbw and busbw are those of nccl-tests; docs/performance.md derives every column.
     """
-    on_cpu = [name for name in op if name not in (*OPS, "vocab_entropy")]
+    on_cpu = [name for name in op if name not in (*OPS, "fused", "vocab_entropy")]
     if device == "cuda" and on_cpu:
         raise click.UsageError(
-            f"--device cuda: collectives and vocab_entropy run there, got {', '.join(on_cpu)}"
+            "--device cuda: collectives, fused and vocab_entropy run there, got "
+            + ", ".join(on_cpu)
         )
     if "gemm" in op and given["dtype"] not in GEMM_DTYPES:
         raise click.UsageError(
@@ -194,14 +195,11 @@ def bench(
     if "fused" in op:
         from primitives.bench import fused
 
-        if not as_json:
-            click.echo("\n".join(fused_head()))
-        document["fused"] = []
         of_ranks = given["num_ranks"]
-        for fused_row in fused.measure(of_ranks, list(fused.CASES), given["num_blocks"]):
-            document["fused"].append(asdict(fused_row))
-            if not as_json:
-                click.echo(fused_line(fused_row))
+        rows = fused.measure(of_ranks, list(fused.CASES), given["num_blocks"], device)
+        document["fused"] = [asdict(fused_row) for fused_row in rows]
+        if not as_json:
+            click.echo("\n".join([*fused_head(rows[0]), *map(fused_line, rows)]))
     if "vocab_entropy" in op:
         document["vocab_entropy"] = bench_vocab(given["num_blocks"], device, as_json)
         if device == "cpu":

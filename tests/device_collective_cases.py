@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from collective_cases import FLOAT_OPS, FLOATS, INTEGER_OPS, assert_bits, values
-from emulated_ranks import DTYPES, Failure, Machine, RankCall, misaligned
+from emulated_ranks import DTYPES, MAX_CHUNKS, Failure, Machine, RankCall, misaligned
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -70,18 +70,26 @@ class Memory:
         return heap, list(inside.split([len(x) for x in parts]))
 
 
-def offers(data: st.DataObject, machine: Machine, nbytes: int) -> list[bool]:
-    """Which ranks offer their inputs: none, all, or some."""
-    if nbytes < max(1, machine.direct_nbytes):
-        return [False] * machine.world_size
+def offers(data: st.DataObject, machine: Machine, nbytes: int | list[list[int]]) -> list[bool]:
+    """Which ranks offer their inputs: none, all, or some, of those that may.
+
+    Args:
+        data: of hypothesis.
+        machine: says from which size on.
+        nbytes: of a part, or of the parts of each rank.
+    """
+    parts = [[nbytes]] * machine.world_size if isinstance(nbytes, int) else nbytes
+    may = [of[0] > 0 and max(of) >= max(1, machine.direct_nbytes) for of in parts]
     which = data.draw(st.sampled_from(["none", "all", "some"]))
-    if which == "some":
-        return [data.draw(st.booleans()) for _ in range(machine.world_size)]
-    return [which == "all"] * machine.world_size
+    return [
+        one and (which == "all" or (which == "some" and data.draw(st.booleans()))) for one in may
+    ]
 
 
 def play_all(play: Play, machine: Machine, calls: list[RankCall]) -> None:
-    """One call of every rank; nobody may report a failure."""
+    """One call of every rank; nobody may report a failure. Chunks have any numbers."""
+    for rank, call in enumerate(calls):
+        call.chunk = (machine.seed + 5 * rank) % MAX_CHUNKS
     assert play(machine, [[call] for call in calls]) == [None] * machine.world_size
 
 
@@ -131,7 +139,7 @@ def check_all_gather(play: Play, machine: Machine, dtype: torch.dtype, data: st.
     drawn = [data.draw(sizes) for _ in range(n)] if uneven else [data.draw(sizes)] * n
     xs = [values(numel, dtype, machine.seed + r) for r, numel in enumerate(drawn)]
     memory = Memory(data, per_element=False)
-    offered = [False] * n if uneven else offers(data, machine, drawn[0] * dtype.itemsize)
+    offered = offers(data, machine, [[x.numel() * x.itemsize] for x in xs])
     in_place = not uneven and data.draw(st.booleans())
     calls = []
     for rank, offer in enumerate(offered):
@@ -156,7 +164,7 @@ def check_all_to_all(play: Play, machine: Machine, dtype: torch.dtype, data: st.
         for s in range(n)
     ]
     memory = Memory(data, per_element=False)
-    offered = [False] * n if uneven else offers(data, machine, drawn[0] * dtype.itemsize)
+    offered = offers(data, machine, [[x.numel() * x.itemsize for x in of] for of in xs])
     calls = []
     for rank, offer in enumerate(offered):
         heap, parts = memory.heap(xs[rank]) if offer else (None, [memory.lay(x) for x in xs[rank]])

@@ -16,6 +16,8 @@ from ranks import init
 from test_backend_bits import draw
 from torch import Tensor
 
+import primitives
+from primitives.backend import native
 from primitives.errors import CollectiveError, CollectiveMismatch
 
 # torch views complex tensors as real ones by an operator of the device, which is not emulated.
@@ -241,6 +243,73 @@ def a_copy_that_fails(hosts: str) -> None:
         dist.all_reduce(device.on_device(x, 0))
 
 
+def symmetric(hosts: str) -> None:
+    """Tensors in symmetric memory: bits, which calls read them in place, and mistakes."""
+    device, rank, n = start(hosts)
+    backend = native(None, "symmetric")
+    direct = len(set(hosts)) == 1
+    numel = 100_000
+
+    def filled(tensor: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The tensor on the device, and as the host sees it, with values."""
+        assert (tensor.device, tensor.shape) == (torch.device("cuda", 0), values.shape)
+        return tensor, device.on_host(tensor).copy_(values)
+
+    def both(call: Callable[[Tensor, Tensor], Any], given: Tensor, out: Tensor) -> None:
+        """On the CPU, and on the device twice, since a call on a new chunk may be staged."""
+        wanted, want_out = given.clone(), out.clone()
+        call(wanted, want_out)
+        for turn in range(2):
+            before = backend.num_zero_copy
+            tensor, seen = filled(primitives.empty(*given.shape, device="cuda"), given)
+            got_out = out.clone()
+            call(tensor, device.on_device(got_out, 0))
+            device.synchronize()
+            assert bits_equal(seen, wanted)
+            assert bits_equal(got_out, want_out)
+            assert backend.num_zero_copy - before <= direct
+            assert turn == 0 or backend.num_zero_copy - before == direct
+
+    x = draw((numel,), torch.float32, rank).nan_to_num()
+    full = draw((n * numel,), torch.float32, 9 + rank).nan_to_num()
+    both(lambda one, _: dist.all_reduce(one), x, torch.empty(0))
+    both(lambda one, _: dist.broadcast(one, n - 1), x, torch.empty(0))
+    both(lambda one, out: dist.all_gather_into_tensor(out, one), x, torch.zeros(n * numel))
+    both(lambda one, out: dist.reduce_scatter_tensor(out, one), full, torch.zeros(numel))
+    both(lambda one, out: dist.all_to_all_single(out, one), full, torch.zeros(n * numel))
+
+    # One rank alone has symmetric memory: all stage.
+    before, wanted = backend.num_zero_copy, x.clone()
+    ordinary = device.on_device(x.clone(), 0)
+    own = backend.allocate_tensor(numel, dtype=torch.float32, device=torch.device("cuda", 0))
+    tensor, seen = filled(own if rank == 0 else ordinary, x)
+    dist.all_reduce(tensor)
+    device.synchronize()
+    dist.all_reduce(wanted)
+    assert bits_equal(seen, wanted)
+    assert backend.num_zero_copy == before
+
+    if direct:
+        device.set_captured(True)
+        with pytest.raises(ValueError, match="expected a stream that is not captured"):
+            backend.allocate_tensor(numel, dtype=torch.float32, device=torch.device("cuda", 0))
+        device.set_captured(False)
+    with pytest.raises(ValueError, match="expected cpu or cuda, got meta"):
+        primitives.empty(4, device="meta")
+    if rank == 1:
+        device.fail_next("export" if direct else "allocate")
+    message = "empty: rank 1 has no room for 67108[0-9]* bytes on device 0: (cannot be|out of)"
+    with pytest.raises(CollectiveError, match=message):
+        primitives.empty(1 << 24, device="cuda")
+    outlives = device.on_host(primitives.empty(1 << 24, device="cuda"))
+    with pytest.raises(CollectiveMismatch, match=r"empty\(float32, numel [45]\)"):
+        primitives.empty(5 if rank == 1 else 4, device="cuda")
+    with pytest.raises(CollectiveError):
+        backend.allocate_tensor(4, dtype=torch.float32, device=torch.device("cuda", 0))
+    dist.destroy_process_group()
+    assert outlives.fill_(3)[-1] == 3
+
+
 def communicator(hosts: str, kind: str) -> None:
     """Every operation on arrays of another library; what was asked of it; mistakes."""
     device = install(os.environ["TEST_BINDINGS"])
@@ -280,4 +349,14 @@ def communicator(hosts: str, kind: str) -> None:
                 comm.all_reduce(make(np.ones(4), readonly=True))
         comm.all_reduce(x)
         assert x.get().tolist() == [n] * 4
+        for turn in range(2):  # symmetric memory; a call on a new chunk may be staged
+            before = comm.num_zero_copy
+            tensor = comm.empty(2, 50_000, device="cuda", stream=device.stream() if turn else None)
+            seen = device.on_host(tensor).fill_(rank + 1)
+            comm.all_reduce(tensor)
+            assert bits_equal(seen, torch.full_like(seen, n * (n + 1) / 2))
+            assert turn == 0 or comm.num_zero_copy - before == (len(set(hosts)) == 1)
+            assert tensor.__cuda_array_interface__["data"] == (seen.data_ptr(), False)
+        with pytest.raises(ValueError, match="expected cpu or cuda, got meta"):
+            comm.empty(4, device="meta")
         comm.barrier()

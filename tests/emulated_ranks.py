@@ -10,6 +10,7 @@ from emulators import build
 from torch import Tensor
 
 MAX_RANKS, LETTER_WORDS = 8, 6
+MAX_CHUNKS, CHUNK_SHIFT = 16, 40
 NOT_SYMMETRIC = 2**64 - 1
 # Values of the enums in csrc/transport/operations.hpp and csrc/collectives/dtype.hpp.
 OPS = {"all_gather": 1, "reduce_scatter": 2, "all_reduce": 3, "all_to_all": 4, "broadcast": 5}
@@ -64,6 +65,7 @@ class Status(ctypes.Structure):
         ("mine", Words),
         ("theirs", Words),
         ("uploaded", ctypes.c_uint32),
+        ("num_direct", ctypes.c_uint32),
     )
 
 
@@ -79,7 +81,7 @@ class Ranks(ctypes.Structure):
         ("one_shot_nbytes", ctypes.c_uint32),
         ("direct_nbytes", ctypes.c_uint32),
         ("segments", Pointers),
-        ("heaps", Pointers),
+        ("chunks", ctypes.c_void_p * MAX_CHUNKS * MAX_RANKS),
         ("status", ctypes.POINTER(Status)),
         ("timeout_ns", ctypes.c_uint64),
     )
@@ -192,7 +194,9 @@ class RankCall:
     root: int = -1
     has_counts: bool = False
     heap: Tensor | None = None
-    """The symmetric memory in which the inputs lie, which are then offered to the peers."""
+    """The chunk of symmetric memory in which the inputs lie, which the peers may then read."""
+    chunk: int = 0
+    """... and its number on this rank."""
 
     def memory(self) -> list[Tensor]:
         """All that the device code may touch."""
@@ -209,7 +213,7 @@ class RankCall:
         call.root, call.seq, call.factor = self.root, seq, self.factor
         call.place = NOT_SYMMETRIC
         if self.heap is not None:
-            call.place = self.ins[0].data_ptr() - self.heap.data_ptr()
+            call.place = self.ins[0].data_ptr() - self.heap.data_ptr() | self.chunk << CHUNK_SHIFT
         for i, x in enumerate(self.ins):
             call.in_[i], call.in_nbytes[i] = x.data_ptr(), x.numel() * x.itemsize
         for i, x in enumerate(self.outs):
@@ -264,15 +268,16 @@ class Arrays:
         n, num_calls = machine.world_size, len(calls[0])
         assert all(len(rank_calls) == num_calls for rank_calls in calls)
         statuses = [Status(abort=int(r in aborting)) for r in range(n)]
-        heaps = [next((c.heap for c in own if c.heap is not None), None) for own in calls]
+        heaps = [{c.chunk: c.heap for c in own if c.heap is not None} for own in calls]
         ranks = (Ranks * n)()
         for r in range(n):
             ranks[r].rank, ranks[r].world_size = r, n
             for name in SIZES:
                 setattr(ranks[r], name, getattr(machine, name))
             ranks[r].status = ctypes.pointer(statuses[r])
-            for s, heap in enumerate(heaps):
-                ranks[r].heaps[s] = None if heap is None else heap.data_ptr()
+            for s, chunks in enumerate(heaps):
+                for chunk, heap in chunks.items():
+                    ranks[r].chunks[s][chunk] = heap.data_ptr()
         nbytes_at: dict[int, int] = {}
         for call in (call for rank_calls in calls for call in rank_calls):
             for x in call.memory():

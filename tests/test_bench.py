@@ -28,7 +28,7 @@ from primitives.bench.figures import Placement, Row, Timing
 from primitives.bench.jobs import Jobs
 from primitives.bench.measure import Plan
 from primitives.bench.payload import Array, expected_output, make_input, num_wrong
-from scenarios.bench_tables import FUSED, fused_line, head, lines_of
+from scenarios.bench_tables import fused_head, fused_line, head, lines_of
 from scenarios.cli import EXIT_MISMATCH, EXIT_PASS, EXIT_USAGE, main
 
 
@@ -160,20 +160,22 @@ def test_fused_compares_results_before_it_times_them(monkeypatch: pytest.MonkeyP
     rows = list(fused.measure(2, cases, num_rounds=2))
     assert [row.case for row in rows] == cases
     for row in rows:
-        assert set(row.time_ms) == set(FUSED)
+        names = ["fsdp2 gloo", "fsdp2 primitives", "eager", "fused", "fused symmetric"]
+        assert list(row.time_ms) == names
         assert row.ratio("fsdp2 gloo") == 1.0
         assert f"{row.time_ms['fused']:.2f}" in fused_line(row)
+        assert all(name in fused_head(row)[1] for name in names)
 
-    def wrong(case: fused.Case, groups: Any) -> fused.Contestants:
+    def wrong(case: fused.Case, groups: Any, device: torch.device) -> fused.Contestants:
         return {
             "a": fused.Contestant(lambda: [torch.zeros(3)]),
             "b": fused.Contestant(lambda: [torch.ones(3)]),
         }
 
     monkeypatch.setattr(fused, "all_gather", wrong)
-    monkeypatch.setattr(fused, "timed", lambda contestant: 1.0)
+    monkeypatch.setattr(fused, "timed", lambda contestant, device: 1.0)
     with pytest.raises(AssertionError, match="b: the results differ"):
-        fused.run_case(cases[0], {}, num_rounds=1)
+        fused.run_case(cases[0], {}, torch.device("cpu"), num_rounds=1)
 
 
 def row_of(wrong: int) -> Row:
@@ -217,7 +219,7 @@ def test_an_absent_mpi_is_told_with_the_way_to_get_it(
 
 def test_tensors_of_a_device_are_measured_like_arrays() -> None:
     """The contestants of --device cuda, on the device "cpu"."""
-    with Jobs([(["primitives@cpu", "gloo@cpu", "copy@cpu"], "mp")], 2) as jobs:
+    with Jobs([(["primitives@cpu", "gloo@cpu", "symmetric@cpu", "copy@cpu"], "mp")], 2) as jobs:
         for op in OPS:
             for in_place in (False, True):
                 if op in (NEVER_IN_PLACE if in_place else ALWAYS_IN_PLACE):
@@ -226,7 +228,7 @@ def test_tensors_of_a_device_are_measured_like_arrays() -> None:
                 case = Case(op, nbytes, "bfloat16", "sum", 1, 2, in_place)
                 question = {"do": "bind", "case": asdict(case), "check": True, "warmup": 1}
                 for told in jobs.links[0].ask(question):
-                    assert told["primitives@cpu"]["wrong"] == 0
+                    assert told["primitives@cpu"]["wrong"] == told["symmetric@cpu"]["wrong"] == 0
                     assert ("copy@cpu" in told) == (op != "barrier")
                 block = {"do": "measure", "contestant": "primitives@cpu", "num_calls": 3}
                 assert all(told["end"] > told["start"] for told in jobs.links[0].ask(block))

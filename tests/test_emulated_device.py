@@ -56,6 +56,12 @@ def test_errors(bindings: str, tmp_path: Path, name: str, hosts: str) -> None:
     play(tmp_path, bindings, name, hosts)
 
 
+@pytest.mark.parametrize("hosts", [ONE_HOST, TWO_HOSTS])
+def test_symmetric_memory(bindings: str, tmp_path: Path, hosts: str) -> None:
+    """By kernels; by way of the host it is ordinary memory."""
+    play(tmp_path, bindings, "symmetric", hosts)
+
+
 def test_a_copy_that_fails_is_the_failure_of_all(bindings: str, tmp_path: Path) -> None:
     play(tmp_path, bindings, "a_copy_that_fails", ONE_HOST)
 

@@ -66,15 +66,18 @@ class Backend : public c10d::Backend {
                               double factor, bool accumulate,
                               const std::optional<at::Tensor>& squares, bool async);
   // A tensor in symmetric memory; a collective of the same size on all ranks.
-  at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype);
-  // ... of this rank alone: tensors of different ranks need not match.
+  at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype, at::Device device);
+  // ... of this rank alone: tensors of different ranks need not match. On a device, ordinary memory
+  // until the group has met there.
   at::Tensor allocateTensor(long numel, at::TensorOptions options) override;
   std::shared_ptr<SymmetricHeap> heap() { return group_->heap(); }
   // Throws when the group has failed.
   void check() {
     translated([&] { device_ ? device_->check() : group_->check(); });
   }
-  uint64_t num_zero_copy() const { return group_->num_zero_copy(); }
+  uint64_t num_zero_copy() const {
+    return group_->num_zero_copy() + (device_ ? device_->num_zero_copy() : 0);
+  }
   bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
 
   WorkPtr send(Tensors&, int dst, int tag) override;
@@ -113,6 +116,8 @@ class Backend : public c10d::Backend {
   WorkPtr run_on_stream(c10d::OpType type, at::Device device, Tensors outputs, const Job& job);
   // Makes the transport for a device when its first tensor comes.
   void meet_on(at::Device device);
+  at::Tensor empty_on(at::Device device, const Call& call, at::IntArrayRef shape,
+                      at::ScalarType dtype);
   // Runs what is for the device, from the thread of the call.
   void launch(const Job& job);
   // The transport for the memory of a tensor.

@@ -33,6 +33,20 @@ void Backend::meet_on(at::Device device) {
       ", the device of this group's first call, got one on " + device.str());
 }
 
+at::Tensor Backend::empty_on(at::Device device, const Call& call, at::IntArrayRef shape,
+                             at::ScalarType dtype) {
+  if (!device.is_cuda()) {
+    throw std::invalid_argument("empty: device: expected cpu or cuda, got " + device.str());
+  }
+  const c10::DeviceGuard guard(device);  // of no index: the current one
+  const at::Device current = guard.current_device();
+  meet_on(current);
+  std::shared_ptr<void> data;
+  queue_->run_sync(
+      [&] { data = allocate_on_all(*transport_, getSize(), *device_, call, options_->timeout); });
+  return tensor_in(std::move(data), shape, dtype, current);
+}
+
 void Backend::launch(const Job& job) { device_->runs_on_host() ? queue_->run_sync(job) : job(); }
 
 Backend::WorkPtr Backend::run_on_stream(c10d::OpType type, at::Device device, Tensors outputs,

@@ -243,14 +243,15 @@ Backend::WorkPtr Backend::reduce_scatter_many(Tensors fulls, Tensors shards,
   });
 }
 
-at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype) {
+at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype, at::Device device) {
   return translated([&] {
-    const int64_t numel = numel_of(shape);
-    const Call call = make_call(Op::kEmpty, at::empty({0}, dtype), numel);
-    void* data = nullptr;
+    const Call call = make_call(Op::kEmpty, dtype, numel_of(shape));
     group_->check();
-    queue_->run_sync(
-        [&] { data = transport_->empty(call, numel * call.itemsize, resolve(kDefaultTimeout)); });
+    if (!device.is_cpu()) return empty_on(device, call, shape, dtype);
+    void* data = nullptr;
+    queue_->run_sync([&] {
+      data = transport_->empty(call, call.numel * call.itemsize, resolve(kDefaultTimeout));
+    });
     return in_heap(group_->heap(), data, shape, dtype);
   });
 }
@@ -258,13 +259,20 @@ at::Tensor Backend::empty(at::IntArrayRef shape, at::ScalarType dtype) {
 at::Tensor Backend::allocateTensor(long numel, at::TensorOptions options) {
   return translated([&] {
     const auto dtype = c10::typeMetaToScalarType(options.dtype());
-    if (options.device().is_cuda() && numel >= 0) return at::empty({numel}, options);
-    if (!options.device().is_cpu() || numel < 0) {
-      throw std::invalid_argument("allocate_tensor: expected a size and the cpu, got " +
-                                  std::to_string(numel) + " on " + options.device().str());
+    const at::Device device = options.device();
+    if (numel < 0 || (!device.is_cpu() && !device.is_cuda())) {
+      throw std::invalid_argument("allocate_tensor: expected a size and the cpu or cuda, got " +
+                                  std::to_string(numel) + " on " + device.str());
     }
-    const auto heap = group_->heap();
-    return in_heap(heap, heap->allocate(numel * c10::elementSize(dtype)), {numel}, dtype);
+    const size_t nbytes = numel * c10::elementSize(dtype);
+    if (device.is_cpu()) {
+      const auto heap = group_->heap();
+      return in_heap(heap, heap->allocate(nbytes), {numel}, dtype);
+    }
+    if (!device_ || (device.has_index() && device.index() != device_index_)) {
+      return at::empty({numel}, options);
+    }
+    return tensor_in(device_->allocate(nbytes), {numel}, dtype, {at::kCUDA, device_index_});
   });
 }
 

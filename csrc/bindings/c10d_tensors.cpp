@@ -342,12 +342,20 @@ int64_t numel_of(at::IntArrayRef shape) {
   throw std::invalid_argument("empty: expected sizes >= 0, got " + c10::str(shape));
 }
 
+at::Tensor tensor_in(std::shared_ptr<void> memory, at::IntArrayRef shape, at::ScalarType dtype,
+                     at::Device device) {
+  void* const data = memory.get();
+  return at::for_blob(data, shape)
+      .deleter([memory = std::move(memory)](void*) {})
+      .target_device(device)
+      .options(at::TensorOptions().dtype(dtype).device(device))
+      .make_tensor();
+}
+
 at::Tensor in_heap(std::shared_ptr<SymmetricHeap> heap, void* data, at::IntArrayRef shape,
                    at::ScalarType dtype) {
-  return at::for_blob(data, shape)
-      .deleter([heap = std::move(heap)](void* memory) { heap->free(memory); })
-      .options(at::TensorOptions().dtype(dtype))
-      .make_tensor();
+  const auto free = [heap = std::move(heap)](void* memory) { heap->free(memory); };
+  return tensor_in({data, free}, shape, dtype, at::kCPU);
 }
 
 }  // namespace primitives

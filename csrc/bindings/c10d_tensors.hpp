@@ -65,7 +65,10 @@ Reduction make_reduction(Call& call, const at::Tensor& tensor, const c10d::Reduc
 
 // Throws std::invalid_argument when a size is negative.
 int64_t numel_of(at::IntArrayRef shape);
-// Memory of the heap as a tensor that gives it back.
+// A tensor that keeps its memory.
+at::Tensor tensor_in(std::shared_ptr<void> memory, at::IntArrayRef shape, at::ScalarType dtype,
+                     at::Device device);
+// ... of the heap, and gives it back.
 at::Tensor in_heap(std::shared_ptr<SymmetricHeap> heap, void* data, at::IntArrayRef shape,
                    at::ScalarType dtype);
 

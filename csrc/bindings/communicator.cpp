@@ -88,7 +88,9 @@ class Communicator {
   int rank() const { return rank_; }
   int world_size() const { return world_size_; }
   const std::string& name() const { return name_; }
-  uint64_t num_zero_copy() const { return transport_->group().num_zero_copy(); }
+  uint64_t num_zero_copy() const {
+    return transport_->group().num_zero_copy() + (device_ ? device_->num_zero_copy() : 0);
+  }
 
   void close() {
     if (transport_->group().forked()) return;
@@ -233,6 +235,23 @@ class Communicator {
       lock([&] { data = transport_->empty(call, call.numel * call.itemsize, timeout_); });
     });
     return in_heap(transport_->group().heap(), data, shape, dtype);
+  }
+
+  // `index`: -1 is the thread's current device.
+  at::Tensor empty_on_device(const std::vector<int64_t>& shape, at::ScalarType dtype, int index,
+                             const Stream& stream) {
+    std::shared_ptr<void> data;
+    const KeepCurrentDevice current;
+    if (index < 0) index = current.device();
+    call(stream, [&](Locked lock) {
+      const Call call = make_call(Op::kEmpty, dtype, numel_of(shape));
+      lock([&] {
+        StreamTransport& device = on_device(index, lock.stream());
+        data = allocate_on_all(*transport_, world_size(), device, call, timeout_);
+      });
+    });
+    return tensor_in(std::move(data), shape, dtype,
+                     at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
   }
 
   void barrier() {
@@ -402,6 +421,8 @@ void bind_communicator(py::module_& m) {
       .def("scatter", &Communicator::scatter, "out"_a, "full"_a, "root"_a = 0,
            "stream"_a = py::none())
       .def("empty", &Communicator::empty, "shape"_a, "dtype"_a)
+      .def("empty_on_device", &Communicator::empty_on_device, "shape"_a, "dtype"_a, "index"_a,
+           "stream"_a = py::none())
       .def("barrier", &Communicator::barrier)
       .def("send", &Communicator::send, "data"_a, "dst"_a, "tag"_a = 0, "stream"_a = py::none())
       .def("recv", &Communicator::recv, "data"_a, "src"_a = py::none(), "tag"_a = 0,

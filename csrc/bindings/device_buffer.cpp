@@ -116,7 +116,10 @@ DeviceBuffer by_array_interface(py::handle object, const char* what) {
 std::optional<DeviceBuffer> device_buffer_of(py::handle object, uintptr_t stream,
                                              const char* what) {
   if (THPVariable_Check(object.ptr())) {
-    if (!THPVariable_Unpack(object.ptr()).is_cuda()) return std::nullopt;
+    const at::Tensor tensor = THPVariable_Unpack(object.ptr()).detach();
+    if (!tensor.is_cuda()) return std::nullopt;
+    // A torch without CUDA has them of Communicator.empty, and no streams of its own.
+    if (!at::hasCUDA()) return DeviceBuffer{tensor, false};
     return by_dlpack(object.attr("detach")(), stream, what);
   }
   if (py::hasattr(object, "__dlpack_device__") && py::hasattr(object, "__dlpack__")) {

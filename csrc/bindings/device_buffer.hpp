@@ -30,6 +30,9 @@ class KeepCurrentDevice {
   KeepCurrentDevice(const KeepCurrentDevice&) = delete;
   KeepCurrentDevice& operator=(const KeepCurrentDevice&) = delete;
 
+  // Which one that is; -1: none.
+  int device() const { return before_; }
+
  private:
   int before_ = -1;
 };

@@ -43,10 +43,12 @@ void bind_transport(py::module_& m) {
            py::arg("squares"), py::arg("async_op"), py::call_guard<py::gil_scoped_release>())
       .def(
           "empty",
-          [](Backend& self, const std::vector<int64_t>& shape, at::ScalarType dtype) {
-            return self.empty(shape, dtype);
+          [](Backend& self, const std::vector<int64_t>& shape, at::ScalarType dtype,
+             std::optional<at::Device> device) {
+            return self.empty(shape, dtype, device.value_or(at::kCPU));
           },
-          py::arg("shape"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>())
+          py::arg("shape"), py::arg("dtype"), py::arg("device") = py::none(),
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_zero_copy", &Backend::num_zero_copy,
                              "Collectives of this group so far that went without staging.")
       .def_property_readonly("options", [](Backend& self) { return self.getBackendOptions(); });

@@ -4,6 +4,10 @@
 // the part of it on this host: where failures are kept, and all there is on one host.
 #pragma once
 
+#include <memory>
+#include <stdexcept>
+#include <string>
+
 #include "collectives/collectives.hpp"
 #include "collectives/fused.hpp"
 #include "collectives/symmetric.hpp"
@@ -63,6 +67,26 @@ class StreamTransport : public Transport {
   virtual void check() = 0;
   // Waits for all that was launched; then leaving is safe for the others.
   virtual void drain() = 0;
+  // Memory of the device for work on the current stream, which peers read in place where they can.
+  // It frees itself, and may outlive this. Throws TransportError when there is no room. No
+  // collective; any thread.
+  virtual std::shared_ptr<void> allocate(size_t nbytes) = 0;
+  // Calls that went without staging.
+  virtual uint64_t num_zero_copy() { return 0; }
+
+  // Not for a device: std::invalid_argument.
+  void* empty(const Call&, size_t, Milliseconds) final { refuse("empty"); }
+  void send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) final {
+    refuse("send");
+  }
+  void recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) final { refuse("recv"); }
+  bool idle() final { return true; }
+
+ private:
+  [[noreturn]] static void refuse(const char* what) {
+    throw std::invalid_argument(std::string(what) +
+                                ": expected memory of the CPU, got of a device");
+  }
 };
 
 class OneHost final : public Transport {

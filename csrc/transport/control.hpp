@@ -1,5 +1,5 @@
 // The layout of a segment: control block | call records | digests | staging slots | point-to-point
-// rings | symmetric heaps.
+// ring heads | boards of devices | rings | symmetric heaps.
 #pragma once
 
 #include <atomic>
@@ -94,6 +94,22 @@ struct alignas(64) Ring {
   alignas(64) std::atomic<uint32_t> backed;  // pages are there
 };
 
+// What a rank tells its peers about symmetric memory on its device: see [Note: device heap] in
+// collectives/cuda/device_heap.hpp.
+struct alignas(64) DeviceBoard {
+  static constexpr int kMaxChunks = 16, kMaxRanks = 8;
+  struct Chunk {
+    unsigned char handle[64];  // by which another process maps it
+    char* address;             // in the process of this rank
+    uint64_t nbytes;
+  };
+
+  std::atomic<uint32_t> num_chunks;
+  Chunk chunks[kMaxChunks];
+  // From which call on this rank has them mapped, by owner; 0: not yet.
+  std::atomic<uint32_t> mapped_from[kMaxRanks][kMaxChunks];
+};
+
 class Layout {
  public:
   explicit Layout(int world_size) : world_size_(world_size) {}
@@ -111,11 +127,12 @@ class Layout {
     return page_align(digest(world_size_, 0, 0)) + rank * 2 * kSlotNbytes;
   }
   // What every group uses; the rings come on demand, except for their heads.
-  size_t num_committed() const {
-    return page_align(ring_heads() + world_size_ * world_size_ * sizeof(Ring));
-  }
+  size_t num_committed() const { return page_align(board(static_cast<int>(world_size_))); }
   size_t ring_head(int src, int dst) const {
     return ring_heads() + (src * world_size_ + dst) * sizeof(Ring);
+  }
+  size_t board(int rank) const {
+    return ring_heads() + world_size_ * world_size_ * sizeof(Ring) + rank * sizeof(DeviceBoard);
   }
   size_t ring_data(int src, int dst) const {
     return num_committed() + (static_cast<size_t>(src) * world_size_ + dst) * kRingNbytes;

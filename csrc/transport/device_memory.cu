@@ -156,6 +156,19 @@ int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* 
                error);
 }
 
+int primitives_cuda_record(int device, void* event, void* stream, primitives_cuda_error* error) {
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
+  return check(cudaEventRecord(static_cast<cudaEvent_t>(event), static_cast<cudaStream_t>(stream)),
+               "cudaEventRecord", error);
+}
+
+int primitives_cuda_wait(int device, void* stream, void* event, primitives_cuda_error* error) {
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
+  return check(
+      cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event), 0),
+      "cudaStreamWaitEvent", error);
+}
+
 int primitives_cuda_copy(int device, void* to, const void* from, size_t nbytes, void* stream,
                          primitives_cuda_error* error) {
   if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;

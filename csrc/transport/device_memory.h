@@ -39,7 +39,8 @@ int primitives_cuda_export(int device, char* memory, primitives_cuda_handle* han
                            primitives_cuda_error* error);
 void primitives_cuda_free(int device, char* memory);
 
-/* Memory of the device for this rank alone; not zeroed; also while a stream is captured. */
+/* Memory of the device; not zeroed; without a wait for the device; also while a stream is captured.
+ */
 int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
                                  primitives_cuda_error* error);
 
@@ -58,6 +59,9 @@ void primitives_cuda_free_pinned(int device, void* memory);
 int primitives_cuda_make_event(int device, void** event, primitives_cuda_error* error);
 void primitives_cuda_destroy_event(int device, void* event);
 int primitives_cuda_synchronize(int device, void* event, primitives_cuda_error* error);
+/* Records what is on `stream`, a cudaStream_t; and lets a stream wait for it. */
+int primitives_cuda_record(int device, void* event, void* stream, primitives_cuda_error* error);
+int primitives_cuda_wait(int device, void* stream, void* event, primitives_cuda_error* error);
 
 /* Copies on `stream`, a cudaStream_t, between any memory of host and device; and the wait of the
  * host for all that is on the stream. */

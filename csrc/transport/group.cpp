@@ -163,10 +163,11 @@ void Group::spread_over_cores() {
 
 // Group-aware waiting: hand the core over only to a rank that has not arrived and was last seen on
 // this very core; otherwise keep the core awake for a while, because waking it costs more than the
-// wait. A yield that meets nobody is repeated: the scheduler lets the other rank run as soon as this
-// one has had as much of the core. To sleep instead would keep what this rank is owed, and with it
-// every later yield would meet nobody, too (ranks of one session forgo that by a yield; torchrun's,
-// each in a session and so in a scheduling group of its own, do not: 8 us a barrier, not 4).
+// wait. A yield that meets nobody is repeated: the scheduler lets the other rank run as soon as
+// this one has had as much of the core. To sleep instead would keep what this rank is owed, and
+// with it every later yield would meet nobody, too (ranks of one session forgo that by a yield;
+// torchrun's, each in a session and so in a scheduling group of its own, do not: 8 us a barrier,
+// not 4).
 void Group::wait_generation(uint32_t epoch) {
   Control& c = control();
   auto arrived = [&] {

@@ -116,7 +116,11 @@ class Group {
   std::shared_ptr<SymmetricHeap> heap();
   // ... or null while this rank has none, or may not go without staging.
   SymmetricHeap* zero_copy_heap() const {
-    return options_.zero_copy && !checked_ ? heap_made_.load(std::memory_order_acquire) : nullptr;
+    return zero_copy() ? heap_made_.load(std::memory_order_acquire) : nullptr;
+  }
+  bool zero_copy() const { return options_.zero_copy && !checked_; }
+  DeviceBoard& board(int rank) const {
+    return *reinterpret_cast<DeviceBoard*>(segment_->data() + layout_.board(rank));
   }
 
   uint32_t epoch() const { return epoch_; }

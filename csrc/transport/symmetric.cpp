@@ -24,54 +24,36 @@ SymmetricHeap::SymmetricHeap(std::shared_ptr<Segment> segment, const Layout& lay
       begin_(layout.heap(0)),
       rank_(rank),
       world_size_(world_size),
-      data_(segment_->map(begin_, world_size * kHeapStride)) {
-  free_[0] = kHeapNbytes;
-}
+      data_(segment_->map(begin_, world_size * kHeapStride)) {}
 
 SymmetricHeap::~SymmetricHeap() { munmap(data_, world_size_ * kHeapStride); }
 
 void* SymmetricHeap::allocate(size_t nbytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   nbytes = round_up(std::max<size_t>(nbytes, 1), 64);
-  // The first that fits, so that the heap grows only when nothing freed does.
-  auto block = free_.begin();
-  while (block != free_.end() && block->second < nbytes) ++block;
-  if (block == free_.end()) {
+  const size_t offset = list_.take(nbytes);
+  if (offset == FreeList::kNone) {
     throw TransportError(Failure::kOther, "symmetric memory is full: rank " +
                                               std::to_string(rank_) + " needs " +
                                               std::to_string(nbytes) + " bytes, of at most " +
                                               std::to_string(kHeapNbytes) + " a rank");
   }
-  const auto [offset, num_free] = *block;
   if (offset + nbytes > num_committed_) {
     const size_t end = std::min(round_up(offset + nbytes, kGrowNbytes), kHeapNbytes);
-    segment_->commit(begin_ + rank_ * kHeapStride + num_committed_, end - num_committed_);
+    try {
+      segment_->commit(begin_ + rank_ * kHeapStride + num_committed_, end - num_committed_);
+    } catch (...) {
+      list_.give_back(offset);
+      throw;
+    }
     num_committed_ = end;
   }
-  free_.erase(block);
-  if (num_free > nbytes) free_[offset + nbytes] = num_free - nbytes;
-  used_[offset] = nbytes;
   return at(rank_, offset);
 }
 
 void SymmetricHeap::free(void* data) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto block = used_.find(static_cast<char*>(data) - at(rank_, 0));
-  auto [offset, nbytes] = *block;
-  used_.erase(block);
-  auto next = free_.lower_bound(offset);
-  if (next != free_.end() && offset + nbytes == next->first) {
-    nbytes += next->second;
-    next = free_.erase(next);
-  }
-  if (next != free_.begin()) {
-    const auto before = std::prev(next);
-    if (before->first + before->second == offset) {
-      before->second += nbytes;
-      return;
-    }
-  }
-  free_[offset] = nbytes;
+  list_.give_back(static_cast<char*>(data) - at(rank_, 0));
 }
 
 std::shared_ptr<SymmetricHeap> Group::heap() {

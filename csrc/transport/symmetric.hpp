@@ -9,12 +9,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 
 #include "transport/control.hpp"
+#include "transport/free_list.hpp"
 #include "transport/segment.hpp"
 
 namespace primitives {
@@ -47,8 +47,7 @@ class SymmetricHeap {
   int rank_, world_size_;
   char* data_;
   std::mutex mutex_;
-  std::map<size_t, size_t> free_;  // offset -> nbytes; neighbours are merged
-  std::map<size_t, size_t> used_;
+  FreeList list_{kHeapNbytes};
   size_t num_committed_ = 0;
 };
 

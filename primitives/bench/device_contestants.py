@@ -1,5 +1,6 @@
 """Who is measured on the tensors of a device: calls that are launched, and waited for together."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from primitives.bench.case import Case, bytes_moved
 from primitives.bench.contestants import Bound, C10d, as_tensor, buffers, placed
+from primitives.memory import empty
 
 
 def finish(device: torch.device) -> None:
@@ -16,11 +18,12 @@ def finish(device: torch.device) -> None:
 
 
 class DeviceC10d(C10d):
-    """A process group of torch.distributed on tensors of a device."""
+    """A process group of torch.distributed on ordinary or symmetric tensors of a device."""
 
-    def __init__(self, backend: str, device: torch.device) -> None:
+    def __init__(self, backend: str, device: torch.device, *, symmetric: bool = False) -> None:
         super().__init__(backend)
         self.device = device
+        self.empty = partial(empty, symmetric=symmetric, group=self.group)
 
     def bind(self, case: Case, rank: int) -> Bound | None:
         """As on the CPU; ``send`` and ``recv`` are copies on the host."""
@@ -40,7 +43,7 @@ class DeviceC10d(C10d):
         )
 
     def _zeros(self, numel: int, case: Case) -> Any:
-        return torch.zeros(numel, dtype=getattr(torch, case.dtype), device=self.device)
+        return self.empty(numel, dtype=getattr(torch, case.dtype), device=self.device).zero_()
 
 
 class DeviceCopy:
@@ -61,5 +64,9 @@ class DeviceCopy:
 
 
 def contestant_on(device: torch.device, name: str) -> "DeviceC10d | DeviceCopy":
-    """Of ``primitives``, ``nccl`` or another backend, or ``copy``."""
-    return DeviceCopy(device) if name == "copy" else DeviceC10d(name, device)
+    """Of ``primitives``, on ``symmetric`` memory too, ``nccl`` or another backend, or ``copy``."""
+    if name == "copy":
+        return DeviceCopy(device)
+    if name == "symmetric":
+        return DeviceC10d("primitives", device, symmetric=True)
+    return DeviceC10d(name, device)

@@ -1,11 +1,13 @@
-"""Fused collectives beside what FSDP2 does with gloo, and with the primitives backend.
+"""Fused collectives beside what FSDP2 does with gloo or NCCL, and with the primitives backend.
 
 Contestants, on the same parameters and one thread a rank:
 
-* ``fsdp2 gloo``, ``fsdp2 primitives``: copy and cast into a flat buffer, one collective, copy out;
-  for gradients ``_chunk_cat``, reduce_scatter, division, addition to the shards, norms;
+* ``fsdp2 gloo``, ``fsdp2 nccl``, ``fsdp2 primitives``: copy and cast into a flat buffer, one
+  collective, copy out; for gradients ``_chunk_cat``, reduce_scatter, division, addition to the
+  shards, norms. gloo on the CPU; NCCL where each rank has a GPU of its own;
+* ``eager``: the same one tensor after the other, with the primitives backend;
 * ``fused``: ``primitives.collectives`` on ordinary tensors;
-* ``fused symmetric``: the same with the full tensors in symmetric memory.
+* ``fused symmetric``: the same with the full tensors in symmetric memory; on the CPU only.
 
 The ranks alternate between the contestants, a block of calls at a time. A figure is the median over
 blocks of (latest end - earliest start) / calls over the ranks. A block of reduce_scatter is one
@@ -28,9 +30,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import collectives, memory
+from primitives.bench.device_contestants import finish
 from primitives.bench.processes import run_ranks
 
-BACKENDS = ("gloo", "primitives")
+
+def backends(device: torch.device, num_ranks: int) -> list[str]:
+    """Whose collectives there are, the one to compare with first."""
+    if device.type == "cpu":
+        return ["gloo", "primitives"]
+    alone = torch.cuda.device_count() >= num_ranks and dist.is_nccl_available()
+    return ["nccl", "primitives"] if alone else ["primitives"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,9 @@ class Row:
     case: Case
     time_ms: dict[str, float]
 
-    def ratio(self, contestant: str, base: str = "fsdp2 gloo") -> float:
-        """How many times sooner than ``base``."""
-        return self.time_ms[base] / self.time_ms[contestant]
+    def ratio(self, contestant: str) -> float:
+        """How many times sooner than the first contestant."""
+        return next(iter(self.time_ms.values())) / self.time_ms[contestant]
 
 
 CASES = (
@@ -107,24 +116,22 @@ class Parameters:
         return list(flat.split_with_sizes(self.full))
 
 
-def all_gather(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
+def all_gather(
+    case: Case, groups: dict[str, dist.ProcessGroup], device: torch.device
+) -> Contestants:
     """float32 shards to bfloat16 full tensors."""
     ours, rank = groups["primitives"], dist.get_rank()
     of = Parameters(case, rank, dist.get_world_size())
     generator = torch.Generator().manual_seed(rank)
-    padded = [torch.randn(chunk, generator=generator) for chunk in of.chunk]
+    padded = [torch.randn(chunk, generator=generator).to(device) for chunk in of.chunk]
     shards = [x[:numel] for x, numel in zip(padded, of.own, strict=True)]
-    flat, target = torch.bfloat16, sum(of.chunk)
-    sent, received = (
-        torch.empty(target, dtype=flat),
-        torch.empty(of.world_size * target, dtype=flat),
-    )
+    made = partial(torch.zeros, dtype=torch.bfloat16, device=device)
+    sent, received = made(sum(of.chunk)), made(of.world_size * sum(of.chunk))
     pieces, views = list(sent.split_with_sizes(of.chunk)), received.view(of.world_size, -1)
-    outs = [torch.zeros(of.world_size * chunk, dtype=flat) for chunk in of.chunk]
+    outs = [made(of.world_size * chunk) for chunk in of.chunk]
     by_rank = [out.view(of.world_size, -1) for out in outs]
     unpadded = [out[:numel] for out, numel in zip(outs, of.full, strict=True)]
-    ordinary = [torch.zeros(numel, dtype=flat) for numel in of.full]
-    symmetric = of.symmetric(flat, ours)
+    ordinary = [made(numel) for numel in of.full]
 
     def fsdp2(group: dist.ProcessGroup) -> list[Tensor]:
         torch._foreach_copy_(pieces, padded)
@@ -132,32 +139,44 @@ def all_gather(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
         torch.split_with_sizes_copy(views, of.chunk, dim=1, out=by_rank)
         return unpadded
 
+    def eager() -> list[Tensor]:
+        for out, shard in zip(outs, padded, strict=True):
+            collectives.all_gather_flat(out, shard.to(out.dtype), group=ours)
+        return unpadded
+
     def fused(fulls: list[Tensor]) -> list[Tensor]:
         collectives.all_gather(shards, fulls, group=ours)
         return fulls
 
-    return {
-        "fsdp2 gloo": Contestant(lambda: fsdp2(groups["gloo"])),
-        "fsdp2 primitives": Contestant(lambda: fsdp2(ours)),
-        "fused": Contestant(lambda: fused(ordinary)),
-        "fused symmetric": Contestant(lambda: fused(symmetric)),
+    contestants = {
+        f"fsdp2 {name}": Contestant(partial(fsdp2, group)) for name, group in groups.items()
     }
+    contestants |= {
+        "eager": Contestant(eager),
+        "fused": Contestant(lambda: fused(ordinary)),
+    }
+    if device.type == "cpu":
+        symmetric = of.symmetric(torch.bfloat16, ours)
+        contestants["fused symmetric"] = Contestant(lambda: fused(symmetric))
+    return contestants
 
 
-def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contestants:
+def reduce_scatter(
+    case: Case, groups: dict[str, dist.ProcessGroup], device: torch.device
+) -> Contestants:
     """Gradients to float32 shards: mean over ranks, accumulated, with sums of squares."""
     ours, rank, n = groups["primitives"], dist.get_rank(), dist.get_world_size()
     of, dtype = Parameters(case, rank, n), getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(rank)
     # Small integers: exact in any order of summation.
-    grads = [torch.randint(-4, 5, (numel,), generator=generator).to(dtype) for numel in of.full]
-    symmetric = of.symmetric(dtype, ours)
-    torch._foreach_copy_(symmetric, grads)
-    sent, received = torch.zeros(n, sum(of.chunk)), torch.zeros(sum(of.chunk))
+    drawn = (torch.randint(-4, 5, (numel,), generator=generator) for numel in of.full)
+    grads = [x.to(device, dtype) for x in drawn]
+    made = partial(torch.zeros, device=device)
+    sent, received = made(n, sum(of.chunk)), made(sum(of.chunk))
     pieces = list(received.split_with_sizes(of.chunk))
-    padded = [torch.zeros(chunk) for chunk in of.chunk]
+    padded = [made(chunk) for chunk in of.chunk]
     unpadded = [x[:numel] for x, numel in zip(padded, of.own, strict=True)]
-    shards, squares = [torch.zeros(numel) for numel in of.own], torch.zeros(case.num_tensors)
+    shards, squares = [made(numel) for numel in of.own], made(case.num_tensors)
 
     def fsdp2(group: dist.ProcessGroup) -> list[Tensor]:
         torch._chunk_cat(grads, dim=0, num_chunks=n, out=sent)
@@ -165,6 +184,15 @@ def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contesta
         received.div_(n)
         torch._foreach_add_(padded, pieces)
         torch._foreach_norm(padded)
+        return unpadded
+
+    def eager() -> list[Tensor]:
+        for grad, chunk, shard in zip(grads, of.chunk, padded, strict=True):
+            whole, own = made(n * chunk), made(chunk)
+            whole[: grad.numel()].copy_(grad)
+            collectives.reduce_scatter_flat(own, whole, group=ours)
+            shard.add_(own.div_(n))
+            torch.linalg.vector_norm(shard)
         return unpadded
 
     def fused(fulls: list[Tensor]) -> list[Tensor]:
@@ -180,31 +208,45 @@ def reduce_scatter(case: Case, groups: dict[str, dist.ProcessGroup]) -> Contesta
 
         return write
 
-    return {
-        "fsdp2 gloo": Contestant(lambda: fsdp2(groups["gloo"]), backward(grads, padded)),
-        "fsdp2 primitives": Contestant(lambda: fsdp2(ours), backward(grads, padded)),
-        "fused": Contestant(lambda: fused(grads), backward(grads, shards)),
-        "fused symmetric": Contestant(lambda: fused(symmetric), backward(symmetric, shards)),
+    again = backward(grads, padded)
+    contestants = {
+        f"fsdp2 {name}": Contestant(partial(fsdp2, group), again) for name, group in groups.items()
     }
+    contestants |= {
+        "eager": Contestant(eager, again),
+        "fused": Contestant(lambda: fused(grads), backward(grads, shards)),
+    }
+    if device.type == "cpu":
+        symmetric = of.symmetric(dtype, ours)
+        torch._foreach_copy_(symmetric, grads)
+        contestants["fused symmetric"] = Contestant(
+            lambda: fused(symmetric), backward(symmetric, shards)
+        )
+    return contestants
 
 
-def timed(contestant: Contestant, num_calls: int = 1) -> float:
+def timed(contestant: Contestant, device: torch.device, num_calls: int = 1) -> float:
     """Milliseconds a call takes, from the first rank's start to the last one's end."""
     if contestant.prepare:
         contestant.prepare()
+    finish(device)
     dist.barrier()
+    finish(device)
     start = time.perf_counter()
     for _ in range(num_calls):
         contestant.run()
+    finish(device)
     span = torch.tensor([-start, time.perf_counter()], dtype=torch.float64)
     dist.all_reduce(span, op=dist.ReduceOp.MAX)
     return 1e3 * float(span.sum()) / num_calls
 
 
-def run_case(case: Case, groups: dict[str, dist.ProcessGroup], num_rounds: int) -> Row:
+def run_case(
+    case: Case, groups: dict[str, dist.ProcessGroup], device: torch.device, num_rounds: int
+) -> Row:
     """Checks and times all contestants; on every rank."""
     make = {"all_gather": all_gather, "reduce_scatter": reduce_scatter}[case.op]
-    contestants = make(case, groups)
+    contestants = make(case, groups, device)
     expected: list[Tensor] = []
     num_calls = {}
     for name, contestant in contestants.items():
@@ -214,26 +256,39 @@ def run_case(case: Case, groups: dict[str, dist.ProcessGroup], num_rounds: int) 
         expected = expected or [x.clone() for x in outputs]
         if not all(map(torch.equal, outputs, expected)):
             raise AssertionError(f"{name}: the results differ from those of the first contestant")
-        once_ms = timed(contestant)
+        once_ms = timed(contestant, device)
         num_calls[name] = 1 if contestant.prepare else max(1, int(30 / once_ms))
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(num_rounds):
         for name, contestant in contestants.items():
-            samples[name].append(timed(contestant, num_calls[name]))
+            samples[name].append(timed(contestant, device, num_calls[name]))
     return Row(case, {name: statistics.median(times) for name, times in samples.items()})
 
 
-def run_rank(cases: list[Case], num_rounds: int) -> list[Row]:
+def run_rank(cases: list[Case], kind: str, num_rounds: int) -> list[Row]:
     """One rank, in its own process."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    groups = {name: dist.new_group(backend=name) for name in BACKENDS}
-    return [run_case(case, groups, num_rounds) for case in cases]
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    groups = {name: dist.new_group(backend=name) for name in backends(device, num_ranks)}
+    return [run_case(case, groups, device, num_rounds) for case in cases]
 
 
-def measure(world_size: int, cases: list[Case], num_rounds: int = 20) -> list[Row]:
+def measure(
+    world_size: int, cases: list[Case], num_rounds: int = 20, device: str = "cpu"
+) -> list[Row]:
     """Runs the cases on ``world_size`` fresh processes of this host, one thread each.
+
+    Args:
+        world_size: number of ranks.
+        cases: what to measure.
+        num_rounds: blocks of each contestant.
+        device: "cpu", or "cuda": the ranks take the GPUs in turn.
 
     Raises:
         RuntimeError: a rank failed; its message is on stderr.
     """
-    return run_ranks(partial(run_rank, cases, num_rounds), world_size, timedelta(minutes=2))
+    return run_ranks(partial(run_rank, cases, device, num_rounds), world_size, timedelta(minutes=2))

@@ -26,7 +26,7 @@ from primitives.bench.rank import MPIS
 MIN_BLOCKS = 3
 OURS = ("gloo", "symmetric")
 """Competitors in the same processes; symmetric: this backend on symmetric memory."""
-ON_CUDA = ("nccl",)
+ON_CUDA = ("nccl", "symmetric")
 """Competitors on a GPU; nccl wants one for each rank."""
 
 

@@ -82,6 +82,17 @@ PYBIND11_MODULE(emulated_device, m) {
       },
       "The memory of a CPU tensor as a tensor of the device.");
   m.def(
+      "on_host",
+      [](const at::Tensor& tensor) {
+        return at::for_blob(tensor.data_ptr(), tensor.sizes())
+            .strides(tensor.strides())
+            .deleter([tensor](void*) {})
+            .target_device(at::kCPU)
+            .options(at::TensorOptions().dtype(tensor.dtype()))
+            .make_tensor();
+      },
+      "The memory of a tensor of the device as a tensor of the CPU.");
+  m.def(
       "synchronize",
       [] {
         for (Stream* stream : {&own_stream(), &emulator::legacy_stream()}) {

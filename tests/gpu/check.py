@@ -19,9 +19,11 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck")
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
 TRAINED = ("S1", "S2", "S4")
 """Cases that train; their ranks share the GPUs there are."""
+SIZES = ("-b", "4K", "-e", "256M", "-f", "4")
 BENCHES = (
     ("vocab_entropy", "--device", "cuda", "-n", "20"),
-    (*COLLECTIVES, "--device", "cuda", "-b", "4K", "-e", "256M", "-f", "4", "-n", "10"),
+    ("fused", "--device", "cuda", "-n", "10"),
+    (*COLLECTIVES, "--device", "cuda", "--against", "symmetric", *SIZES, "-n", "10"),
 )
 """Arguments of ``testbed bench``."""
 

@@ -24,7 +24,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import primitives
 from primitives import collectives
+from primitives.backend import native
 from primitives.errors import CollectiveError, CollectiveMismatch
 from special_distributed.exact_training import (
     assert_same_tensors,
@@ -237,6 +239,63 @@ def streams_and_graphs() -> None:
     dist.destroy_process_group()
 
 
+def symmetric() -> None:
+    """Tensors in symmetric memory: the bits of the CPU, read in place; streams; graphs."""
+    rank, n = start()
+    backend = native(None, "symmetric")
+    numel = 100_000
+
+    def both(call: Callable[[Tensor, Tensor], Any], given: Tensor, out: Tensor) -> None:
+        """On the CPU, and on the device twice, since a call on a new chunk may be staged."""
+        wanted, want_out = given.clone(), out.clone()
+        call(wanted, want_out)
+        for turn in range(2):
+            before = backend.num_zero_copy
+            tensor = primitives.empty(*given.shape, device=CUDA).copy_(given)
+            got_out = out.to(CUDA)
+            call(tensor, got_out)
+            torch.cuda.synchronize()
+            assert_bits(tensor.cpu(), wanted)
+            assert_bits(got_out.cpu(), want_out)
+            assert turn == 0 or backend.num_zero_copy - before == 1
+
+    for seed in range(5):
+        x = draw((numel,), torch.float32, 10 * seed + rank).nan_to_num()
+        full = draw((n * numel,), torch.float32, 100 + 10 * seed + rank).nan_to_num()
+        gathered, part = torch.zeros(n * numel), torch.zeros(numel)
+        both(lambda one, _: dist.all_reduce(one), x, torch.empty(0))
+        both(lambda one, _: dist.broadcast(one, n - 1), x, torch.empty(0))
+        both(lambda one, out: dist.all_gather_into_tensor(out, one), x, gathered)
+        both(lambda one, out: dist.reduce_scatter_tensor(out, one), full, part)
+        both(lambda one, out: dist.all_to_all_single(out, one), full, gathered)
+
+    # What one stream frees is not written by another before the first is done with it.
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for step in range(20):
+        with torch.cuda.stream(streams[step % 2]):
+            late = backend.allocate_tensor(numel, dtype=torch.float32, device=CUDA)
+            torch.cuda._sleep(1_000_000 * (step % 2))
+            late.fill_(step + rank)
+            dist.all_reduce(late)
+            assert float(late[-1]) == n * step + n * (n - 1) / 2
+            del late
+
+    x = primitives.empty(numel, device=CUDA).zero_()
+    graph, before = torch.cuda.CUDAGraph(), backend.num_zero_copy
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        dist.all_reduce(x)
+        with pytest.raises(ValueError, match="expected a stream that is not captured"):
+            backend.allocate_tensor(4, dtype=torch.float32, device=CUDA)
+    for step in range(5):
+        x.fill_(step + rank)
+        graph.replay()
+        assert float(x[7]) == n * step + n * (n - 1) / 2
+    assert backend.num_zero_copy - before == 5
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def handed_to_the_host() -> None:
     """On several hosts: said once, ordered by the stream, refused in a graph; the group goes on."""
     rank, n = start()
@@ -300,12 +359,14 @@ def clients() -> None:
     assert_same_tensors(actual, expected())
 
     mesh = init_device_mesh("cuda", (n,))
-    fsdp2 = mlp().to(CUDA)
-    for layer in (*(m for m in fsdp2 if isinstance(m, nn.Linear)), fsdp2):
-        fully_shard(layer, mesh=mesh)
-    train(fsdp2, rank)
-    sharded = dict(fsdp2.named_parameters())
-    assert_same_tensors({k: p.full_tensor().cpu() for k, p in sharded.items()}, expected())
+    for from_group in (False, True):
+        fsdp2 = mlp().to(CUDA)
+        for layer in (*(m for m in fsdp2 if isinstance(m, nn.Linear)), fsdp2):
+            fully_shard(layer, mesh=mesh)
+            layer.set_allocate_memory_from_process_group_for_comm(from_group)
+        train(fsdp2, rank)
+        sharded = dict(fsdp2.named_parameters())
+        assert_same_tensors({k: p.full_tensor().cpu() for k, p in sharded.items()}, expected())
 
     state: dict[str, Any] = {k: p.detach().clone() for k, p in sharded.items()}
     save(state, checkpoint_id=os.environ["TEST_STORE"] + "-checkpoint")

@@ -126,6 +126,12 @@ def torch_tensors() -> None:
             data = xs[comm.rank].to(CUDA)
             comm.all_reduce(data, op)
             assert_bits(data.cpu(), reference.all_reduce(xs, op)[0])
+        for turn in range(2):  # a call on a new chunk of symmetric memory may be staged
+            before = comm.num_zero_copy
+            x = comm.empty(2, 50_000, device="cuda").fill_(comm.rank + 1)
+            comm.all_reduce(x)
+            assert float(x[1, -1]) == comm.world_size * (comm.world_size + 1) / 2
+            assert turn == 0 or comm.num_zero_copy - before == 1
         with pytest.raises(ValueError, match="expected contiguous memory, got a tensor of shape"):
             comm.all_reduce(torch.zeros(4, 4, device=CUDA).t())
         with pytest.raises(ValueError, match="expected memory on cuda:0, got cpu"):
@@ -142,6 +148,10 @@ def cupy_arrays() -> None:
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
             surface(comm, cupy.asarray, stream=stream.ptr)
+        shown = cupy.asarray(comm.empty(50_000, device="cuda"))
+        shown[:] = comm.rank + 1
+        comm.all_reduce(shown)
+        assert float(shown[-1]) == comm.world_size * (comm.world_size + 1) / 2
         module = cupy.RawModule(code=TREE, options=("-std=c++17",))
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for numel in (1, 513, 100_003):

@@ -45,6 +45,10 @@ def test_streams_and_graphs(tmp_path: Path) -> None:
     passes(play(tmp_path, "streams_and_graphs"))
 
 
+def test_symmetric_memory(tmp_path: Path) -> None:
+    passes(play(tmp_path, "symmetric"))
+
+
 def test_ddp_fsdp_dtensor_and_checkpoints(tmp_path: Path) -> None:
     passes(play(tmp_path, "clients"))
 

@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <utility>
 
 #include "values.hpp"
 
@@ -61,20 +62,46 @@ ReduceOp draw_op(Player& player) {
   return kInteger[player.draw(std::size(kInteger))];
 }
 
-// Elements that begin anywhere in a cache line and end exactly where the allocation ends.
+// Symmetric memory for the inputs of one case, one behind the other.
+class Room {
+ public:
+  Room() = default;
+  Room(std::shared_ptr<void> memory, size_t nbytes, size_t begin)
+      : memory_(std::move(memory)), end_(nbytes), used_(begin) {}
+
+  // Null when there is none left.
+  void* take(size_t nbytes) {
+    if (nbytes > end_ - used_) return nullptr;
+    return static_cast<char*>(memory_.get()) + std::exchange(used_, used_ + nbytes);
+  }
+
+ private:
+  std::shared_ptr<void> memory_;
+  size_t end_ = 0, used_ = 0;
+};
+
+// Elements in symmetric memory, or that begin anywhere in a cache line and end exactly where the
+// allocation ends.
 template <class T>
 class Buffer {
  public:
-  Buffer(size_t numel, size_t shift) : elements_(numel + shift), shift_(shift) {}
-  Buffer(const std::vector<T>& values, size_t shift) : Buffer(values.size(), shift) {
-    std::copy(values.begin(), values.end(), data());
+  Buffer(size_t numel, size_t shift)
+      : own_(numel + shift), data_(own_.data() + shift), numel_(numel) {}
+  Buffer(const std::vector<T>& values, size_t shift, Room& room) : numel_(values.size()) {
+    data_ = static_cast<T*>(room.take(nbytes()));
+    if (data_ == nullptr) *this = Buffer(numel_, shift);
+    std::copy(values.begin(), values.end(), data_);
   }
-  T* data() { return elements_.data() + shift_; }
-  size_t nbytes() const { return (elements_.size() - shift_) * sizeof(T); }
+  Buffer(Buffer&&) = default;
+  Buffer& operator=(Buffer&&) = default;
+
+  T* data() { return data_; }
+  size_t nbytes() const { return numel_ * sizeof(T); }
 
  private:
-  std::vector<T> elements_;
-  size_t shift_;
+  std::vector<T> own_;
+  T* data_;
+  size_t numel_;
 };
 
 template <class T>
@@ -88,7 +115,12 @@ class Case {
         seed_(player.random()),
         shift_(player.draw(16)),
         root_(static_cast<int>(player.draw(n_))),
-        reduce_op_(draw_op<T>(player)) {}
+        reduce_op_(draw_op<T>(player)) {
+    const bool all = seed_ % 4 == 0, mine = seed_ % 4 == 1 && (seed_ >> 8 >> me_ & 1) == 0;
+    if (player.allocate && (all || mine)) {
+      room_ = Room(player.allocate(kRoomNbytes), kRoomNbytes, shift_ * sizeof(T));
+    }
+  }
 
   void play(int which) {
     switch (which) {
@@ -164,7 +196,7 @@ class Case {
     const auto numels = draw_numels(n_, uneven);
     std::vector<Buffer<T>> out;
     for (size_t numel : numels) out.emplace_back(numel, shift_);
-    Buffer<T> in(values(me_, numels[me_]), 0);
+    Buffer<T> in(values(me_, numels[me_]), 0, room_);
     transport_.all_gather(call(Op::kAllGather, numels[me_], false, uneven), in.data(), in.nbytes(),
                           parts(out), kTimeout);
     player_.settle();
@@ -175,7 +207,7 @@ class Case {
     const bool uneven = player_.draw(2) == 0;
     const auto numels = draw_numels(n_, uneven);
     std::vector<Buffer<T>> in;  // stream r * n + s: what rank s has for rank r
-    for (int r = 0; r < n_; r++) in.emplace_back(values(r * n_ + me_, numels[r]), shift_);
+    for (int r = 0; r < n_; r++) in.emplace_back(values(r * n_ + me_, numels[r]), shift_, room_);
     Buffer<T> out(numels[me_], shift_);
     transport_.reduce_scatter(call(Op::kReduceScatter, n_ * numels[me_], true, uneven), parts(in),
                               out.data(), reduction(), kTimeout);
@@ -185,7 +217,7 @@ class Case {
 
   void all_reduce() {
     const size_t numel = draw_numel<T>(player_);
-    Buffer<T> data(values(me_, numel), shift_);
+    Buffer<T> data(values(me_, numel), shift_, room_);
     transport_.all_reduce(call(Op::kAllReduce, numel, true), data.data(), data.nbytes(),
                           reduction(), kTimeout);
     player_.settle();
@@ -198,7 +230,7 @@ class Case {
     std::vector<Buffer<T>> in, out;
     size_t total = 0;
     for (int r = 0; r < n_; r++) {
-      in.emplace_back(values(me_ * n_ + r, numels[me_ * n_ + r]), shift_);
+      in.emplace_back(values(me_ * n_ + r, numels[me_ * n_ + r]), shift_, room_);
       out.emplace_back(numels[r * n_ + me_], 0);
       total += numels[me_ * n_ + r];
     }
@@ -218,7 +250,7 @@ class Case {
 
   void broadcast() {
     const size_t numel = draw_numel<T>(player_);
-    Buffer<T> data(values(me_, numel), shift_);
+    Buffer<T> data(values(me_, numel), shift_, room_);
     transport_.broadcast(rooted(Op::kBroadcast, numel, false), data.data(), data.nbytes(),
                          kTimeout);
     player_.settle();
@@ -227,7 +259,7 @@ class Case {
 
   void reduce() {
     const size_t numel = draw_numel<T>(player_);
-    Buffer<T> data(values(me_, numel), shift_);
+    Buffer<T> data(values(me_, numel), shift_, room_);
     transport_.reduce(rooted(Op::kReduce, numel, true), data.data(), data.nbytes(), reduction(),
                       kTimeout);
     player_.settle();
@@ -238,7 +270,7 @@ class Case {
     const size_t numel = draw_numel<T>(player_);
     std::vector<Buffer<T>> out;
     for (int r = 0; me_ == root_ && r < n_; r++) out.emplace_back(numel, shift_);
-    Buffer<T> in(values(me_, numel), 0);
+    Buffer<T> in(values(me_, numel), 0, room_);
     transport_.gather(rooted(Op::kGather, numel, false), in.data(), in.nbytes(), parts(out),
                       kTimeout);
     player_.settle();
@@ -250,7 +282,7 @@ class Case {
   void scatter() {
     const size_t numel = draw_numel<T>(player_);
     std::vector<Buffer<T>> in;
-    for (int r = 0; me_ == root_ && r < n_; r++) in.emplace_back(values(r, numel), shift_);
+    for (int r = 0; me_ == root_ && r < n_; r++) in.emplace_back(values(r, numel), shift_, room_);
     Buffer<T> out(numel, 0);
     transport_.scatter(rooted(Op::kScatter, numel, false), parts(in), out.data(), out.nbytes(),
                        kTimeout);
@@ -293,7 +325,7 @@ class Case {
     };
     for (int r = 0; r < n_; r++) {
       in.emplace_back(numel_of(r, me_), shift_);
-      out.emplace_back(values(me_ * n_ + r, numel_of(me_, r)), 0);
+      out.emplace_back(values(me_ * n_ + r, numel_of(me_, r)), 0, room_);
     }
     auto post_sends = [&] {
       for (int j = 0; j < n_; j++) {
@@ -327,6 +359,7 @@ class Case {
   }
 
   static constexpr double kFactor = 0.3;  // not exact in float: how it is rounded shows
+  static constexpr size_t kRoomNbytes = 16 << 20;
 
   Player& player_;
   Transport& transport_;
@@ -335,6 +368,7 @@ class Case {
   const size_t shift_;
   const int root_;
   const ReduceOp reduce_op_;
+  Room room_;
 };
 
 }  // namespace

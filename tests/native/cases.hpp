@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <random>
 
 #include "collectives/transport.hpp"
@@ -16,6 +17,8 @@ struct Player {
   // Waits until the results of the last collective are there.
   std::function<void()> settle;
   bool sends_messages;
+  // Symmetric memory; empty: there is none.
+  std::function<std::shared_ptr<void>(size_t nbytes)> allocate;
   std::mt19937_64 random;
 
   uint64_t draw(uint64_t below) { return random() % below; }

@@ -22,6 +22,7 @@
 #include "cases.hpp"
 #include "collectives/cuda/device_transport.hpp"
 #include "device_faults.hpp"
+#include "device_heap.hpp"
 #include "emulator/runtime.hpp"
 #include "faults.hpp"
 #include "meeting.hpp"
@@ -119,6 +120,7 @@ void play_rank(const Plan& plan, int rank) {
     }
     random = player.random;
   };
+  uint64_t num_zero_copy = 0;
   for (int num_played = 0; num_played < plan.num_cases;) {
     FolderMeeting meeting(next_folder());
     OneHost host(meeting, options(round));
@@ -136,13 +138,18 @@ void play_rank(const Plan& plan, int rank) {
         device->drain();
         device->check();
       };
-      play_cases({*device, settle, false, random}, &num_played);
+      const auto allocate = [&](size_t nbytes) { return device->allocate(nbytes); };
+      play_cases({*device, settle, false, allocate, random}, &num_played);
       device->drain();
+      num_zero_copy += device->num_zero_copy();
       host.close();
     } else {
-      play_cases({host, [] {}, true, random}, &num_played);
+      play_cases({host, [] {}, true, nullptr, random}, &num_played);
       host.close();
     }
+  }
+  if (plan.device && !plan.by_host && plan.num_cases >= kCasesPerGroup && num_zero_copy == 0) {
+    throw WrongResult("no call read symmetric memory in place");
   }
   for (int i = 0; i < plan.num_faults && plan.num_ranks > 1; i++) {
     FolderMeeting meeting(next_folder());
@@ -198,6 +205,7 @@ int run(int argc, char** argv) {
   char folder[] = "/tmp/primitives-driver-XXXXXX";
   if (mkdtemp(folder) == nullptr) throw std::runtime_error("driver: no temporary folder");
   plan.folder = folder;
+  check_device_heap(plan.folder + "/heap");
   const auto start = Clock::now();
   const bool ok = plan.processes ? play_processes(plan) : play_threads(plan);
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();

@@ -13,8 +13,9 @@
 //                   in k | sum k - 1 | out k - 2
 //   reduce          S in, S out on the root       as the one-shot all_reduce
 //   fused           as all_gather and reduce_scatter, on streams of many tensors: see many.hpp
-// When every rank's input lies in symmetric memory, of at least direct_nbytes: two meetings, no
-// staging; each rank reads its peers' inputs in place, all_reduce also writes its sums into them.
+// When every rank's input lies in symmetric memory, of at least direct_nbytes (with counts: its
+// longest part): two meetings, no staging; each rank reads its peers' inputs in place, all_reduce
+// also writes its sums into them.
 #pragma once
 
 #include "collectives/cuda/exchange.hpp"
@@ -27,9 +28,10 @@ constexpr size_t kGrainNbytes =
 // Whether ranks may offer their inputs to their peers: the same on all ranks.
 HOST_DEVICE_FN bool may_offer(const Ranks& ranks, const Call& call) {
   const Op op = static_cast<Op>(call.op);
+  if (call.has_counts) return op == Op::kAllGather || op == Op::kAllToAll;
   const bool one_shot =
       op == Op::kReduce || (op == Op::kAllReduce && call.in_nbytes[0] <= ranks.one_shot_nbytes);
-  return !call.has_counts && !one_shot && call.in_nbytes[0] >= ranks.direct_nbytes;
+  return !one_shot && call.in_nbytes[0] >= ranks.direct_nbytes;
 }
 
 struct Run {
@@ -100,6 +102,7 @@ DEVICE_FN bool meet_first(Block<M>& b, Put put, Direct direct) {
   if (num_offers == 0) return true;
   if (num_offers == b.n()) {
     direct();
+    b.meeting.count_direct();
     b.meeting.meet();  // nobody needs this rank's buffers any more
     return false;
   }

@@ -1,9 +1,12 @@
 #ifdef PRIMITIVES_CUDA
 #include "collectives/cuda/by_host_transport.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
+#include "collectives/cuda/device_heap.hpp"
+#include "transport/current_device.hpp"
 #include "transport/operations.hpp"
 
 namespace primitives {
@@ -20,10 +23,6 @@ std::vector<T*> addresses_of(const std::vector<Part>& parts) {
   std::vector<T*> addresses;
   for (const Part& part : parts) addresses.push_back(static_cast<T*>(part.data));
   return addresses;
-}
-
-[[noreturn]] void refuse(const char* what) {
-  throw std::invalid_argument(std::string(what) + ": expected memory of the CPU, got of a device");
 }
 
 }  // namespace
@@ -206,12 +205,18 @@ void ByHostTransport::reduce_scatter_many(const Call& call, const ReduceScatterM
   });
 }
 
-void* ByHostTransport::empty(const Call&, size_t, Milliseconds) { refuse("symmetric memory"); }
-void ByHostTransport::send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
-  refuse("send");
-}
-void ByHostTransport::recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
-  refuse("recv");
+std::shared_ptr<void> ByHostTransport::allocate(size_t nbytes) {
+  check();
+  primitives_cuda_error error;
+  char* memory = nullptr;
+  const OnDevice current(device_);
+  if (primitives_cuda_allocate_own(device_, std::max<size_t>(nbytes, 1), &memory, &error) != 0) {
+    throw no_room_on_device(rank_, device_, nbytes, error.text);
+  }
+  return {memory, [device = device_](void* freed) {
+            const OnDevice current(device);
+            primitives_cuda_free(device, static_cast<char*>(freed));
+          }};
 }
 
 void ByHostTransport::release() {

@@ -12,12 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "collectives/cuda/launch.h"
-#include "collectives/transport.hpp"
+#include "collectives/cuda/stream_transport.hpp"
 
 namespace primitives {
-
-using CurrentStream = std::function<void*()>;  // a cudaStream_t of the device
 
 class ByHostTransport final : public StreamTransport {
  public:
@@ -35,6 +32,8 @@ class ByHostTransport final : public StreamTransport {
   bool runs_on_host() const override { return true; }
   void check() override { host_.group().check(); }
   void drain() override {}
+  // Nobody reads it in place.
+  std::shared_ptr<void> allocate(size_t nbytes) override;
 
   Group& group() override { return host_.group(); }
   uint64_t seq() const override { return host_.seq(); }
@@ -61,12 +60,6 @@ class ByHostTransport final : public StreamTransport {
   void reduce_scatter_many(const Call& call, const ReduceScatterMany& many,
                            Milliseconds timeout) override;
 
-  // Not on a device: std::invalid_argument.
-  void* empty(const Call&, size_t, Milliseconds) override;
-  void send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) override;
-  void recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) override;
-
-  bool idle() override { return true; }
   void close() override {}  // a thread may still be in a call that ends with the group's failure
 
  private:

@@ -69,7 +69,7 @@ uint8_t moved_dtype(const char* name) {
 
 void DeviceTransport::check() {
   group().check();
-  if (acquire(&ranks_.status->state) == 2) report();
+  if (ranks_.status != nullptr && acquire(&ranks_.status->state) == 2) report();
 }
 
 std::string DeviceTransport::describe_missing(uint32_t missing) const {

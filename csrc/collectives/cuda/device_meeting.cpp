@@ -155,6 +155,7 @@ void DeviceTransport::meet(Milliseconds timeout) {
     throw Unreachable(why);
   }
   has_met_ = true;
+  heap_ = std::make_shared<DeviceHeap>(group(), device_, mapped_);
 }
 
 void DeviceTransport::drain() {
@@ -179,9 +180,12 @@ void DeviceTransport::close() {
   changed_.notify_all();
   if (watch_.joinable()) watch_.join();
   unmap();
+  if (heap_) heap_->unmap();
   tables_.free(device_);
   if (last_ != nullptr) primitives_cuda_destroy_event(device_, std::exchange(last_, nullptr));
-  if (ranks_.status != nullptr) primitives_cuda_free_pinned(device_, ranks_.status);
+  if (void* status = std::exchange(ranks_.status, nullptr); status != nullptr) {
+    primitives_cuda_free_pinned(device_, status);
+  }
   char* segment = ranks_.segments[ranks_.rank];
   if (segment == nullptr) return;
   const auto all_gone = [&] {
@@ -193,6 +197,7 @@ void DeviceTransport::close() {
   const auto end = Clock::now() + kLeavePatience;
   while (has_met_ && !all_gone() && Clock::now() < end) usleep(1000);
   // A peer that is still there may be reading: then the end of the process frees it.
+  if (heap_) heap_->leave(all_gone());
   if (!has_met_ || all_gone()) primitives_cuda_free(device_, segment);
 }
 

@@ -3,7 +3,9 @@
 #ifdef PRIMITIVES_CUDA
 #include "collectives/cuda/device_transport.hpp"
 
-#include <stdexcept>
+#include <algorithm>
+
+#include "collectives/cuda/prepare.hpp"
 
 namespace primitives {
 namespace {
@@ -27,10 +29,6 @@ void set_out(primitives_cuda_call& call, int rank, void* data, size_t nbytes) {
   call.out_nbytes[rank] = nbytes;
 }
 
-[[noreturn]] void refuse(const char* what) {
-  throw std::invalid_argument(std::string(what) + ": expected memory of the CPU, got of a device");
-}
-
 }  // namespace
 
 primitives_cuda_call begin_call(const Call& call) {
@@ -50,12 +48,37 @@ void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Millisec
     const std::lock_guard<std::mutex> lock(launched_mutex_);
     launched_[seq_ % launched_.size()] = {call, this_site()};
   }
+  primitives_cuda_error error;
+  void* const stream = stream_();
+  const int captured = primitives_cuda_is_captured(device_, stream, &error);
+  if (captured < 0) cannot_launch(call, error.text);
+  if (!captured) heap_->map_new(device_call.seq);
+  heap_->copy_chunks(&ranks_);
+  device_call.place = offer(device_call);
   primitives_cuda_ranks ranks = ranks_;
   ranks.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1'000'000;
-  primitives_cuda_error error;
-  if (primitives_cuda_launch(device_, &ranks, device_call, stream_(), last_, &error) != 0) {
+  if (primitives_cuda_launch(device_, &ranks, device_call, stream, last_, &error) != 0) {
     cannot_launch(call, error.text);
   }
+}
+
+uint64_t DeviceTransport::offer(const DeviceCall& call) {
+  if (!group().zero_copy() || *cuda::check_offer(ranks_, call) != '\0') {
+    return PRIMITIVES_CUDA_NOT_SYMMETRIC;
+  }
+  const char *begin = call.in[0], *end = begin + call.in_nbytes[0];  // of all parts
+  for (int r = 1; r < ranks_.world_size; r++) {
+    if (call.in_nbytes[r] == 0) continue;
+    begin = std::min(begin, call.in[r]);
+    end = std::max(end, call.in[r] + call.in_nbytes[r]);
+  }
+  const uint64_t place = heap_->place_of(begin, end - begin, call.seq);
+  return place == PRIMITIVES_CUDA_NOT_SYMMETRIC ? place : place + (call.in[0] - begin);
+}
+
+uint64_t DeviceTransport::num_zero_copy() {
+  return ranks_.status == nullptr ? 0
+                                  : __atomic_load_n(&ranks_.status->num_direct, __ATOMIC_ACQUIRE);
 }
 
 void DeviceTransport::cannot_launch(const Call& call, const char* why) {
@@ -153,14 +176,6 @@ void DeviceTransport::barrier(Milliseconds timeout) {
   call.op = Op::kBarrier;
   DeviceCall made = begin_call(call);
   launch(call, made, timeout);
-}
-
-void* DeviceTransport::empty(const Call&, size_t, Milliseconds) { refuse("symmetric memory"); }
-void DeviceTransport::send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
-  refuse("send");
-}
-void DeviceTransport::recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) {
-  refuse("recv");
 }
 
 }  // namespace primitives

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "collectives/cuda/by_host_transport.hpp"
+#include "collectives/cuda/device_heap.hpp"
 #include "collectives/cuda/launch.h"
 #include "collectives/cuda/tables.hpp"
 #include "collectives/transport.hpp"
@@ -51,6 +52,11 @@ class DeviceTransport final : public StreamTransport {
   void check() override;
   // (Not for what a replayed graph launches: barrier() first, on the same stream.)
   void drain() override;
+  // See [Note: device heap].
+  std::shared_ptr<void> allocate(size_t nbytes) override {
+    return heap_->allocate(nbytes, stream_());
+  }
+  uint64_t num_zero_copy() override;
 
   Group& group() override { return host_.group(); }
   uint64_t seq() const override { return seq_; }
@@ -79,12 +85,6 @@ class DeviceTransport final : public StreamTransport {
   void reduce_scatter_many(const Call& call, const ReduceScatterMany& many,
                            Milliseconds timeout) override;
 
-  // Not on a device: std::invalid_argument.
-  void* empty(const Call&, size_t, Milliseconds) override;
-  void send(const void*, const Envelope&, int, Milliseconds, Mailbox::Done) override;
-  void recv(void*, const Envelope&, int, Milliseconds, Mailbox::Done) override;
-
-  bool idle() override { return true; }
   // After drain(), and when `host` has left. Idempotent.
   void close() override;
 
@@ -98,6 +98,8 @@ class DeviceTransport final : public StreamTransport {
   void meet(Milliseconds timeout);
   void unmap();
   void launch(const Call& call, DeviceCall& device_call, Milliseconds timeout);
+  // The place of its input in symmetric memory, if peers may read it there.
+  uint64_t offer(const DeviceCall& call);
   void launch_many(const Call& call, DeviceCall& device_call, const Cuts& cuts,
                    const std::vector<const void*>& ins, const std::vector<void*>& outs,
                    Milliseconds timeout);
@@ -119,7 +121,8 @@ class DeviceTransport final : public StreamTransport {
   primitives_cuda_ranks ranks_{};
   Tables tables_;             // of fused calls
   std::vector<bool> mapped_;  // segments of other processes
-  bool has_met_ = false;      // peers may use this rank's segment
+  std::shared_ptr<DeviceHeap> heap_;
+  bool has_met_ = false;  // peers may use this rank's segment
   std::mutex mutex_;
   std::condition_variable changed_;
   bool closing_ = false;

@@ -39,7 +39,7 @@ struct alignas(16) Letter {
   uint64_t factor;        // its bits
   uint64_t nbytes;        // from the writer to the reader; fused: the number of tensors
   uint64_t longest;       // of what the writer sends to anybody
-  uint64_t place;         // of its input in its heap
+  uint64_t place;         // in the writer's symmetric memory, of what the reader may read there
 };
 static_assert(sizeof(Letter) == 8 * PRIMITIVES_CUDA_LETTER_WORDS);
 
@@ -76,6 +76,11 @@ DEVICE_FN uint32_t digest_of(const Letter& letter) {
   hash = (hash ^ letter.numel_nbytes) * 0x100000001b3;
   hash = (hash ^ letter.factor) * 0x100000001b3;
   return static_cast<uint32_t>(hash >> 32 ^ hash) | 1;  // 0: no first meeting
+}
+
+HOST_DEVICE_FN char* at_place(const Ranks& ranks, int rank, uint64_t place) {
+  constexpr uint64_t kOffset = (uint64_t{1} << PRIMITIVES_CUDA_CHUNK_SHIFT) - 1;
+  return ranks.chunks[rank][place >> PRIMITIVES_CUDA_CHUNK_SHIFT] + (place & kOffset);
 }
 
 template <class M>
@@ -154,9 +159,18 @@ class Meeting {
     }
     return num;
   }
-  // The input of a rank that has offered it, as this rank sees it. (A letter lasts two meetings.)
+  // What a rank has offered to this one, of its input or all of it, as this rank sees it. (A letter
+  // lasts two meetings.)
   DEVICE_FN char* offer(int r) const {
-    return ranks_.heaps[r] + (r == rank() ? call_.place : m_.load(&letter_from(r)->place));
+    const uint64_t place = r == rank() ? place_for(r) : m_.load(&letter_from(r)->place);
+    return at_place(ranks_, r, place);
+  }
+  // For the host: this call went without staging.
+  DEVICE_FN void count_direct() {
+    m_.each_lane([&](int lane) {
+      uint32_t* num_direct = &ranks_.status->num_direct;
+      if (block_ == 0 && lane == 0) m_.store(num_direct, m_.load(num_direct) + 1);
+    });
   }
 
  private:
@@ -178,6 +192,11 @@ class Meeting {
     return longest;
   }
 
+  DEVICE_FN uint64_t place_for(int peer) const {
+    const bool has_part = has_offered() && call_.in_nbytes[peer] > 0;
+    return call_.place + (has_part ? call_.in[peer] - call_.in[0] : 0);
+  }
+
   DEVICE_FN Letter letter_to(int peer) const {
     Letter letter;
     letter.call = signature_of(call_);
@@ -186,7 +205,7 @@ class Meeting {
     memcpy(&letter.factor, &call_.factor, 8);
     letter.nbytes = fused ? call_.many.num_tensors : call_.in_nbytes[peer];
     letter.longest = longest_part();
-    letter.place = call_.place;
+    letter.place = place_for(peer);
     return letter;
   }
 

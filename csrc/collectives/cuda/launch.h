@@ -20,6 +20,9 @@ enum {
   PRIMITIVES_CUDA_MAX_RANKS = 8,
   PRIMITIVES_CUDA_MAX_BLOCKS = 64,
   PRIMITIVES_CUDA_LETTER_WORDS = 6,
+  PRIMITIVES_CUDA_MAX_CHUNKS = 16, /* of a rank's symmetric memory */
+  /* A place there: the chunk, from this bit on, and the offset in it. */
+  PRIMITIVES_CUDA_CHUNK_SHIFT = 40,
   /* A multiple of this is a good slot: it can be shared by any number of ranks. */
   PRIMITIVES_CUDA_SLOT_GRAIN = 2 * 16 * PRIMITIVES_CUDA_MAX_RANKS,
   /* Sizes to begin with; not measured yet. */
@@ -49,7 +52,8 @@ typedef struct {
   uint32_t block;
   uint32_t epoch; /* timeout: the meeting, a number that all ranks count alike for each block */
   uint64_t mine[PRIMITIVES_CUDA_LETTER_WORDS], theirs[PRIMITIVES_CUDA_LETTER_WORDS];
-  uint32_t uploaded; /* seq of the last fused call whose table is on the device (no failure) */
+  uint32_t uploaded;   /* seq of the last fused call whose table is on the device (no failure) */
+  uint32_t num_direct; /* calls that read symmetric memory in place (no failure) */
 } primitives_cuda_status;
 
 /* A group, as one rank sees it. The sizes are equal on all ranks. */
@@ -61,8 +65,9 @@ typedef struct {
   uint32_t one_shot_nbytes; /* up to here every rank of an all_reduce sums everything */
   uint32_t direct_nbytes;   /* from here on symmetric memory is read in place */
   char* segments[PRIMITIVES_CUDA_MAX_RANKS]; /* as mapped here */
-  char* heaps[PRIMITIVES_CUDA_MAX_RANKS];    /* symmetric memory as mapped here, or null */
-  primitives_cuda_status* status;            /* as the device sees it */
+  /* Symmetric memory, as mapped here, or null. */
+  char* chunks[PRIMITIVES_CUDA_MAX_RANKS][PRIMITIVES_CUDA_MAX_CHUNKS];
+  primitives_cuda_status* status; /* as the device sees it */
   uint64_t timeout_ns;
 } primitives_cuda_ranks;
 
@@ -99,7 +104,8 @@ typedef struct {
   uint32_t seq;                 /* of the call, for messages */
   int32_t num_blocks;           /* set by primitives_cuda_launch */
   double factor;                /* premul_sum, fused reduce_scatter */
-  uint64_t place;               /* of in[0] in this rank's heap, or PRIMITIVES_CUDA_NOT_SYMMETRIC */
+  uint64_t place;               /* of in[0], when all parts lie in a chunk that all ranks have
+                                 * mapped, or PRIMITIVES_CUDA_NOT_SYMMETRIC */
   const char* in[PRIMITIVES_CUDA_MAX_RANKS];
   uint64_t in_nbytes[PRIMITIVES_CUDA_MAX_RANKS];
   char* out[PRIMITIVES_CUDA_MAX_RANKS];

@@ -5,6 +5,17 @@
 
 namespace primitives::cuda {
 
+// What every rank has for this one, from where it lies.
+template <class M>
+DEVICE_FN void copy_offers(Block<M>& b, int lane) {
+  for (int j = 0; j < b.n(); j++) {
+    const int r = b.nth(j);
+    const Run run = b.chunks.whole(b.call.out_nbytes[r]);
+    if (run.nbytes == 0) continue;
+    copy(b.m, lane, b.call.out[r] + run.at, b.meeting.offer(r) + run.at, run.nbytes);
+  }
+}
+
 template <class M>
 DEVICE_FN void all_gather(Block<M>& b) {
   const Call& call = b.call;
@@ -28,15 +39,7 @@ DEVICE_FN void all_gather(Block<M>& b) {
           }
         });
       },
-      [&] {
-        const Run run = b.chunks.whole(call.in_nbytes[me]);
-        b.m.each_lane([&](int lane) {
-          for (int j = 0; j < n; j++) {
-            const int r = b.nth(j);
-            copy(b.m, lane, call.out[r] + run.at, b.meeting.offer(r) + run.at, run.nbytes);
-          }
-        });
-      });
+      [&] { b.m.each_lane([&](int lane) { copy_offers(b, lane); }); });
 }
 
 template <class M>
@@ -65,16 +68,7 @@ DEVICE_FN void all_to_all(Block<M>& b) {
           }
         });
       },
-      [&] {  // parts of equal size, one behind the other
-        const Run run = b.chunks.whole(call.in_nbytes[me]);
-        b.m.each_lane([&](int lane) {
-          for (int j = 0; j < n; j++) {
-            const int r = b.nth(j);
-            const char* from = b.meeting.offer(r) + me * call.in_nbytes[me] + run.at;
-            copy(b.m, lane, call.out[r] + run.at, from, run.nbytes);
-          }
-        });
-      });
+      [&] { b.m.each_lane([&](int lane) { copy_offers(b, lane); }); });
 }
 
 template <class M>

@@ -43,6 +43,21 @@ inline const char* check_many(const Call& call, int me) {
   return needs_room && many.partials == nullptr ? "partials: null, with squares" : "";
 }
 
+// Why the input of this call may not be offered to the peers, or "".
+inline const char* check_offer(const Ranks& ranks, const Call& call) {
+  const Op op = static_cast<Op>(call.op);
+  uint64_t longest = 0;
+  for (const uint64_t nbytes : call.in_nbytes) longest = larger(longest, nbytes);
+  if (is_fused(op) || !may_offer(ranks, call) || longest < ranks.direct_nbytes ||
+      call.in_nbytes[0] == 0) {
+    return "place: expected none for a call that is fused, rooted, without a first part, or small";
+  }
+  if (op == Op::kAllReduce && call.in[0] != call.out[0]) {
+    return "place: expected none for an all_reduce into other memory";
+  }
+  return "";
+}
+
 // The error, or "" with call->num_blocks set. The number must be the same on all ranks, so it
 // follows from what they must agree on.
 inline const char* prepare(const Ranks& ranks, Call* call) {
@@ -112,20 +127,12 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
     }
   }
   if (call->place != kNotSymmetric) {
-    if (ranks.heaps[me] == nullptr || call->in[0] != ranks.heaps[me] + call->place) {
-      return "place: expected where in[0] lies in this rank's heap";
+    const uint64_t chunk = call->place >> PRIMITIVES_CUDA_CHUNK_SHIFT;
+    if (chunk >= PRIMITIVES_CUDA_MAX_CHUNKS || ranks.chunks[me][chunk] == nullptr ||
+        call->in[0] != at_place(ranks, me, call->place)) {
+      return "place: expected where in[0] lies in this rank's symmetric memory";
     }
-    if (!may_offer(ranks, *call)) {
-      return "place: expected none for a call that is too small for it, or has counts";
-    }
-    if (op == Op::kAllReduce && call->in[0] != call->out[0]) {
-      return "place: expected none for an all_reduce into other memory";
-    }
-    for (int r = 1; r < n && (op == Op::kAllToAll || op == Op::kReduceScatter); r++) {
-      if (call->in[r] != call->in[r - 1] + call->in_nbytes[0]) {
-        return "place: expected none for parts that are apart";
-      }
-    }
+    if (const char* error = check_offer(ranks, *call); *error != 0) return error;
   }
   if (all_to_some && call->has_counts) total = UINT64_MAX / 2;  // nobody knows it
   const uint64_t wanted =

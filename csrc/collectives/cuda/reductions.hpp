@@ -32,7 +32,7 @@ DEVICE_FN void reduce_scatter(Block<M>& b) {
       },
       [&] {
         const Run run = b.chunks.whole(nbytes);
-        const Inputs in([&](int r) { return b.meeting.offer(r) + me * nbytes + run.at; }, n);
+        const Inputs in([&](int r) { return b.meeting.offer(r) + run.at; }, n);
         const Outputs out{{call.out[0] + run.at}};
         b.m.each_lane([&](int lane) { R::run(b.m, lane, call, n, in, out, 1, run.nbytes); });
       });

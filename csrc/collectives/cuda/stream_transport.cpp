@@ -1,11 +1,14 @@
-#ifdef PRIMITIVES_CUDA
 #include "collectives/cuda/stream_transport.hpp"
 
 #include <atomic>
+#include <cstdio>
+#include <vector>
 
+#include "collectives/cuda/by_host_transport.hpp"
 #include "collectives/cuda/device_transport.hpp"
 
 namespace primitives {
+#ifdef PRIMITIVES_CUDA
 namespace {
 
 void say_once(const StreamTransportOptions& options, const std::string& group,
@@ -37,6 +40,29 @@ std::unique_ptr<StreamTransport> make_stream_transport(Transport& host,
   return std::make_unique<ByHostTransport>(host, options.rank, options.world_size, options.device,
                                            options.stream);
 }
+#endif
+
+std::shared_ptr<void> allocate_on_all(Transport& host, int world_size, StreamTransport& device,
+                                      const Call& call, Milliseconds timeout) {
+  struct Answer {
+    char why[256];  // there is no room; else ""
+  } mine{};
+  std::shared_ptr<void> data;
+  try {
+    data = device.allocate(call.numel * call.itemsize);
+  } catch (const TransportError& error) {
+    std::snprintf(mine.why, sizeof mine.why, "%s", error.what());
+  }
+  std::vector<Answer> answers(world_size);
+  std::vector<Part> parts;
+  for (Answer& answer : answers) parts.push_back({&answer, sizeof answer});
+  host.all_gather(call, &mine, sizeof mine, parts, timeout);
+  for (const Answer& answer : answers) {
+    if (*answer.why != '\0') {
+      throw TransportError(Failure::kOther, std::string("empty: ") + answer.why);
+    }
+  }
+  return data;
+}
 
 }  // namespace primitives
-#endif

@@ -5,9 +5,12 @@
 #include <memory>
 #include <string>
 
-#include "collectives/cuda/by_host_transport.hpp"
+#include "collectives/cuda/launch.h"
+#include "collectives/transport.hpp"
 
 namespace primitives {
+
+using CurrentStream = std::function<void*()>;  // a cudaStream_t of the device
 
 struct StreamTransportOptions {
   int rank, world_size;  // of the whole group
@@ -22,5 +25,11 @@ struct StreamTransportOptions {
 // decision is a collective of `host`, which outlives the result. Throws TransportError.
 std::unique_ptr<StreamTransport> make_stream_transport(Transport& host,
                                                        const StreamTransportOptions& options);
+
+// Memory for tensors of one size on all ranks: StreamTransport::allocate, and a collective of
+// `host` as `call`. Throws TransportError, the same on all ranks, when one of them has no room;
+// then the group goes on.
+std::shared_ptr<void> allocate_on_all(Transport& host, int world_size, StreamTransport& device,
+                                      const Call& call, Milliseconds timeout);
 
 }  // namespace primitives
