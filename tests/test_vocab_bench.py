@@ -97,7 +97,8 @@ def test_backward_in_place_allocates_nothing_of_the_size_of_the_logits() -> None
 def test_a_device_that_is_not_there_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "vocab_entropy", "gemm", "--device", "cuda"]) == EXIT_USAGE
     assert (
-        "--device cuda: collectives, fused and vocab_entropy run there, got gemm" in capfd.readouterr().err
+        "--device cuda: collectives, fused and vocab_entropy run there, got gemm"
+        in capfd.readouterr().err
     )
     if not _C.cuda_built or not torch.cuda.is_available():
         for name in ("vocab_entropy", "all_reduce"):
