@@ -21,21 +21,37 @@ CANONICAL_FN F clamp_exponent(F d) {
   return larger_or_second(set<F>(-87.5f), d);
 }
 
-// exp(d) for -87.5 <= d <= 0: exactly 1 at 0, exactly 0 below about -86.99, never subnormal.
+// exp(d) half done: exp(d) is 2 exp(r) * scale.
 template <class F>
-CANONICAL_FN F exp_of_clamped(F d) {
+struct ReducedExponent {
+  F r, scale;
+};
+
+// The first half of exp_of_clamped, for who has other work to do before the second.
+template <class F>
+CANONICAL_FN ReducedExponent<F> reduce_exponent(F d) {
   constexpr float kMagic = 12583038.0f;  // 1.5 * 2^23 + 126: the low bits of t become n + 126
   const F t = fma(d, set<F>(kLog2E), set<F>(kMagic));
   const F n = t - kMagic;
-  const F r = fma(n, set<F>(-kLn2), d);
+  return {fma(n, set<F>(-kLn2), d), as_float(as_int(t) << 23)};
+}
+
+template <class F>
+CANONICAL_FN F exp_of_reduced(const ReducedExponent<F>& x) {
   F p = set<F>(0.0027629079f);
-  p = fma(p, r, set<F>(0.016737491f));
-  p = fma(p, r, set<F>(0.083336782f));
-  p = fma(p, r, set<F>(0.33333041f));
-  p = fma(p, r, set<F>(0.99999987f));
-  p = fma(p, r, set<F>(2.0f));
-  p = fma(p, r, set<F>(2.0f));  // 2 exp(r)
-  return p * as_float(as_int(t) << 23);
+  p = fma(p, x.r, set<F>(0.016737491f));
+  p = fma(p, x.r, set<F>(0.083336782f));
+  p = fma(p, x.r, set<F>(0.33333041f));
+  p = fma(p, x.r, set<F>(0.99999987f));
+  p = fma(p, x.r, set<F>(2.0f));
+  p = fma(p, x.r, set<F>(2.0f));  // 2 exp(r)
+  return p * x.scale;
+}
+
+// exp(d) for -87.5 <= d <= 0: exactly 1 at 0, exactly 0 below about -86.99, never subnormal.
+template <class F>
+CANONICAL_FN F exp_of_clamped(F d) {
+  return exp_of_reduced(reduce_exponent(d));
 }
 
 // exp(x) for x <= 0, as softmax and the vocabulary entropy need it.

@@ -2,48 +2,21 @@
 #pragma once
 
 #include "canonical/dispatch.hpp"
+#include "vocab_entropy/columns.hpp"
 #include "vocab_entropy/definition.hpp"
-#include "vocab_entropy/group.hpp"
 #include "vocab_entropy/kernels.hpp"
 
 namespace primitives::vocab_entropy {
 namespace {
 
-constexpr int kGradientPrefetchNbytes = 4096;  // see [Note: prefetch] in forward.hpp
-
-// Stores numbers around the caches; p is aligned to the vector's bytes in memory.
-template <class T>
-CANONICAL_FN void stream(typename T::Storage* p, Vec x) {
-  alignas(64) typename T::Storage lanes[kWidth];
-  T::store_number(lanes, x);
-  constexpr int kNbytes = sizeof lanes;
-#if CANONICAL_WIDTH == 16
-  if constexpr (kNbytes == 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(lanes));
-    return;
-  }
-#endif
-#if CANONICAL_WIDTH >= 8
-  if constexpr (kNbytes == 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                        _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
-    return;
-  }
-#endif
-  if constexpr (kNbytes == 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
-  } else {
-    memcpy(p, lanes, kNbytes);
-  }
-}
+constexpr int kGradientPrefetchNbytes = 8192;  // see [Note: prefetch] in forward.hpp
 
 // kFast: scale is 1 and the gradients are numbers. kStream: around the caches, kFast only.
 template <class T, bool kFast, bool kStream>
 inline void gradient_of_row(const typename T::Storage* z, typename T::Storage* out, int64_t n,
                             const Slope& slope, float scale, bool prefetch) {
   using S = typename T::Storage;
-  constexpr int kStep = kGroup * kWidth, kLine = 64 / sizeof(S);
+  constexpr int kLine = 64 / sizeof(S);
   int64_t i = 0;
   if (kStream) {  // up to the first aligned element
     const auto past = reinterpret_cast<uintptr_t>(out) % 64 / sizeof(S);
@@ -53,22 +26,38 @@ inline void gradient_of_row(const typename T::Storage* z, typename T::Storage* o
       i = k + lanes;
     });
   }
-  for (; i + kStep <= n; i += kStep) {
-    const Group g = gradient_of<!kFast>(load_group<T>(z + i), slope, scale);
-    if (prefetch) {
+  Vec d[kGroup];
+  ReducedExponent<Vec> reduced[kGroup];
+  const auto begin = [&](const S* p, int j) __attribute__((always_inline)) {
+    Vec x = load_vector<T>(p, j) - slope.shift;
+    if (!kFast) x = x * scale;
+    d[j] = clamp_exponent(x);
+    reduced[j] = reduce_exponent(d[j]);
+  };
+  const auto end = [&](int j) __attribute__((always_inline)) {
+    const Vec g = exp_of_reduced(reduced[j]) * fma(set<Vec>(slope.b), d[j], set<Vec>(slope.a));
+    return kFast ? g : canonical_nan(g);
+  };
+  if (i + kGroupNumel <= n) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kStep; j += kLine) {
-        __builtin_prefetch(reinterpret_cast<const char*>(z + i + j) + kGradientPrefetchNbytes);
-      }
-    }
+    for (int j = 0; j < kGroup; j++) begin(z + i, j);
+  }
+  for (; i + kGroupNumel <= n; i += kGroupNumel) {
+    // The first half of the next ones; of these again at the end.
+    const S* const next = z + (i + 2 * kGroupNumel <= n ? i + kGroupNumel : i);
+    Vec g[2];
 #pragma GCC unroll 4
     for (int j = 0; j < kGroup; j++) {
-      if (kStream) {
-        stream<T>(out + i + j * kWidth, g.v[j]);
-      } else if (kFast) {
-        T::store_number(out + i + j * kWidth, g.v[j]);
-      } else {
-        store<T>(out + i + j * kWidth, g.v[j]);
+      g[j % 2] = end(j);
+      begin(next, j);
+      if (j % 2 == 0) continue;
+      S* const to = out + i + (j - 1) * kWidth;
+      kStream ? Two<T>::stream(to, g[0], g[1]) : Two<T>::store(to, g[0], g[1]);
+    }
+    if (prefetch) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroupNumel; j += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(z + i + j) + kGradientPrefetchNbytes);
       }
     }
   }

@@ -23,6 +23,12 @@ struct Quad {
   float max, sum, weighted, target;
 };
 
+// A quad without its target, or a vector of them.
+template <class F>
+struct Triple {
+  F max, sum, weighted;
+};
+
 // What an empty run is.
 CANONICAL_FN Quad empty_quad() {
   const float minus_infinity = -__builtin_inff();
@@ -30,17 +36,26 @@ CANONICAL_FN Quad empty_quad() {
 }
 
 // The finite number that stands for a maximum: a run of -inf alone is shifted by 0.
-CANONICAL_FN float shift_of(float max) { return max == -__builtin_inff() ? 0.0f : max; }
+template <class F>
+CANONICAL_FN F shift_of(F max) {
+  return select(max == -__builtin_inff(), F{}, max);
+}
 
 // Two neighbouring runs in one. A NaN in a run makes its sum NaN, and so every sum above.
-CANONICAL_FN Quad combine(const Quad& a, const Quad& b, float scale) {
-  const float max = larger_or_second(a.max, b.max), shift = shift_of(max);
-  const float da = clamp_exponent((a.max - shift) * scale);
-  const float db = clamp_exponent((b.max - shift) * scale);
-  const float fa = exp_of_clamped(da), fb = exp_of_clamped(db);
+template <class F>
+CANONICAL_FN Triple<F> combine(const Triple<F>& a, const Triple<F>& b, float scale) {
+  const F max = larger_or_second(a.max, b.max), shift = shift_of(max);
+  const F da = clamp_exponent((a.max - shift) * scale);
+  const F db = clamp_exponent((b.max - shift) * scale);
+  const F fa = exp_of_clamped(da), fb = exp_of_clamped(db);
   return {max, fma(b.sum, fb, a.sum * fa),
-          fma(fma(db, b.sum, b.weighted), fb, fma(da, a.sum, a.weighted) * fa),
-          a.target == -__builtin_inff() ? b.target : a.target};
+          fma(fma(db, b.sum, b.weighted), fb, fma(da, a.sum, a.weighted) * fa)};
+}
+
+CANONICAL_FN Quad combine(const Quad& a, const Quad& b, float scale) {
+  const Triple<float> both = combine(Triple<float>{a.max, a.sum, a.weighted},
+                                     Triple<float>{b.max, b.sum, b.weighted}, scale);
+  return {both.max, both.sum, both.weighted, a.target == -__builtin_inff() ? b.target : a.target};
 }
 
 // num_quads, a power of two, into quads[0]: adjacent pairs, level by level.

@@ -29,8 +29,12 @@ class Device(Protocol):
     def extra_nbytes(self, work: Callable[[], object]) -> int | None:
         """How much memory ``work`` had at most beyond what there was; None if that is not told."""
 
-    def limits_ms(self, memory: Tensor) -> dict[str, float]:
-        """How long it takes to read ``memory``, and to read and write as much: by LIMITS."""
+    def limits_ms(self, fresh: Callable[[], Tensor]) -> dict[str, float]:
+        """How long it takes to read a tensor, and to read and write as much: by LIMITS.
+
+        Args:
+            fresh: writes the tensor, and returns it.
+        """
 
 
 class Cpu:
@@ -58,20 +62,22 @@ class Cpu:
         work()
         return max(0, _status("VmHWM") - before)
 
-    def limits_ms(self, memory: Tensor) -> dict[str, float]:
-        """By loops that do nothing else; the faster of with and without software prefetch."""
-        words = memory.view(-1).view(torch.uint8)
-        words = words[: words.numel() // 1024 * 1024]
+    def limits_ms(self, fresh: Callable[[], Tensor]) -> dict[str, float]:
+        """By loops that do nothing else; the faster of with and without software prefetch.
 
-        def ms(work: Callable[[Tensor, bool], object]) -> float:
-            times = []
-            for prefetch in (False, True):
+        Reading comes just after writing, and reading and writing after that, as forward and
+        backward do: what the caches still have to write back counts on both sides.
+        """
+        loops = dict(zip(LIMITS, (_C.read_words, _C.flip_words), strict=True))
+        best = dict.fromkeys(LIMITS, float("inf"))
+        for prefetch in (False, True):
+            words = fresh().view(-1).view(torch.uint8)
+            words = words[: words.numel() // 1024 * 1024]
+            for limit, loop in loops.items():
                 start = self.stamp()
-                work(words, prefetch)
-                times.append(self.ms(start, self.stamp()))
-            return min(times)
-
-        return {"read": ms(_C.read_words), "read + write": ms(_C.flip_words)}
+                loop(words, prefetch)
+                best[limit] = min(best[limit], self.ms(start, self.stamp()))
+        return best
 
 
 class Cuda:
@@ -111,8 +117,9 @@ class Cuda:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def limits_ms(self, memory: Tensor) -> dict[str, float]:
+    def limits_ms(self, fresh: Callable[[], Tensor]) -> dict[str, float]:
         """The device's own copy, the median of 5: reading takes half of its time."""
+        memory = fresh()
         if (
             self._copy is None
             or self._copy.shape != memory.shape

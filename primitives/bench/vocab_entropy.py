@@ -191,7 +191,7 @@ def _measure_case(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     limits: dict[str, list[float]] = {name: [] for name in LIMITS}
     for turn in range(num_rounds):
-        for limit, limit_ms in on.limits_ms(bench.memory.detach()).items():
+        for limit, limit_ms in on.limits_ms(bench.logits).items():
             limits[limit].append(limit_ms)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
