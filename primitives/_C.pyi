@@ -100,6 +100,9 @@ def canonical_adam_step(
 ) -> None: ...
 
 # vocabulary entropy: documented in csrc/vocab_entropy/kernels.hpp
+def vocab_entropy_write_header(
+    message: Tensor, labels: Tensor | None, vocab_size: int, ignored: int
+) -> None: ...
 def vocab_entropy_forward(
     logits: Tensor,
     labels: Tensor | None,

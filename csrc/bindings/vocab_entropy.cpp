@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
 
 #include "bindings/tensor_checks.hpp"
@@ -68,6 +69,25 @@ Labels labels_of(const char* function, const OptionalTensor& labels, int64_t num
 
 float* quads_of(const char* function, const at::Tensor& quads, int64_t num_tokens) {
   return Argument{function, "quads", quads}.shaped({num_tokens, 4}).mutable_floats();
+}
+
+// message [>= 8] float32: the header that primitives/vocab_parallel/exchange.py describes.
+void write_header(const at::Tensor& message, const OptionalTensor& labels, int64_t vocab_size,
+                  int64_t ignored) {
+  const char* name = "vocab_entropy_write_header";
+  const Argument argument{name, "message", message};
+  float* out = argument.with_dims(1).mutable_floats();
+  if (message.numel() < 8) argument.fail("8 elements", std::to_string(message.numel()));
+  const auto targets = labels_of(name, labels, labels ? labels->numel() : 0, ignored, 0);
+  int64_t header[4] = {vocab_size, -1, 0, 0};
+  for (int64_t i = 0; targets.data != nullptr && i < labels->numel(); i++) {
+    const int64_t label = targets.data[i];
+    if (label == ignored || (label >= 0 && label < vocab_size)) continue;
+    header[1] = i;
+    header[2] = label;
+    break;
+  }
+  std::memcpy(out, header, sizeof header);
 }
 
 void forward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ignored, int64_t first,
@@ -150,6 +170,7 @@ uint32_t* words_of(const char* function, const at::Tensor& x) {
 }  // namespace
 
 void bind_vocab_entropy(py::module_& m) {
+  m.def("vocab_entropy_write_header", write_header);
   m.def("vocab_entropy_forward", forward);
   m.def("vocab_entropy_finish", finish);
   m.def("vocab_entropy_backward", backward);

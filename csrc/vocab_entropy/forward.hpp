@@ -59,7 +59,7 @@ class Largest {
     largest_ = larger_or_second(largest_, x);
 #pragma GCC unroll 4
     for (int i = 0; i < kGroupNumel; i += kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(p + i) + ahead_);
+      __builtin_prefetch(reinterpret_cast<const char*>(p + i) + ahead_, 0, 0);
     }
     at_ += kGroupNumel;
   }

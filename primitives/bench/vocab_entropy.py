@@ -152,7 +152,7 @@ def group_of_one(on: Device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if on.device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on.device.type == "cuda" else "primitives"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from primitives import _C
 from primitives.collectives import all_gather_flat
 
 HEADER = 8
@@ -42,10 +43,8 @@ class Ranks:
 
 
 def new_message(num_tokens: int, device: torch.device) -> Tensor:
-    """A message to fill: [HEADER + 4 * num_tokens], the header zeros."""
-    message = torch.empty(HEADER + 4 * num_tokens, dtype=torch.float32, device=device)
-    message[:HEADER] = 0
-    return message
+    """A message to fill: [HEADER + 4 * num_tokens]."""
+    return torch.empty(HEADER + 4 * num_tokens, dtype=torch.float32, device=device)
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -64,6 +63,9 @@ def write_header(
     message: Tensor, labels: Tensor | None, vocab_size: int, ignore_index: int
 ) -> None:
     """Says which vocabulary the quads are of, and which label (of [tokens]) lies outside it."""
+    if message.device.type == "cpu":
+        _C.vocab_entropy_write_header(message, labels, vocab_size, ignore_index)
+        return
     position, label = -1, 0
     if labels is not None:
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
@@ -90,7 +92,7 @@ def check_headers(messages: Tensor, labels_shape: tuple[int, ...]) -> None:
         ValueError: the same on every rank: a rank has a label outside the vocabulary, or another
             vocabulary.
     """
-    headers = messages[:, :HEADER].contiguous().view(torch.int64).tolist()
+    headers = messages.view(torch.int64)[:, : HEADER // 2].tolist()
     vocab_size = headers[0][0]
     for rank, (theirs, _, _, _) in enumerate(headers):
         if theirs != vocab_size:

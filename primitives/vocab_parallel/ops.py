@@ -4,6 +4,7 @@ An operator checks its arguments when it runs, not when it is traced: then only 
 known.
 """
 
+import ctypes
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from primitives.vocab_parallel.exchange import (
+    HEADER,
     Ranks,
     check_headers,
     exchange,
@@ -32,7 +34,7 @@ def scale_of(temperature: float) -> float:
         ValueError: that is no positive finite number.
     """
     if temperature > 0 and math.isfinite(temperature):
-        scale = float(torch.tensor(1 / temperature, dtype=torch.float32))
+        scale = ctypes.c_float(1 / temperature).value
         if 0 < scale < math.inf:
             return scale
     raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
@@ -62,6 +64,8 @@ def check(logits: Tensor, labels: Tensor | None, vocab_size: int | None, ranks: 
 
 def rows_of(logits: Tensor) -> Tensor:
     """[..., columns] as [tokens, columns] with contiguous rows; copied only where it must be."""
+    if logits.dim() == 2 and logits.is_contiguous():
+        return logits
     columns = logits.shape[-1]
     num_tokens = math.prod(logits.shape[:-1])
     if logits.stride(-1) != 1 and columns > 1:
@@ -72,7 +76,7 @@ def rows_of(logits: Tensor) -> Tensor:
 
 def flat(x: Tensor | None) -> Tensor | None:
     """[...] as [tokens], contiguous."""
-    return None if x is None else x.reshape(-1).contiguous()
+    return x if x is None or (x.dim() == 1 and x.is_contiguous()) else x.reshape(-1).contiguous()
 
 
 @torch.library.custom_op("primitives::vocab_entropy", mutates_args=())
@@ -98,6 +102,8 @@ def vocab_entropy(
     message = new_message(rows.shape[0], logits.device)
     if reads_back:
         write_header(message, targets, shard.vocab_size, ignore_index)
+    else:
+        message[:HEADER] = 0
     kernels.forward(
         rows, targets, ignore_index, shard.first, shard.segment_length, shard.num_segments, scale,
         quads_of(message),
