@@ -294,6 +294,10 @@ def symmetric(hosts: str) -> None:
         with pytest.raises(ValueError, match="expected a stream that is not captured"):
             backend.allocate_tensor(numel, dtype=torch.float32, device=torch.device("cuda", 0))
         device.set_captured(False)
+        device.set_captured(rank == 1)  # one rank alone: all refuse
+        with pytest.raises(ValueError, match=r"empty: rank 1: .*stream that is not captured"):
+            primitives.empty(4, device="cuda")
+        device.set_captured(False)
     with pytest.raises(ValueError, match="expected cpu or cuda, got meta"):
         primitives.empty(4, device="meta")
     if rank == 1:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from thread_ranks import on_ranks
 
-from primitives.checkpoint import CheckpointManager
+from primitives.checkpoint import CheckpointManager, FSDPCheckpointManager
 from primitives.checkpoint.chunks import Box, LocalState, LocalTensor, TensorKind, collect
 from primitives.checkpoint.exchange import Exchange
 from primitives.checkpoint.folder import CheckpointRoot
@@ -357,6 +357,11 @@ def test_a_subgroup_saves_and_loads_but_not_in_the_background(tmp_path: Path) ->
         manager.save(1, {"x": torch.ones(3)})
         with pytest.raises(ValueError, match="got True on a sub-group"):
             manager.save(2, {"x": torch.ones(3)}, asynchronous=True)
+        model = torch.nn.Linear(2, 2)
+        with pytest.raises(ValueError, match="got True on a sub-group"):
+            FSDPCheckpointManager(
+                tmp_path, model, asynchronous=True, process_group=dist.new_group([0])
+            )
         state = {"x": torch.zeros(3)}
         assert manager.load(state) == 1
         assert state["x"].tolist() == [1.0, 1.0, 1.0]

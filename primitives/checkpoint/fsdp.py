@@ -48,7 +48,8 @@ class FSDPCheckpointManager:
         process_group, keep: as in ``CheckpointManager``.
 
     Raises:
-        ValueError: moments of FSDP1 on a sub-group before torch 2.13.
+        ValueError: moments of FSDP1 on a sub-group before torch 2.13; ``asynchronous`` on a
+            sub-group.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class FSDPCheckpointManager:
         if optimizer is not None:
             check_gatherable(model, self._exchange.world_size)
         if asynchronous:
+            self.checkpoints.check_asynchronous()
             self._reserve_when_complete()
 
     def save(

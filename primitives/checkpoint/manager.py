@@ -74,9 +74,8 @@ class CheckpointManager:
             CheckpointSaveFailed: a rank could not write; the message names rank and file.
             Exception: also any error of the asynchronous save before this one.
         """
-        if asynchronous and self._on_subgroup:
-            # A thread that talks on the caller's group could meet the caller's own collectives.
-            raise ValueError("asynchronous: got True on a sub-group, expected the default group")
+        if asynchronous:
+            self.check_asynchronous()
         self.wait()
         if not asynchronous:
             save_state(
@@ -92,6 +91,12 @@ class CheckpointManager:
             target=self._save_in_background, args=(_checked(step), staged), name="checkpoint-save"
         )
         self._pending.start()
+
+    def check_asynchronous(self) -> None:
+        """Raises ValueError unless this manager can save in the background."""
+        if self._on_subgroup:
+            # A thread that talks on the caller's group could meet the caller's own collectives.
+            raise ValueError("asynchronous: got True on a sub-group, expected the default group")
 
     def reserve(self, nbytes: int, *, pinned: bool = False) -> None:
         """Makes the memory of asynchronous saves ready in the background; not collective.

@@ -199,17 +199,26 @@ bool play_processes(const Plan& plan) {
   return ok;
 }
 
+struct TemporaryFolder {
+  TemporaryFolder() {
+    if (mkdtemp(path) == nullptr) throw std::runtime_error("driver: no temporary folder");
+  }
+  ~TemporaryFolder() { std::filesystem::remove_all(path); }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  char path[32] = "/tmp/primitives-driver-XXXXXX";
+};
+
 int run(int argc, char** argv) {
   Plan plan = parse(argc, argv);
   check_staging_pace();
-  char folder[] = "/tmp/primitives-driver-XXXXXX";
-  if (mkdtemp(folder) == nullptr) throw std::runtime_error("driver: no temporary folder");
-  plan.folder = folder;
+  const TemporaryFolder folder;
+  plan.folder = folder.path;
   check_device_heap(plan.folder + "/heap");
   const auto start = Clock::now();
   const bool ok = plan.processes ? play_processes(plan) : play_threads(plan);
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-  std::filesystem::remove_all(plan.folder);
   std::printf("%s: %d %s, %d cases, %d faults, seed %llu, %.1f s\n", ok ? "ok" : "FAILED",
               plan.num_ranks, plan.processes ? "processes" : "threads", plan.num_cases,
               plan.num_faults, static_cast<unsigned long long>(plan.seed), seconds);

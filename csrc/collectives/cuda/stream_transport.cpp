@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <cstdio>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "collectives/cuda/by_host_transport.hpp"
@@ -45,22 +47,29 @@ std::unique_ptr<StreamTransport> make_stream_transport(Transport& host,
 std::shared_ptr<void> allocate_on_all(Transport& host, int world_size, StreamTransport& device,
                                       const Call& call, Milliseconds timeout) {
   struct Answer {
-    char why[256];  // there is no room; else ""
+    char why[256];  // there is no memory; else ""
+    bool misused;   // by the caller
   } mine{};
   std::shared_ptr<void> data;
   try {
     data = device.allocate(call.numel * call.itemsize);
   } catch (const TransportError& error) {
     std::snprintf(mine.why, sizeof mine.why, "%s", error.what());
+  } catch (const std::invalid_argument& error) {
+    std::snprintf(mine.why, sizeof mine.why, "%s", error.what());
+    mine.misused = true;
   }
   std::vector<Answer> answers(world_size);
   std::vector<Part> parts;
   for (Answer& answer : answers) parts.push_back({&answer, sizeof answer});
   host.all_gather(call, &mine, sizeof mine, parts, timeout);
-  for (const Answer& answer : answers) {
-    if (*answer.why != '\0') {
-      throw TransportError(Failure::kOther, std::string("empty: ") + answer.why);
+  for (int r = 0; r < world_size; r++) {
+    const std::string why = answers[r].why;
+    if (why.empty()) continue;
+    if (answers[r].misused) {
+      throw std::invalid_argument("empty: rank " + std::to_string(r) + ": " + why);
     }
+    throw TransportError(Failure::kOther, "empty: " + why);
   }
   return data;
 }
