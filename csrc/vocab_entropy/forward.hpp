@@ -7,11 +7,12 @@
 // [Note: prefetch] Arithmetic takes about as long as memory, and what a core looks ahead by itself
 // is full of arithmetic: only what is fetched ahead by instruction lets them overlap. Without it
 // Zen 5 takes twice as long. But Zen 4 reads a third faster without, its own prefetchers being in
-// the way of ours.
+// the way of ours. Logits are read once: they go past the second-level cache, so that what comes
+// next finds there what it left.
 //
 // [Note: two halves] An exponential is a chain of some 50 cycles. A core that looks for work among
 // a hundred instructions that wait finds only two such chains a unit, and its units idle. So the
-// first half of the chain of a vector stands beside the second half of that of the vector above.
+// first half of the chain of a vector stands beside the second half of that of the vector above it.
 #pragma once
 
 #include "canonical/dispatch.hpp"
