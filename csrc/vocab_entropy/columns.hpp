@@ -37,7 +37,6 @@ template <class T>
 struct Two {
   using S = typename T::Storage;
   static constexpr bool kInterleaved = false;
-  static constexpr S kMinusInfinity = sizeof(S) == 4 ? -__builtin_inff() : 0xfc00;
 
   // Vector `which`, 0 or 1.
   static CANONICAL_FN Vec load(const S* p, int which) { return T::load(p + which * kWidth); }
@@ -62,7 +61,6 @@ struct Two {
 template <>
 struct Two<BFloat16> {
   static constexpr bool kInterleaved = true;
-  static constexpr uint16_t kMinusInfinity = 0xff80;
 
   static CANONICAL_FN Vec load(const uint16_t* p, int which) {
     UVec words;

@@ -45,9 +45,7 @@ struct Block {
 template <class T>
 class Largest {
  public:
-  // prefetch: see [Note: prefetch].
-  Largest(const Block<T>& block, bool prefetch)
-      : block_(block), ahead_(prefetch ? kPrefetchNbytes : 0) {}
+  Largest(const Block<T>& block, bool prefetch) : block_(block), prefetch_(prefetch) {}
 
   CANONICAL_FN bool more() const { return at_ + kGroupNumel <= block_.length; }
 
@@ -58,9 +56,11 @@ class Largest {
 #pragma GCC unroll 4
     for (int j = 1; j < kGroup; j++) x = larger_or_second(x, load_vector<T>(p, j));
     largest_ = larger_or_second(largest_, x);
+    if (prefetch_) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kGroupNumel; i += kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(p + i) + ahead_, 0, 0);
+      for (int i = 0; i < kGroupNumel; i += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(p + i) + kPrefetchNbytes, 0, 0);
+      }
     }
     at_ += kGroupNumel;
   }
@@ -78,7 +78,7 @@ class Largest {
 
  private:
   Block<T> block_;
-  int64_t ahead_;  // bytes
+  bool prefetch_;  // see [Note: prefetch]
   int at_ = 0;
   Vec largest_ = set<Vec>(-__builtin_inff());
 };
@@ -91,7 +91,9 @@ CANONICAL_FN Sums sums_of_block(const Block<T>& block, float shift, float scale,
   const int num_rows = (block.length + kColumns - 1) / kColumns;
   alignas(64) S last[kColumns];  // a row that is not whole, and -inf
   if (num_whole_rows < num_rows) {
-    for (S& x : last) x = Two<T>::kMinusInfinity;
+    for (int i = 0; i < kColumns; i += kWidth) {
+      T::store_number(last + i, set<Vec>(-__builtin_inff()));
+    }
     memcpy(last, block.data + num_whole_rows * kColumns,
            sizeof(S) * static_cast<unsigned>(block.length % kColumns));
   }
