@@ -6,10 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from canonical_definition import assert_same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
 from primitives import _C, vocab_parallel
+from primitives.vocab_parallel.exchange import HEADER, write_header, write_header_on_device
 from primitives.vocab_parallel.kernels import kernels_for
 from primitives.vocab_parallel.ops import vocab_entropy
 
@@ -244,3 +247,19 @@ def test_compiled_is_the_same_bits(backend: str) -> None:
     assert_same_bits(results[1][0], results[0][0])
     for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # of other matmuls
+
+
+@given(
+    st.none() | st.lists(st.integers(-3, 12) | st.integers(-(2**63), 2**63 - 1), max_size=20),
+    st.sampled_from([-100, -1, 3]),
+)
+def test_both_ways_to_write_a_header_agree(labels: list[int] | None, ignored: int) -> None:
+    of = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+    native, by_torch = (torch.full((HEADER + 8,), 7.0) for _ in range(2))
+    write_header(native, of, 10, ignored)
+    write_header_on_device(by_torch, of, 10, ignored)
+    assert torch.equal(native.view(torch.int64), by_torch.view(torch.int64))
+    bad = [x for x in labels or [] if x != ignored and not 0 <= x < 10]
+    assert native.view(torch.int64)[:4].tolist() == [
+        10, labels.index(bad[0]) if labels and bad else -1, bad[0] if bad else 0, 0,
+    ]  # fmt: skip

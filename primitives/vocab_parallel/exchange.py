@@ -65,7 +65,14 @@ def write_header(
     """Says which vocabulary the quads are of, and which label (of [tokens]) lies outside it."""
     if message.device.type == "cpu":
         _C.vocab_entropy_write_header(message, labels, vocab_size, ignore_index)
-        return
+    else:
+        write_header_on_device(message, labels, vocab_size, ignore_index)
+
+
+def write_header_on_device(
+    message: Tensor, labels: Tensor | None, vocab_size: int, ignore_index: int
+) -> None:
+    """The same by torch, where labels are not at hand; waits for the device."""
     position, label = -1, 0
     if labels is not None:
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
