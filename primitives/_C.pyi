@@ -99,10 +99,31 @@ def canonical_adam_step(
     bias_correction2_sqrt: float,
 ) -> None: ...
 
-# vocabulary entropy: documented in csrc/vocab_entropy/kernels.hpp
-def vocab_entropy_write_header(
-    message: Tensor, labels: Tensor | None, vocab_size: int, ignored: int
-) -> None: ...
+# vocabulary entropy: documented in csrc/bindings/vocab_entropy.hpp and vocab_entropy_ranks.hpp
+class VocabShard:
+    def __init__(self, vocab_size: int, rank: int, num_ranks: int) -> None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def segment_length(self) -> int: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+def vocab_shard_of(columns: int, vocab_size: int | None, group_name: str) -> VocabShard: ...
+def vocab_labels_for(of: Tensor, labels: Tensor | None) -> Tensor | None: ...
+def vocab_scale_of(temperature: float) -> float: ...
+def vocab_entropy_exchange(
+    quads: Tensor,
+    group_name: str,
+    vocab_size: int,
+    labels: Tensor | None,
+    ignored: int,
+    labels_shape: Sequence[int],
+) -> Tensor: ...
 def vocab_entropy_forward(
     logits: Tensor,
     labels: Tensor | None,
@@ -112,6 +133,7 @@ def vocab_entropy_forward(
     num_segments: int,
     scale: float,
     quads: Tensor,
+    mode: str = "portable",
 ) -> None: ...
 def vocab_entropy_finish(
     shards: Tensor, labels: Tensor | None, ignored: int, scale: float
@@ -127,37 +149,7 @@ def vocab_entropy_backward(
     grad_log_prob: Tensor | None,
     grad_log_sum_exp: Tensor | None,
     out: Tensor,
-) -> None: ...
-
-# the same on CUDA tensors, on the given stream; only in a build with CUDA
-def vocab_entropy_cuda_forward(
-    logits: Tensor,
-    labels: Tensor | None,
-    ignored: int,
-    first: int,
-    segment_length: int,
-    num_segments: int,
-    scale: float,
-    quads: Tensor,
-    device_exp: bool,
-    stream: int,
-) -> None: ...
-def vocab_entropy_cuda_finish(
-    shards: Tensor, labels: Tensor | None, ignored: int, scale: float, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def vocab_entropy_cuda_backward(
-    logits: Tensor,
-    labels: Tensor | None,
-    ignored: int,
-    first: int,
-    scale: float,
-    quads: Tensor,
-    grad_entropy: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_log_sum_exp: Tensor | None,
-    out: Tensor,
-    device_exp: bool,
-    stream: int,
+    mode: str = "portable",
 ) -> None: ...
 def read_words(x: Tensor, prefetch: bool) -> int: ...
 def flip_words(x: Tensor, prefetch: bool) -> None: ...

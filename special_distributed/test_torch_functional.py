@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from primitives import vocab_parallel
+from primitives._C import VocabShard
 from primitives.collectives import all_gather_dict
-from primitives.vocab_parallel.shard import Shard
 from special_distributed.examples import examples
 
 
@@ -103,7 +103,7 @@ def test_a_split_vocabulary_gives_the_bits_of_a_whole_one(
 ) -> None:
     group = groups[name]
     logits, labels, grads = inputs(6, vocab_size, dtype, seed)
-    shard = Shard(vocab_size, group.rank(), group.size())
+    shard = VocabShard(vocab_size, group.rank(), group.size())
     own = slice(shard.first, shard.first + shard.columns)
     entropy, log_prob, grad = evaluate(logits[:, own], labels, grads, group, vocab_size)
     full = evaluate(logits, labels, grads, None, vocab_size)
@@ -132,7 +132,7 @@ def test_a_split_head_gives_the_bits_of_a_whole_one(
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(6, 48, generator=g).to(dtype)
     weight = torch.randn(vocab_size, 48, generator=g).to(dtype)
-    shard = Shard(vocab_size, group.rank(), group.size())
+    shard = VocabShard(vocab_size, group.rank(), group.size())
     own = slice(shard.first, shard.first + shard.columns)
 
     def evaluate_head(head: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_vocab_accuracy import KINDS, logits_of, textbook
 from test_vocab_bits import assert_same, families, labels_and_grads, scales, vocab_sizes
 from torch import Tensor
-from vocab_cases import CPU, IGNORED, draw, evaluate
+from vocab_cases import IGNORED, NATIVE, draw, evaluate
 from vocab_emulator import Emulator, EmulatorError
 
 from primitives.env import PROPERTY_CASES
@@ -75,12 +75,12 @@ def test_no_labels_and_missing_gradients(
     logits = draw("normal 5", (2, vocab_size), dtype, seed)
     grads = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))
     emulator = Emulator(library, seed=seed)
-    expected, actual = (evaluate(logits, None, 1, grads, 1.0, k) for k in (CPU, emulator))
+    expected, actual = (evaluate(logits, None, 1, grads, 1.0, k) for k in (NATIVE, emulator))
     assert_same(actual, expected, "no labels")
     quads = expected.quads
     for given_ in ((grads[0], None, None), (None, grads[1], None), (None, None, grads[2])):
         outs = torch.empty_like(logits), torch.empty_like(logits)
-        for kernels, out in zip((CPU, emulator), outs, strict=True):
+        for kernels, out in zip((NATIVE, emulator), outs, strict=True):
             kernels.backward(logits, None, IGNORED, 0, 1.0, quads, *given_, out)
         assert_same_bits(outs[1], outs[0])
 

@@ -6,14 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from canonical_definition import assert_same_bits
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
 from primitives import _C, vocab_parallel
-from primitives.vocab_parallel.exchange import HEADER, write_header, write_header_on_device
-from primitives.vocab_parallel.kernels import kernels_for
 from primitives.vocab_parallel.ops import vocab_entropy
 
 LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -154,16 +150,16 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         r"got -100 at \[0, 2\] on rank 0",
     ),
     (lambda: vocab_parallel.log_prob(LOGITS, LABELS[0]), r"expected \[2, 3\] .* got \[3\]"),
-    (lambda: vocab_parallel.log_prob(LOGITS, LABELS.int()), "got .* of torch.int32"),
-    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of torch.float64 on cpu"),
+    (lambda: vocab_parallel.log_prob(LOGITS, LABELS.int()), "got .* of Int on cpu"),
+    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of Double on cpu"),
     (lambda: vocab_parallel.entropy(LOGITS[..., :0]), "vocab_size: expected at least 1 column"),
     (lambda: vocab_parallel.entropy(torch.tensor(1.0)), r"expected \[..., columns\] .* got \[\]"),
     (
         lambda: vocab_parallel.entropy(LOGITS, vocab_size=41),
         "a vocabulary of 41 in segments of 3 columns puts 41 on rank 0 of 1, got 40$",
     ),
-    (lambda: vocab_parallel.entropy(LOGITS, temperature=0.0), "temperature: expected .* got 0.0"),
-    (lambda: vocab_parallel.entropy(LOGITS, temperature=-1.0), "temperature: .* got -1.0"),
+    (lambda: vocab_parallel.entropy(LOGITS, temperature=0.0), "temperature: expected .* got 0$"),
+    (lambda: vocab_parallel.entropy(LOGITS, temperature=-1.0), "temperature: .* got -1$"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=math.nan), "temperature: .* got nan"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=1e-300), "temperature: .* got 1e-300"),
     (
@@ -177,16 +173,6 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
 def test_a_wrong_argument_is_one_clear_error(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_C, "cuda_built", False)
-    with pytest.raises(
-        ValueError, match=r"they are on cuda:1, but this build .* PRIMITIVES_CUDA=1"
-    ):
-        kernels_for(torch.device("cuda", 1), "portable")
-    with pytest.raises(ValueError, match="expected a CPU or CUDA tensor, got one on xpu:0"):
-        kernels_for(torch.device("xpu", 0), "portable")
 
 
 def test_both_modes_are_one_on_the_cpu() -> None:
@@ -247,19 +233,3 @@ def test_compiled_is_the_same_bits(backend: str) -> None:
     assert_same_bits(results[1][0], results[0][0])
     for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # of other matmuls
-
-
-@given(
-    st.none() | st.lists(st.integers(-3, 12) | st.integers(-(2**63), 2**63 - 1), max_size=20),
-    st.sampled_from([-100, -1, 3]),
-)
-def test_both_ways_to_write_a_header_agree(labels: list[int] | None, ignored: int) -> None:
-    of = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-    native, by_torch = (torch.full((HEADER + 8,), 7.0) for _ in range(2))
-    write_header(native, of, 10, ignored)
-    write_header_on_device(by_torch, of, 10, ignored)
-    assert torch.equal(native.view(torch.int64), by_torch.view(torch.int64))
-    bad = [x for x in labels or [] if x != ignored and not 0 <= x < 10]
-    assert native.view(torch.int64)[:4].tolist() == [
-        10, labels.index(bad[0]) if labels and bad else -1, bad[0] if bad else 0, 0,
-    ]  # fmt: skip

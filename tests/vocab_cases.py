@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from primitives.vocab_parallel.kernels import CpuKernels, Kernels
-from primitives.vocab_parallel.shard import Shard
+from primitives import _C
+from primitives._C import VocabShard
 
-CPU = CpuKernels()
 INF = float("inf")
 IGNORED = -100
 
@@ -77,6 +77,39 @@ def draw(family: str, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> 
     return FAMILIES[family](shape, torch.Generator().manual_seed(seed)).to(dtype)
 
 
+class Kernels(Protocol):
+    """What is documented in csrc/bindings/vocab_entropy.hpp."""
+
+    def forward(
+        self, logits: Tensor, labels: Tensor | None, ignored: int, first: int,
+        segment_length: int, num_segments: int, scale: float, quads: Tensor, /,
+    ) -> None:  # fmt: skip
+        """Logits [tokens, columns] of a rank to quads [tokens, 4]."""
+
+    def finish(
+        self, shards: Tensor, labels: Tensor | None, ignored: int, scale: float, /
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Quads of all ranks [ranks, tokens, 4] to quads, entropy, log_prob, log_sum_exp."""
+
+    def backward(
+        self, logits: Tensor, labels: Tensor | None, ignored: int, first: int, scale: float,
+        quads: Tensor, by_entropy: Tensor | None, by_log_prob: Tensor | None,
+        by_log_sum_exp: Tensor | None, out: Tensor, /,
+    ) -> None:  # fmt: skip
+        """The gradient into ``out``, which may be the logits."""
+
+
+class NativeKernels:
+    """Those of the device on which the tensors are."""
+
+    forward = staticmethod(_C.vocab_entropy_forward)
+    finish = staticmethod(_C.vocab_entropy_finish)
+    backward = staticmethod(_C.vocab_entropy_backward)
+
+
+NATIVE = NativeKernels()
+
+
 @dataclass
 class Outcome:
     """What all ranks together computed: [tokens] each, quads [tokens, 4], grad like the logits."""
@@ -94,14 +127,14 @@ def evaluate(
     num_ranks: int,
     grads: Tensor | None = None,
     scale: float = 1.0,
-    kernels: Kernels = CPU,
+    kernels: Kernels = NATIVE,
 ) -> Outcome:
     """The kernels on every rank's shard of the full logits; grads [3, tokens] for a backward.
 
     Everything lies on the device of the logits.
     """
     vocab_size = logits.shape[1]
-    shards = [Shard(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
+    shards = [VocabShard(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
     parts = [logits[:, s.first : s.first + s.columns] for s in shards]
     quads = torch.empty(num_ranks, len(logits), 4, device=logits.device)
     for s, part, out in zip(shards, parts, quads, strict=True):

@@ -38,7 +38,7 @@ class EmulatorError(Exception):
 
 @dataclass(frozen=True)
 class Emulator:
-    """``primitives.vocab_parallel.kernels`` on the emulated device."""
+    """``vocab_cases.Kernels`` on the emulated device."""
 
     library: ctypes.CDLL
     mode: str = "portable"

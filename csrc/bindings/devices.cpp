@@ -1,7 +1,6 @@
 #include "transport/devices.h"
 
 #include "bindings/bindings.hpp"
-#include "bindings/cuda.hpp"
 
 namespace primitives {
 
@@ -31,7 +30,6 @@ void bind_devices(py::module_& m) {
         return result;
       },
       "One dict per CUDA device; RuntimeError when there is no usable driver.");
-  bind_vocab_entropy_cuda(m);
 #else
   m.attr("cuda_built") = false;
 #endif

@@ -1,21 +1,16 @@
 // Entropy and log-probability over a split vocabulary. Definition: docs/canonical-arithmetic.md.
+#include "bindings/vocab_entropy.hpp"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstring>
 #include <thread>
 
 #include "bindings/tensor_checks.hpp"
-#include "vocab_entropy/kernels.hpp"
+#include "bindings/vocab_entropy_ranks.hpp"
 
-namespace primitives {
+namespace primitives::vocab_entropy {
 namespace {
-
-using vocab_entropy::Gradients;
-using vocab_entropy::kernels;
-using vocab_entropy::Labels;
-using vocab_entropy::Logits;
-using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kNumelPerThread = 1 << 18;  // less is not worth a thread
 constexpr int64_t kStreamNbytes = 8 << 20;    // results that no cache would keep anyway
@@ -52,63 +47,48 @@ const Argument& rows(const Argument& x) {
   return x;
 }
 
-Logits logits_of(const Argument& x, int64_t segment_length, int num_segments, double scale) {
+Logits logits_of(const Argument& x, const Columns& columns, double scale) {
   const auto input = rows(x).input();
   // See [Note: prefetch]: not on Zen 1 to 4.
   static const bool prefetch = !__builtin_cpu_is("amdfam17h") && !__builtin_cpu_is("amdfam19h");
-  return {input.data,     input.dtype,  x.tensor.stride(0),        x.tensor.size(1),
-          segment_length, num_segments, static_cast<float>(scale), prefetch};
+  return {input.data,
+          input.dtype,
+          x.tensor.stride(0),
+          x.tensor.size(1),
+          columns.segment_length,
+          columns.num_segments,
+          static_cast<float>(scale),
+          prefetch};
 }
 
-Labels labels_of(const char* function, const OptionalTensor& labels, int64_t num_tokens,
-                 int64_t ignored, int64_t first) {
-  if (!labels) return {nullptr, ignored, first};
-  Argument{function, "labels", *labels}.of(at::kLong).shaped({num_tokens}).contiguous();
-  return {labels->const_data_ptr<int64_t>(), ignored, first};
+Labels labels_of(const char* function, const Targets& targets, int64_t num_tokens, int64_t first) {
+  if (!targets.labels) return {nullptr, targets.ignored, first};
+  Argument{function, "labels", *targets.labels}.of(at::kLong).shaped({num_tokens}).contiguous();
+  return {targets.labels->const_data_ptr<int64_t>(), targets.ignored, first};
 }
 
 float* quads_of(const char* function, const at::Tensor& quads, int64_t num_tokens) {
   return Argument{function, "quads", quads}.shaped({num_tokens, 4}).mutable_floats();
 }
 
-// message [>= 8] float32: the header that primitives/vocab_parallel/exchange.py describes.
-void write_header(const at::Tensor& message, const OptionalTensor& labels, int64_t vocab_size,
-                  int64_t ignored) {
-  const char* name = "vocab_entropy_write_header";
-  const Argument argument{name, "message", message};
-  float* out = argument.with_dims(1).mutable_floats();
-  if (message.numel() < 8) argument.fail("8 elements", std::to_string(message.numel()));
-  const auto targets = labels_of(name, labels, labels ? labels->numel() : 0, ignored, 0);
-  int64_t header[4] = {vocab_size, -1, 0, 0};
-  for (int64_t i = 0; targets.data != nullptr && i < labels->numel(); i++) {
-    const int64_t label = targets.data[i];
-    if (label == ignored || (label >= 0 && label < vocab_size)) continue;
-    header[1] = i;
-    header[2] = label;
-    break;
-  }
-  std::memcpy(out, header, sizeof header);
-}
-
-void forward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ignored, int64_t first,
-             int64_t segment_length, int num_segments, double scale, const at::Tensor& quads) {
+void forward(const at::Tensor& logits, const Targets& targets, const Columns& columns, double scale,
+             Mode, const at::Tensor& quads) {
   const char* name = "vocab_entropy_forward";
-  const auto of = logits_of({name, "logits", logits}, segment_length, num_segments, scale);
+  const auto of = logits_of({name, "logits", logits}, columns, scale);
   const int64_t num_tokens = logits.size(0);
-  const auto targets = labels_of(name, labels, num_tokens, ignored, first);
+  const auto labels = labels_of(name, targets, num_tokens, columns.first);
   float* out = quads_of(name, quads, num_tokens);
-  const KernelCall call;
+  const ExactRounding exact;
   share_out(num_tokens, of.columns,
-            [&](int64_t begin, int64_t end) { kernels().forward(of, targets, begin, end, out); });
+            [&](int64_t begin, int64_t end) { kernels().forward(of, labels, begin, end, out); });
 }
 
-// The quads of all ranks [num_ranks, tokens, 4] -> quads, entropy, log_prob, log_sum_exp.
-auto finish(const at::Tensor& shards, const OptionalTensor& labels, int64_t ignored, double scale) {
+Results finish(const at::Tensor& shards, const Targets& targets, double scale) {
   const char* name = "vocab_entropy_finish";
   const Argument argument{name, "shards", shards};
   argument.of(at::kFloat).with_dims(3);
   const int64_t num_tokens = shards.size(1);
-  const auto targets = labels_of(name, labels, num_tokens, ignored, 0);
+  const auto labels = labels_of(name, targets, num_tokens, 0);
   if (shards.size(2) != 4 || shards.stride(2) != 1 || (num_tokens > 1 && shards.stride(1) != 4)) {
     argument.fail("[ranks, tokens, 4] with contiguous quads",
                   "shape " + argument.text(shards.sizes()) + " with strides " +
@@ -118,45 +98,43 @@ auto finish(const at::Tensor& shards, const OptionalTensor& labels, int64_t igno
   if (num_ranks != 1 && num_ranks != 2 && num_ranks != 4 && num_ranks != 8 && num_ranks != 16) {
     argument.fail("of 1, 2, 4, 8 or 16 ranks", std::to_string(num_ranks));
   }
-  at::Tensor quads = at::empty({num_tokens, 4}, shards.options());
-  at::Tensor results[3];
-  for (at::Tensor& result : results) result = at::empty({num_tokens}, shards.options());
-  const float* in = shards.const_data_ptr<float>();
-  const int64_t rank_stride = shards.stride(0);
-  float* out[] = {quads.mutable_data_ptr<float>(), results[0].mutable_data_ptr<float>(),
-                  results[1].mutable_data_ptr<float>(), results[2].mutable_data_ptr<float>()};
-  {
-    const KernelCall call;
-    kernels().finish(in, rank_stride, num_ranks, targets, static_cast<float>(scale), 0, num_tokens,
-                     out[0], out[1], out[2], out[3]);
-  }
-  return std::make_tuple(quads, results[0], results[1], results[2]);
+  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, shards.options()); };
+  const Results results{empty({num_tokens, 4}), empty({num_tokens}), empty({num_tokens}),
+                        empty({num_tokens})};
+  const ExactRounding exact;
+  kernels().finish(
+      shards.const_data_ptr<float>(), shards.stride(0), num_ranks, labels,
+      static_cast<float>(scale), 0, num_tokens, results.quads.mutable_data_ptr<float>(),
+      results.entropy.mutable_data_ptr<float>(), results.log_prob.mutable_data_ptr<float>(),
+      results.log_sum_exp.mutable_data_ptr<float>());
+  return results;
 }
 
 // out may be the logits.
-void backward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ignored,
-              int64_t first, double scale, const at::Tensor& quads, const OptionalTensor& entropy,
-              const OptionalTensor& log_prob, const OptionalTensor& log_sum_exp,
-              const at::Tensor& out) {
+void backward(const at::Tensor& logits, const Targets& targets, int64_t first, double scale, Mode,
+              const at::Tensor& quads, const ResultGradients& by, const at::Tensor& out) {
   const char* name = "vocab_entropy_backward";
-  const auto of = logits_of({name, "logits", logits}, 0, 1, scale);
+  const auto of = logits_of({name, "logits", logits}, {first, 0, 1}, scale);
   const int64_t num_tokens = logits.size(0);
-  const auto targets = labels_of(name, labels, num_tokens, ignored, first);
+  const auto labels = labels_of(name, targets, num_tokens, first);
   const float* in = quads_of(name, quads, num_tokens);
   const auto gradient = [&](const char* which, const OptionalTensor& x) {
     return x ? Argument{name, which, *x}.shaped({num_tokens}).floats() : nullptr;
   };
-  const Gradients gradients{gradient("grad_entropy", entropy), gradient("grad_log_prob", log_prob),
-                            gradient("grad_log_sum_exp", log_sum_exp)};
+  const Gradients gradients{gradient("grad_entropy", by.entropy),
+                            gradient("grad_log_prob", by.log_prob),
+                            gradient("grad_log_sum_exp", by.log_sum_exp)};
   const Argument result{name, "out", out};
   rows(result.of(logits.scalar_type()).shaped(logits.sizes()));
   void* target = out.mutable_data_ptr();
   const bool stream = target != of.data && out.numel() * out.element_size() >= kStreamNbytes;
-  const KernelCall call;
+  const ExactRounding exact;
   share_out(num_tokens, of.columns, [&](int64_t begin, int64_t end) {
-    kernels().backward(of, targets, in, gradients, begin, end, target, out.stride(0), stream);
+    kernels().backward(of, labels, in, gradients, begin, end, target, out.stride(0), stream);
   });
 }
+
+bool is_captured(at::Device) { return false; }
 
 uint32_t* words_of(const char* function, const at::Tensor& x) {
   const Argument argument{function, "x", x};
@@ -169,11 +147,69 @@ uint32_t* words_of(const char* function, const at::Tensor& x) {
 
 }  // namespace
 
+const TensorKernels kCpuTensorKernels{forward, finish, backward, is_captured};
+
+const TensorKernels& kernels_on(at::Device device) {
+  if (device.is_cpu()) return kCpuTensorKernels;
+#ifdef PRIMITIVES_CUDA
+  if (device.is_cuda()) return kCudaTensorKernels;
+  const std::string hint = " and CUDA";
+#else
+  const std::string hint =
+      "; there was no nvcc when it was built: build it again where nvcc is found, "
+      "PRIMITIVES_CUDA=1 insists";
+#endif
+  throw py::value_error("logits: they are on " + device.str() +
+                        ", but this build of primitives has kernels for the CPU" + hint);
+}
+
+Mode mode_of(std::string_view name) {
+  if (name == "portable") return Mode::kPortable;
+  if (name == "device") return Mode::kDevice;
+  throw py::value_error("mode: expected one of portable, device, got '" + std::string(name) + "'");
+}
+
+}  // namespace primitives::vocab_entropy
+
+namespace primitives {
+
 void bind_vocab_entropy(py::module_& m) {
-  m.def("vocab_entropy_write_header", write_header);
-  m.def("vocab_entropy_forward", forward);
-  m.def("vocab_entropy_finish", finish);
-  m.def("vocab_entropy_backward", backward);
+  using namespace vocab_entropy;
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "vocab_entropy_forward",
+      [](const at::Tensor& logits, OptionalTensor labels, int64_t ignored, int64_t first,
+         int64_t segment_length, int num_segments, double scale, const at::Tensor& quads,
+         const std::string& mode) {
+        kernels_on(logits.device())
+            .forward(logits, {std::move(labels), ignored}, {first, segment_length, num_segments},
+                     scale, mode_of(mode), quads);
+      },
+      py::arg("logits"), py::arg("labels"), py::arg("ignored"), py::arg("first"),
+      py::arg("segment_length"), py::arg("num_segments"), py::arg("scale"), py::arg("quads"),
+      py::arg("mode") = "portable", NoGil());
+  m.def(
+      "vocab_entropy_finish",
+      [](const at::Tensor& shards, OptionalTensor labels, int64_t ignored, double scale) {
+        const Results results =
+            kernels_on(shards.device()).finish(shards, {std::move(labels), ignored}, scale);
+        return std::make_tuple(results.quads, results.entropy, results.log_prob,
+                               results.log_sum_exp);
+      },
+      NoGil());
+  m.def(
+      "vocab_entropy_backward",
+      [](const at::Tensor& logits, OptionalTensor labels, int64_t ignored, int64_t first,
+         double scale, const at::Tensor& quads, OptionalTensor entropy, OptionalTensor log_prob,
+         OptionalTensor log_sum_exp, const at::Tensor& out, const std::string& mode) {
+        kernels_on(logits.device())
+            .backward(logits, {std::move(labels), ignored}, first, scale, mode_of(mode), quads,
+                      {std::move(entropy), std::move(log_prob), std::move(log_sum_exp)}, out);
+      },
+      py::arg("logits"), py::arg("labels"), py::arg("ignored"), py::arg("first"), py::arg("scale"),
+      py::arg("quads"), py::arg("grad_entropy"), py::arg("grad_log_prob"),
+      py::arg("grad_log_sum_exp"), py::arg("out"), py::arg("mode") = "portable", NoGil());
+  bind_vocab_entropy_ranks(m);
   m.def("read_words", [](const at::Tensor& x, bool prefetch) {
     const uint32_t* words = words_of("read_words", x);
     const KernelCall call;

@@ -1,29 +1,25 @@
 // The kernels of the vocabulary entropy on CUDA tensors, enqueued on a stream of their device.
 #ifdef PRIMITIVES_CUDA
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
-#include "bindings/cuda.hpp"
 #include "bindings/tensor_checks.hpp"
-#include "vocab_entropy/cuda.hpp"
+#include "bindings/vocab_entropy.hpp"
+#include "collectives/cuda/launch.h"
 
-namespace primitives {
+namespace primitives::vocab_entropy {
 namespace {
 
-using vocab_entropy::CudaCall;
-using vocab_entropy::Gradients;
-using vocab_entropy::Labels;
-using vocab_entropy::Logits;
-using vocab_entropy::Mode;
-using OptionalTensor = std::optional<at::Tensor>;
+void* current_stream(at::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
 
-// One function of Python: its tensors, all on one device, and what it enqueues.
+// One call: its tensors, all on one device, and what it enqueues on the current stream.
 class Call {
  public:
-  Call(const char* name, const at::Tensor& first, bool device_exp, uintptr_t stream)
+  Call(const char* name, const at::Tensor& first, Mode mode)
       : name_(name), device_(first.device()) {
-    if (!device_.is_cuda()) argument("input", first).fail("a CUDA tensor", device_.str());
-    call_ = {device_.index(), reinterpret_cast<void*>(stream),
-             device_exp ? Mode::kDevice : Mode::kPortable, error_, sizeof error_};
+    call_ = {device_.index(), current_stream(device_), mode, error_, sizeof error_};
   }
 
   // Contiguous memory of a shape, for a vector access if it is of quads.
@@ -49,9 +45,10 @@ class Call {
     return found;
   }
 
-  Labels labels(const OptionalTensor& x, int64_t num_tokens, int64_t ignored, int64_t first) const {
-    if (!x) return {nullptr, ignored, first};
-    return {static_cast<int64_t*>(data("labels", *x, at::kLong, {num_tokens})), ignored, first};
+  Labels labels(const Targets& targets, int64_t num_tokens, int64_t first) const {
+    if (!targets.labels) return {nullptr, targets.ignored, first};
+    const void* found = data("labels", *targets.labels, at::kLong, {num_tokens});
+    return {static_cast<const int64_t*>(found), targets.ignored, first};
   }
 
   // [tokens, columns] with contiguous rows, not overlapping.
@@ -64,19 +61,22 @@ class Call {
     }
   }
 
-  Logits logits(const at::Tensor& x, int64_t segment_length, int num_segments, double scale) const {
+  Logits logits(const at::Tensor& x, const Columns& columns, double scale) const {
     rows("logits", x);
-    return {
-        x.const_data_ptr(), argument("logits", x).dtype(), x.stride(0), x.size(1), segment_length,
-        num_segments,       static_cast<float>(scale),     false};
+    return {x.const_data_ptr(),
+            argument("logits", x).dtype(),
+            x.stride(0),
+            x.size(1),
+            columns.segment_length,
+            columns.num_segments,
+            static_cast<float>(scale),
+            false};
   }
 
-  // enqueue(call) without the GIL.
   template <class Enqueue>
   void run(const Enqueue& enqueue) {
     int code;
     {
-      const py::gil_scoped_release no_gil;
       const c10::DeviceGuard guard(device_);
       code = enqueue(call_);
     }
@@ -96,26 +96,22 @@ class Call {
   CudaCall call_;
 };
 
-void forward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ignored, int64_t first,
-             int64_t segment_length, int num_segments, double scale, const at::Tensor& quads,
-             bool device_exp, uintptr_t stream) {
-  Call call("vocab_entropy_forward", logits, device_exp, stream);
-  const Logits of = call.logits(logits, segment_length, num_segments, scale);
+void forward(const at::Tensor& logits, const Targets& targets, const Columns& columns, double scale,
+             Mode mode, const at::Tensor& quads) {
+  Call call("vocab_entropy_forward", logits, mode);
+  const Logits of = call.logits(logits, columns, scale);
   const int64_t n = logits.size(0);
-  const Labels targets = call.labels(labels, n, ignored, first);
+  const Labels labels = call.labels(targets, n, columns.first);
   float* out = call.quads(quads, n);
-  const int64_t numel = vocab_entropy::primitives_vocab_workspace(of, n);
+  const int64_t numel = primitives_vocab_workspace(of, n);
   const at::Tensor workspace = at::empty({numel}, quads.options());
   float* room = numel == 0 ? nullptr : workspace.mutable_data_ptr<float>();
-  call.run([&](const CudaCall& c) {
-    return vocab_entropy::primitives_vocab_forward(c, of, targets, n, room, out);
-  });
+  call.run(
+      [&](const CudaCall& c) { return primitives_vocab_forward(c, of, labels, n, room, out); });
 }
 
-// The quads of all ranks [num_ranks, tokens, 4] -> quads, entropy, log_prob, log_sum_exp.
-auto finish(const at::Tensor& shards, const OptionalTensor& labels, int64_t ignored, double scale,
-            uintptr_t stream) {
-  Call call("vocab_entropy_finish", shards, false, stream);
+Results finish(const at::Tensor& shards, const Targets& targets, double scale) {
+  Call call("vocab_entropy_finish", shards, Mode::kPortable);
   const Argument of{"vocab_entropy_finish", "shards", shards};
   const int64_t num_ranks = of.with_dims(3).tensor.size(0), n = shards.size(1);
   if (shards.scalar_type() != at::kFloat || shards.size(2) != 4 || shards.stride(2) != 1 ||
@@ -127,37 +123,31 @@ auto finish(const at::Tensor& shards, const OptionalTensor& labels, int64_t igno
   if (num_ranks < 1 || num_ranks > 16 || (num_ranks & (num_ranks - 1)) != 0) {
     of.fail("of 1, 2, 4, 8 or 16 ranks", std::to_string(num_ranks));
   }
-  const Labels targets = call.labels(labels, n, ignored, 0);
-  const at::Tensor quads = at::empty({n, 4}, shards.options());
-  at::Tensor results[3];
-  float* out[3];
-  for (int i = 0; i < 3; i++) {
-    results[i] = at::empty({n}, shards.options());
-    out[i] = results[i].mutable_data_ptr<float>();
-  }
-  float* full = call.quads(quads, n);
-  const float* in = shards.const_data_ptr<float>();
+  const Labels labels = call.labels(targets, n, 0);
+  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, shards.options()); };
+  const Results results{empty({n, 4}), empty({n}), empty({n}), empty({n})};
+  float* quads = call.quads(results.quads, n);
   call.run([&](const CudaCall& c) {
-    return vocab_entropy::primitives_vocab_finish(
-        c, in, shards.stride(0), static_cast<int>(num_ranks), targets, static_cast<float>(scale), n,
-        full, out[0], out[1], out[2]);
+    return primitives_vocab_finish(
+        c, shards.const_data_ptr<float>(), shards.stride(0), static_cast<int>(num_ranks), labels,
+        static_cast<float>(scale), n, quads, results.entropy.mutable_data_ptr<float>(),
+        results.log_prob.mutable_data_ptr<float>(), results.log_sum_exp.mutable_data_ptr<float>());
   });
-  return std::make_tuple(quads, results[0], results[1], results[2]);
+  return results;
 }
 
 // out may be the logits.
-void backward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ignored,
-              int64_t first, double scale, const at::Tensor& quads, const OptionalTensor& entropy,
-              const OptionalTensor& log_prob, const OptionalTensor& log_sum_exp,
-              const at::Tensor& out, bool device_exp, uintptr_t stream) {
-  Call call("vocab_entropy_backward", logits, device_exp, stream);
-  const Logits of = call.logits(logits, 1, 1, scale);
+void backward(const at::Tensor& logits, const Targets& targets, int64_t first, double scale,
+              Mode mode, const at::Tensor& quads, const ResultGradients& by,
+              const at::Tensor& out) {
+  Call call("vocab_entropy_backward", logits, mode);
+  const Logits of = call.logits(logits, {first, 1, 1}, scale);
   const int64_t n = logits.size(0);
-  const Labels targets = call.labels(labels, n, ignored, first);
+  const Labels labels = call.labels(targets, n, first);
   const float* in = call.quads(quads, n);
-  const Gradients gradients{call.gradient("grad_entropy", entropy, n),
-                            call.gradient("grad_log_prob", log_prob, n),
-                            call.gradient("grad_log_sum_exp", log_sum_exp, n)};
+  const Gradients gradients{call.gradient("grad_entropy", by.entropy, n),
+                            call.gradient("grad_log_prob", by.log_prob, n),
+                            call.gradient("grad_log_sum_exp", by.log_sum_exp, n)};
   call.rows("out", out);
   if (out.sizes() != logits.sizes() || out.scalar_type() != logits.scalar_type()) {
     Argument{"vocab_entropy_backward", "out", out}.fail("like the logits",
@@ -165,18 +155,21 @@ void backward(const at::Tensor& logits, const OptionalTensor& labels, int64_t ig
   }
   void* target = out.mutable_data_ptr();
   call.run([&](const CudaCall& c) {
-    return vocab_entropy::primitives_vocab_backward(c, of, targets, in, gradients, n, target,
-                                                    out.stride(0));
+    return primitives_vocab_backward(c, of, labels, in, gradients, n, target, out.stride(0));
   });
+}
+
+bool is_captured(at::Device device) {
+  primitives_cuda_error error;
+  const int captured = primitives_cuda_is_captured(device.index(), current_stream(device), &error);
+  if (captured < 0)
+    throw std::runtime_error("vocab_entropy on " + device.str() + ": " + error.text);
+  return captured != 0;
 }
 
 }  // namespace
 
-void bind_vocab_entropy_cuda(py::module_& m) {
-  m.def("vocab_entropy_cuda_forward", forward);
-  m.def("vocab_entropy_cuda_finish", finish);
-  m.def("vocab_entropy_cuda_backward", backward);
-}
+const TensorKernels kCudaTensorKernels{forward, finish, backward, is_captured};
 
-}  // namespace primitives
+}  // namespace primitives::vocab_entropy
 #endif

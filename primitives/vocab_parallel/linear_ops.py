@@ -14,22 +14,15 @@ from torch import Tensor
 
 import primitives._C as _C
 from primitives.canonical import tree_sum
-from primitives.vocab_parallel.exchange import (
-    Ranks,
-    check_headers,
-    exchange,
-    new_message,
-    quads_of,
-    write_header,
-)
-from primitives.vocab_parallel.ops import DTYPES, check_labels, flat, scale_of
-from primitives.vocab_parallel.shard import Shard, shard_of
+from primitives._C import VocabShard
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Segments:
     """The segments of one rank, one after the other: logits [tokens, columns of the segment]."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: Shard) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard) -> None:
         self.hidden = hidden
         self.weight = weight
         self.shard = shard
@@ -50,9 +43,7 @@ class _Segments:
         return torch.mm(self.hidden, self.weight[begin:end].T, out=out)
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, labels: Tensor | None, vocab_size: int | None, ranks: Ranks
-) -> Shard:
+def _shard(hidden: Tensor, weight: Tensor, group_name: str, vocab_size: int | None) -> VocabShard:
     if hidden.dim() < 1 or hidden.dtype not in DTYPES or hidden.device.type != "cpu":
         raise ValueError(
             "hidden: expected [..., hidden size] of float32, bfloat16 or float16 on the CPU, "
@@ -68,8 +59,7 @@ def _check(
             f"weight: expected [columns, {hidden.shape[-1]}] of {hidden.dtype} like hidden, got "
             f"{list(weight.shape)} of {weight.dtype} on {weight.device}"
         )
-    check_labels(labels, hidden)
-    return shard_of(weight.shape[0], vocab_size, ranks.rank, ranks.num_ranks)
+    return _C.vocab_shard_of(weight.shape[0], vocab_size, group_name)
 
 
 def _rows(hidden: Tensor) -> Tensor:
@@ -87,9 +77,9 @@ def linear_vocab_entropy(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """entropy, log_prob, log_sum_exp [...] and the quads [..., 4] that the backward needs."""
-    ranks = Ranks.named(group_name)
-    shard = _check(hidden, weight, labels, vocab_size, ranks)
-    scale, rows, targets = scale_of(temperature), _rows(hidden), flat(labels)
+    shard = _shard(hidden, weight, group_name, vocab_size)
+    targets = _C.vocab_labels_for(hidden, labels)
+    scale, rows = _C.vocab_scale_of(temperature), _rows(hidden)
     segments = _Segments(rows, weight, shard)
     of_segment = torch.empty(shard.num_segments, len(rows), 4)
     for segment, quads in enumerate(of_segment):
@@ -98,12 +88,11 @@ def linear_vocab_entropy(
             segments.logits(segment), targets, ignore_index, first, shard.segment_length, 1, scale,
             quads,
         )  # fmt: skip
-    message = new_message(len(rows), hidden.device)
-    write_header(message, targets, shard.vocab_size, ignore_index)
-    quads_of(message).copy_(_C.vocab_entropy_finish(of_segment, None, ignore_index, scale)[0])
-    messages = exchange(message, ranks)
-    check_headers(messages, tuple(hidden.shape[:-1]))
-    quads, *results = _C.vocab_entropy_finish(quads_of(messages), targets, ignore_index, scale)
+    own = _C.vocab_entropy_finish(of_segment, None, ignore_index, scale)[0]
+    of_rank = _C.vocab_entropy_exchange(
+        own, group_name, shard.vocab_size, targets, ignore_index, hidden.shape[:-1]
+    )
+    quads, *results = _C.vocab_entropy_finish(of_rank, targets, ignore_index, scale)
     entropy, log_prob, log_sum_exp = (x.view(hidden.shape[:-1]) for x in results)
     return entropy, log_prob, log_sum_exp, quads.view(*hidden.shape[:-1], 4)
 
@@ -130,11 +119,14 @@ def linear_vocab_entropy_backward(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradients by hidden, summed over the ranks, and by this rank's weight."""
-    ranks = Ranks.named(group_name)
-    shard = _check(hidden, weight, labels, vocab_size, ranks)
-    scale, rows, targets = scale_of(temperature), _rows(hidden), flat(labels)
-    by_entropy, by_log_prob = flat(grad_entropy), flat(grad_log_prob)
-    by_log_sum_exp = flat(grad_log_sum_exp)
+    shard = _shard(hidden, weight, group_name, vocab_size)
+    targets = _C.vocab_labels_for(hidden, labels)
+    scale, rows = _C.vocab_scale_of(temperature), _rows(hidden)
+    gradients = (
+        None if x is None else x.reshape(-1).contiguous()
+        for x in (grad_entropy, grad_log_prob, grad_log_sum_exp)
+    )
+    by_entropy, by_log_prob, by_log_sum_exp = gradients
     segments = _Segments(rows, weight, shard)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     partial = rows.new_zeros(shard.num_segments, *rows.shape)
@@ -148,8 +140,9 @@ def linear_vocab_entropy_backward(
         torch.mm(dlogits.T, rows, out=grad_weight[begin:end])
         torch.mm(dlogits, weight[begin:end], out=partial[segment])
     total = tree_sum(partial)  # [tokens, hidden size] float32
-    if ranks.group is not None:
-        dist.all_reduce(total, group=ranks.group)
+    if group_name:
+        c10d: Any = dist.distributed_c10d  # as functional collectives find their group
+        dist.all_reduce(total, group=c10d._resolve_process_group(group_name))
     return total.to(hidden.dtype).view(hidden.shape), grad_weight
 
 

@@ -12,11 +12,10 @@ from test_vocab_accuracy import KINDS, logits_of, textbook
 from test_vocab_bits import assert_same, families, labels_and_grads, scales, vocab_sizes
 from torch import Tensor
 from torch.library import opcheck
-from vocab_cases import IGNORED, Outcome, draw, evaluate
+from vocab_cases import IGNORED, NATIVE, Outcome, draw, evaluate
 
 from primitives import vocab_parallel
 from primitives.env import PROPERTY_CASES
-from primitives.vocab_parallel.kernels import CudaKernels
 from primitives.vocab_parallel.ops import vocab_entropy
 
 CUDA = torch.device("cuda", 0)
@@ -36,9 +35,7 @@ def on_cpu(outcome: Outcome) -> Outcome:
 def evaluate_on_gpu(
     logits: Tensor, labels: Tensor, num_ranks: int, grads: Tensor, scale: float
 ) -> Outcome:
-    kernels = CudaKernels(CUDA, "portable")
-    on_gpu = (logits.to(CUDA), labels.to(CUDA), num_ranks, grads.to(CUDA), scale)
-    return on_cpu(evaluate(*on_gpu, kernels=kernels))
+    return on_cpu(evaluate(logits.to(CUDA), labels.to(CUDA), num_ranks, grads.to(CUDA), scale))
 
 
 @pytest.mark.timeout(1800)
@@ -59,11 +56,10 @@ def test_portable_bits_are_those_of_the_cpu(
     expected = evaluate(logits, labels, num_ranks, grads, scale)
     room = torch.full((num_tokens, offset + vocab_size + gap), torch.nan, dtype=dtype, device=CUDA)
     moved = room[:, offset : offset + vocab_size].copy_(logits)
-    kernels = CudaKernels(CUDA, "portable")
     arguments = (labels.to(CUDA), num_ranks, grads.to(CUDA), scale)
-    actual = evaluate(moved, *arguments, kernels=kernels)
+    actual = evaluate(moved, *arguments)
     assert_same(on_cpu(actual), expected, f"{family}, tp{num_ranks}")
-    kernels.backward(moved, arguments[0], IGNORED, 0, scale, actual.quads, *arguments[2], moved)
+    NATIVE.backward(moved, arguments[0], IGNORED, 0, scale, actual.quads, *arguments[2], moved)
     assert expected.grad is not None
     assert_same_bits(moved.cpu(), expected.grad, "in place")
     assert bool(room[:, :offset].isnan().all() & room[:, offset + vocab_size :].isnan().all())
