@@ -1,15 +1,18 @@
 """The functions of primitives.vocab_parallel: options, errors, autograd, torch.compile."""
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from canonical_definition import assert_same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from primitives import _C, vocab_parallel
+from primitives import vocab_parallel
 from primitives.vocab_parallel.ops import vocab_entropy
 
 LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -128,6 +131,13 @@ def test_inplace_backward_is_the_same_in_the_memory_of_the_logits(dtype: torch.d
     assert_same_bits(both(logits, True), both(logits, False))  # no gradient asked for: no matter
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    leaf = LOGITS.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(vocab_parallel.entropy(leaf).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="vocab_entropy_backward is not implemented"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 5), (16,), (1, 1)])
 def test_few_tokens(shape: tuple[int, ...]) -> None:
     logits = torch.randn(shape, requires_grad=True)
@@ -151,9 +161,10 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     ),
     (lambda: vocab_parallel.log_prob(LOGITS, LABELS[0]), r"expected \[2, 3\] .* got \[3\]"),
     (lambda: vocab_parallel.log_prob(LOGITS, LABELS.int()), "got .* of Int on cpu"),
-    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of Double on cpu"),
+    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of Double, Strided, on cpu"),
+    (lambda: vocab_parallel.entropy(LOGITS.to_sparse()), "expected a dense .* Sparse, on cpu"),
     (lambda: vocab_parallel.entropy(LOGITS[..., :0]), "vocab_size: expected at least 1 column"),
-    (lambda: vocab_parallel.entropy(torch.tensor(1.0)), r"expected \[..., columns\] .* got \[\]"),
+    (lambda: vocab_parallel.entropy(torch.tensor(1.0)), r"\[..., columns\] .* got \[\]"),
     (
         lambda: vocab_parallel.entropy(LOGITS, vocab_size=41),
         "a vocabulary of 41 in segments of 3 columns puts 41 on rank 0 of 1, got 40$",
@@ -233,3 +244,22 @@ def test_compiled_is_the_same_bits(backend: str) -> None:
     assert_same_bits(results[1][0], results[0][0])
     for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # of other matmuls
+
+
+@given(
+    st.lists(st.integers(1, 4), max_size=3),
+    st.lists(st.integers(-2, 11) | st.integers(-(2**63), 2**63 - 1), max_size=64),
+    st.sampled_from([-100, -1, 3]),
+)
+def test_the_first_bad_label_is_named(shape: list[int], found: list[int], ignored: int) -> None:
+    numel = math.prod(shape)
+    labels = torch.tensor((found + [0] * numel)[:numel], dtype=torch.int64).view(shape)
+    bad = (labels != ignored) & ((labels < 0) | (labels >= 10))
+    logits = torch.zeros(*shape, 10)
+    if not bool(bad.any()):
+        assert vocab_parallel.log_prob(logits, labels, ignore_index=ignored).shape == labels.shape
+        return
+    where = [int(i) for i in bad.nonzero()[0]]
+    got = int(labels[tuple(where)])
+    with pytest.raises(ValueError, match=re.escape(f"got {got} at {where} on rank 0")):
+        vocab_parallel.log_prob(logits, labels, ignore_index=ignored)

@@ -25,10 +25,14 @@ at::IntArrayRef tokens_shape(const at::Tensor& logits) {
 // [..., columns] as [tokens, columns] with contiguous rows; copied only where it must be.
 at::Tensor rows_of(at::Tensor logits) {
   const auto type = logits.scalar_type();
-  if (logits.dim() < 1 || (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf)) {
-    throw py::value_error("logits: expected [..., columns] of float32, bfloat16 or float16, got " +
-                          Argument::text(logits.sizes()) + " of " + c10::toString(type) + " on " +
-                          logits.device().str());
+  const bool known = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+  if (logits.dim() < 1 || !known || logits.layout() != at::kStrided) {
+    std::ostringstream got;
+    got << logits.sizes() << " of " << type << ", " << logits.layout() << ", on "
+        << logits.device();
+    throw py::value_error(
+        "logits: expected a dense [..., columns] of float32, bfloat16 or float16, got " +
+        got.str());
   }
   const int64_t columns = logits.size(-1);
   const int64_t num_tokens = c10::multiply_integers(tokens_shape(logits));

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import primitives._C as _C
-from primitives.canonical import tree_sum
 from primitives._C import VocabShard
+from primitives.canonical import tree_sum
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -14,18 +14,20 @@ vocab_entropy = torch.ops.primitives.vocab_entropy.default
 """entropy, log_prob, log_sum_exp [...] and the quads [..., 4] that the backward needs."""
 
 
-@torch.library.register_fake("primitives::vocab_entropy")
-def _(logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
     shape = logits.shape[:-1]
     results = (logits.new_empty(shape, dtype=torch.float32) for _ in range(3))
-    return *results, logits.new_empty((*shape, 4), dtype=torch.float32)  # type: ignore[return-value]
+    return *results, logits.new_empty((*shape, 4), dtype=torch.float32)
 
 
-@torch.library.register_fake("primitives::vocab_entropy_backward")
-def _(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+def _fake_backward(logits: Tensor, *_: Any, **__: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("primitives::vocab_entropy_backward_")
-def _(logits: Tensor, *_: Any, **__: Any) -> None:
-    pass
+def _fake_backward_in_place(logits: Tensor, *_: Any, **__: Any) -> None:
+    return None
+
+
+torch.library.register_fake("primitives::vocab_entropy", _fake_forward)
+torch.library.register_fake("primitives::vocab_entropy_backward", _fake_backward)
+torch.library.register_fake("primitives::vocab_entropy_backward_", _fake_backward_in_place)
