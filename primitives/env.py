@@ -47,6 +47,12 @@ STAGING = Variable(
     "How ranks write results and what their peers copy: cache, stream (around the caches), or "
     "auto, which goes by size and watches what it costs. The results are the same.",
 )
+CUDA_MEMORY = Variable(
+    "PRIMITIVES_CUDA_MEMORY",
+    "ipc",
+    "How ranks share memory of a device: ipc (cudaMalloc and CUDA IPC) or virtual (the virtual "
+    "memory API; peers fetch a file descriptor, so processes allow each other to trace them).",
+)
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."
 )

@@ -18,13 +18,15 @@ def bindings() -> str:
     return str(emulated_bindings.build())
 
 
-def play(folder: Path, bindings: str, name: str, hosts: str, *args: str) -> None:
+def play(
+    folder: Path, bindings: str, name: str, hosts: str, *args: str, memory: str = "ipc"
+) -> None:
     ranks = ProcessRanks(
         f"emulated_device_ranks:{name}",
         len(hosts),
         folder,
         (hosts, *args),
-        {"TEST_BINDINGS": bindings},
+        {"TEST_BINDINGS": bindings, "PRIMITIVES_CUDA_MEMORY": memory},
         fresh=True,  # a fork has loaded primitives._C
     ).start()
     results = ranks.wait(240)
@@ -32,17 +34,19 @@ def play(folder: Path, bindings: str, name: str, hosts: str, *args: str) -> None
     assert ranks.leftovers() == []
 
 
-def test_kernels_on_one_host(bindings: str, tmp_path: Path) -> None:
-    play(tmp_path, bindings, "bits_of_the_cpu", ONE_HOST, "", "30", "")
+@pytest.mark.parametrize("memory", ["ipc", "virtual"])
+def test_kernels_on_one_host(bindings: str, tmp_path: Path, memory: str) -> None:
+    play(tmp_path, bindings, "bits_of_the_cpu", ONE_HOST, "", "30", "", memory=memory)
 
 
+@pytest.mark.parametrize("memory", ["ipc", "virtual"])
 @pytest.mark.parametrize("failing", UNREACHABLE)
 def test_devices_that_cannot_map_each_other_go_by_way_of_the_host(
-    bindings: str, tmp_path: Path, failing: str
+    bindings: str, tmp_path: Path, failing: str, memory: str
 ) -> None:
     """When one rank of three cannot; and that is said once."""
     said = UNREACHABLE[failing]
-    play(tmp_path, bindings, "bits_of_the_cpu", ONE_HOST, failing, "30", said)
+    play(tmp_path, bindings, "bits_of_the_cpu", ONE_HOST, failing, "30", said, memory=memory)
 
 
 @pytest.mark.parametrize("hosts", [TWO_HOSTS, MIXED_HOSTS])
@@ -56,10 +60,12 @@ def test_errors(bindings: str, tmp_path: Path, name: str, hosts: str) -> None:
     play(tmp_path, bindings, name, hosts)
 
 
-@pytest.mark.parametrize("hosts", [ONE_HOST, TWO_HOSTS])
-def test_symmetric_memory(bindings: str, tmp_path: Path, hosts: str) -> None:
+@pytest.mark.parametrize(
+    ("hosts", "memory"), [(ONE_HOST, "ipc"), (ONE_HOST, "virtual"), (TWO_HOSTS, "ipc")]
+)
+def test_symmetric_memory(bindings: str, tmp_path: Path, hosts: str, memory: str) -> None:
     """By kernels; by way of the host it is ordinary memory."""
-    play(tmp_path, bindings, "symmetric", hosts)
+    play(tmp_path, bindings, "symmetric", hosts, memory=memory)
 
 
 def test_a_copy_that_fails_is_the_failure_of_all(bindings: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
 
 #include "transport/call.hpp"
 #include "transport/caller.hpp"
+#include "transport/device_sharing.hpp"
 #include "transport/shared_text.hpp"
 
 namespace primitives {
@@ -99,9 +100,8 @@ struct alignas(64) Ring {
 struct alignas(64) DeviceBoard {
   static constexpr int kMaxChunks = 16, kMaxRanks = 8;
   struct Chunk {
-    unsigned char handle[64];  // by which another process maps it
-    char* address;             // in the process of this rank
-    uint64_t nbytes;
+    DeviceHandle handle;  // by which another process maps it
+    char* address;        // in the process of this rank
   };
 
   std::atomic<uint32_t> num_chunks;

@@ -60,18 +60,17 @@ int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda
 
 int primitives_cuda_allocate(int device, size_t nbytes, char** memory,
                              primitives_cuda_error* error) {
-  void* made = nullptr;
+  const WhileCaptured allowed;
+  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
+  return check(cudaMalloc(memory, nbytes), "cudaMalloc", error);
+}
+
+int primitives_cuda_clear(int device, char* memory, size_t nbytes, primitives_cuda_error* error) {
   if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0 ||
-      check(cudaMalloc(&made, nbytes), "cudaMalloc", error) != 0) {
+      check(cudaMemset(memory, 0, nbytes), "cudaMemset", error) != 0) {
     return -1;
   }
-  if (check(cudaMemset(made, 0, nbytes), "cudaMemset", error) != 0 ||
-      check(cudaDeviceSynchronize(), "cudaMemset", error) != 0) {
-    cudaFree(made);
-    return -1;
-  }
-  *memory = static_cast<char*>(made);
-  return 0;
+  return check(cudaDeviceSynchronize(), "cudaMemset", error);
 }
 
 int primitives_cuda_export(int device, char* memory, primitives_cuda_handle* handle,
@@ -89,13 +88,6 @@ int primitives_cuda_export(int device, char* memory, primitives_cuda_handle* han
 void primitives_cuda_free(int device, char* memory) {
   cudaSetDevice(device);
   cudaFree(memory);
-}
-
-int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
-                                 primitives_cuda_error* error) {
-  const WhileCaptured allowed;
-  if (check(cudaSetDevice(device), "cudaSetDevice", error) != 0) return -1;
-  return check(cudaMalloc(memory, nbytes), "cudaMalloc", error);
 }
 
 int primitives_cuda_map(int device, const primitives_cuda_handle* handle, char** memory,

@@ -31,18 +31,16 @@ int primitives_cuda_exchange_device(int device);
 
 int primitives_cuda_gpu_of(int device, primitives_cuda_gpu* gpu, primitives_cuda_error* error);
 
-/* Zeroed memory of the device. */
+/* Memory of the device; not zeroed; without a wait for the device; also while a stream is captured.
+ */
 int primitives_cuda_allocate(int device, size_t nbytes, char** memory,
                              primitives_cuda_error* error);
-/* ... and by which handle other processes map it. */
+/* Zeroes memory of the device, and waits for that. */
+int primitives_cuda_clear(int device, char* memory, size_t nbytes, primitives_cuda_error* error);
+/* By which handle other processes map what was allocated. */
 int primitives_cuda_export(int device, char* memory, primitives_cuda_handle* handle,
                            primitives_cuda_error* error);
 void primitives_cuda_free(int device, char* memory);
-
-/* Memory of the device; not zeroed; without a wait for the device; also while a stream is captured.
- */
-int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
-                                 primitives_cuda_error* error);
 
 /* The memory of another process, on this device or a peer of it. */
 int primitives_cuda_map(int device, const primitives_cuda_handle* handle, char** memory,

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "emulator/collective_kernel.hpp"
+#include "transport/device_virtual.h"
 
 namespace emulator {
 namespace {
@@ -205,9 +206,9 @@ int primitives_cuda_export(int, char* memory, primitives_cuda_handle* handle,
 
 void primitives_cuda_free(int, char* memory) { unmap(memory); }
 
-int primitives_cuda_allocate_own(int device, size_t nbytes, char** memory,
-                                 primitives_cuda_error* error) {
-  return primitives_cuda_allocate(device, nbytes, memory, error);
+int primitives_cuda_clear(int, char* memory, size_t nbytes, primitives_cuda_error*) {
+  std::memset(memory, 0, nbytes);
+  return 0;
 }
 
 int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory,
@@ -225,6 +226,33 @@ int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory
 }
 
 void primitives_cuda_unmap(int, char* memory) { unmap(memory); }
+
+int primitives_cuda_virtual_unit(int, size_t* nbytes, primitives_cuda_error*) {
+  *nbytes = 2 << 20;
+  return 0;
+}
+
+int primitives_cuda_virtual_create(int device, size_t nbytes, char** memory,
+                                   primitives_cuda_error* error) {
+  if (nbytes % (2 << 20) != 0) return refuse("no multiple of the unit", error);
+  return primitives_cuda_allocate(device, nbytes, memory, error);
+}
+
+int primitives_cuda_virtual_export(int, char* memory, int* fd, primitives_cuda_error* error) {
+  if (fails("export")) return refuse("cannot be shared", error);
+  const std::lock_guard<std::mutex> lock(mutex);
+  *fd = dup(allocations.at(memory).fd);
+  return 0;
+}
+
+int primitives_cuda_virtual_open(int, int fd, size_t nbytes, char** memory,
+                                 primitives_cuda_error* error) {
+  if (fails("map")) return refuse("cannot be opened", error);
+  *memory = map_file(dup(fd), nbytes);
+  return *memory == nullptr ? refuse("no memory", error) : 0;
+}
+
+void primitives_cuda_virtual_close(int, char* memory, size_t) { unmap(memory); }
 
 int primitives_cuda_allocate_pinned(int, size_t nbytes, void** memory, primitives_cuda_error*) {
   *memory = std::calloc(1, nbytes);

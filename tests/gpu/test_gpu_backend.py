@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ranks import ProcessRanks
 
-from primitives.env import PROPERTY_CASES
+from primitives.env import CUDA_MEMORY, PROPERTY_CASES
 
 NUM_RANKS = 4
 NUM_CASES = max(1000, int(PROPERTY_CASES.get()))
@@ -35,6 +35,13 @@ def test_the_bits_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_fused_collectives_have_the_bits_of_the_cpu(tmp_path: Path) -> None:
     passes(play(tmp_path, "fused_bits_of_the_cpu", str(NUM_CASES // 5), "0", timeout_s=1700))
+
+
+def test_memory_of_the_virtual_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which ranks map each other's segments and symmetric memory."""
+    monkeypatch.setenv(CUDA_MEMORY.name, "virtual")
+    passes(play(tmp_path, "bits_of_the_cpu", "100", "0"))
+    passes(play(tmp_path, "symmetric"))
 
 
 def test_fused_collectives_in_a_graph(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@
 #include "collectives/cuda/device_transport.hpp"
 #include "device_faults.hpp"
 #include "device_heap.hpp"
+#include "device_sharing.hpp"
 #include "emulator/runtime.hpp"
 #include "faults.hpp"
 #include "meeting.hpp"
@@ -213,6 +214,7 @@ struct TemporaryFolder {
 int run(int argc, char** argv) {
   Plan plan = parse(argc, argv);
   check_staging_pace();
+  check_device_sharing();
   const TemporaryFolder folder;
   plan.folder = folder.path;
   check_device_heap(plan.folder + "/heap");

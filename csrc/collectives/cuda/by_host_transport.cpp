@@ -210,7 +210,7 @@ std::shared_ptr<void> ByHostTransport::allocate(size_t nbytes) {
   primitives_cuda_error error;
   char* memory = nullptr;
   const OnDevice current(device_);
-  if (primitives_cuda_allocate_own(device_, std::max<size_t>(nbytes, 1), &memory, &error) != 0) {
+  if (primitives_cuda_allocate(device_, std::max<size_t>(nbytes, 1), &memory, &error) != 0) {
     throw no_room_on_device(rank_, device_, nbytes, error.text);
   }
   return {memory, [device = device_](void* freed) {

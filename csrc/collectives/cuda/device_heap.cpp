@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "transport/current_device.hpp"
+#include "transport/device_sharing.hpp"
 
 namespace primitives {
 namespace {
@@ -33,7 +34,6 @@ DeviceHeap::DeviceHeap(Group& group, int device, std::vector<bool> other_process
       other_process_(std::move(other_process)) {
   static_assert(DeviceBoard::kMaxChunks == PRIMITIVES_CUDA_MAX_CHUNKS);
   static_assert(DeviceBoard::kMaxRanks == PRIMITIVES_CUDA_MAX_RANKS);
-  static_assert(sizeof(DeviceBoard::Chunk::handle) == sizeof(primitives_cuda_handle));
 }
 
 DeviceHeap::~DeviceHeap() {
@@ -41,7 +41,7 @@ DeviceHeap::~DeviceHeap() {
   for (const auto& [stream, event] : freed_) primitives_cuda_destroy_event(device_, event);
   // A peer that is still there may be reading: then the end of the process frees it.
   for (const Chunk& chunk : chunks_) {
-    if (all_gone_) primitives_cuda_free(device_, chunk.memory);
+    if (all_gone_) free_shared(device_, chunk.memory);
   }
 }
 
@@ -117,23 +117,19 @@ DeviceHeap::Chunk& DeviceHeap::make_chunk(size_t nbytes) {
   primitives_cuda_error error{};
   char* memory = nullptr;
   size_t size = round_up(std::max({nbytes, kMinChunkNbytes, total / 2}), kGrainNbytes);
-  if (primitives_cuda_allocate_own(device_, size, &memory, &error) != 0) {
+  if (!allocate_shared(device_, size, &memory, &error)) {
     size = round_up(nbytes, kGrainNbytes);
-    if (primitives_cuda_allocate_own(device_, size, &memory, &error) != 0)
-      throw no_room(error.text);
+    if (!allocate_shared(device_, size, &memory, &error)) throw no_room(error.text);
   }
-  primitives_cuda_handle handle{};
-  if (primitives_cuda_export(device_, memory, &handle, &error) != 0) {
-    primitives_cuda_free(device_, memory);
+  DeviceHandle handle;
+  if (!export_shared(device_, memory, &handle, &error)) {
+    free_shared(device_, memory);
     throw no_room(error.text);
   }
   const size_t index = chunks_.size();
   chunks_.push_back({memory, size, FreeList(size)});
   mapped_[rank_][index] = memory;
-  DeviceBoard::Chunk& told = board.chunks[index];
-  std::memcpy(told.handle, &handle, sizeof handle);
-  told.address = memory;
-  told.nbytes = size;
+  board.chunks[index] = {handle, memory};
   board.num_chunks.store(static_cast<uint32_t>(index + 1), std::memory_order_release);
   return chunks_.back();
 }
@@ -146,12 +142,10 @@ void DeviceHeap::map_new(uint32_t seq) {
     const uint32_t num_chunks = board.num_chunks.load(std::memory_order_acquire);
     for (uint32_t& i = num_seen_[r]; i < num_chunks; i++) {
       const DeviceBoard::Chunk& chunk = board.chunks[i];
-      primitives_cuda_handle handle;
-      std::memcpy(&handle, chunk.handle, sizeof handle);
       primitives_cuda_error error;
       if (!other_process_[r]) {
         mapped_[r][i] = chunk.address;
-      } else if (primitives_cuda_map(device_, &handle, &mapped_[r][i], &error) != 0) {
+      } else if (!map_shared(device_, chunk.handle, &mapped_[r][i], &error)) {
         mapped_[r][i] = nullptr;  // calls on it are staged
         continue;
       }
@@ -186,7 +180,7 @@ void DeviceHeap::unmap() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (size_t r = 0; r < other_process_.size(); r++) {
     for (char*& chunk : mapped_[r]) {
-      if (other_process_[r] && chunk != nullptr) primitives_cuda_unmap(device_, chunk);
+      if (other_process_[r] && chunk != nullptr) unmap_shared(device_, chunk);
       chunk = nullptr;
     }
   }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "collectives/cuda/device_transport.hpp"
+#include "transport/device_sharing.hpp"
 
 namespace primitives {
 namespace {
@@ -19,7 +20,7 @@ constexpr Milliseconds kLeavePatience{2000};
 struct Card {
   primitives_cuda_error error;        // text: why it cannot take part; else ""
   primitives_cuda_error unreachable;  // text: why its memory cannot be mapped; else ""
-  primitives_cuda_handle handle;
+  DeviceHandle handle;
   primitives_cuda_gpu gpu;
   int32_t pid;
   uint64_t start_time;
@@ -94,16 +95,16 @@ void DeviceTransport::meet(Milliseconds timeout) {
   card.start_time = self.start_time;
   void* status = nullptr;
   const size_t nbytes = primitives_cuda_segment_nbytes(ranks_.slot_nbytes);
-  const bool ready =
-      primitives_cuda_gpu_of(device_, &card.gpu, &card.error) == 0 &&
-      primitives_cuda_load(device_, &card.error) == 0 &&
-      primitives_cuda_make_event(device_, &last_, &card.error) == 0 &&
-      primitives_cuda_allocate_pinned(device_, sizeof(primitives_cuda_status), &status,
-                                      &card.error) == 0 &&
-      primitives_cuda_allocate(device_, nbytes, &ranks_.segments[me], &card.error) == 0;
+  const bool ready = primitives_cuda_gpu_of(device_, &card.gpu, &card.error) == 0 &&
+                     primitives_cuda_load(device_, &card.error) == 0 &&
+                     primitives_cuda_make_event(device_, &last_, &card.error) == 0 &&
+                     primitives_cuda_allocate_pinned(device_, sizeof(primitives_cuda_status),
+                                                     &status, &card.error) == 0 &&
+                     allocate_shared(device_, nbytes, &ranks_.segments[me], &card.error) &&
+                     primitives_cuda_clear(device_, ranks_.segments[me], nbytes, &card.error) == 0;
   if (ready) {
     card.error.text[0] = '\0';
-    primitives_cuda_export(device_, ranks_.segments[me], &card.handle, &card.unreachable);
+    export_shared(device_, ranks_.segments[me], &card.handle, &card.unreachable);
   }
   ranks_.status = static_cast<primitives_cuda_status*>(status);
   card.segment = ranks_.segments[me];
@@ -136,7 +137,7 @@ void DeviceTransport::meet(Milliseconds timeout) {
     }
     primitives_cuda_error cause = of.unreachable;
     mapped_[r] = of.unreachable.text[0] == '\0' &&
-                 primitives_cuda_map(device_, &of.handle, &ranks_.segments[r], &cause) == 0;
+                 map_shared(device_, of.handle, &ranks_.segments[r], &cause);
     if (!mapped_[r]) {
       std::snprintf(error.text, sizeof error.text, "the memory of rank %d cannot be mapped: %.160s",
                     r, cause.text);
@@ -165,7 +166,7 @@ void DeviceTransport::drain() {
 
 void DeviceTransport::unmap() {
   for (int r = 0; r < static_cast<int>(mapped_.size()); r++) {
-    if (mapped_[r]) primitives_cuda_unmap(device_, ranks_.segments[r]);
+    if (mapped_[r]) unmap_shared(device_, ranks_.segments[r]);
     mapped_[r] = false;
   }
 }
@@ -198,7 +199,7 @@ void DeviceTransport::close() {
   while (has_met_ && !all_gone() && Clock::now() < end) usleep(1000);
   // A peer that is still there may be reading: then the end of the process frees it.
   if (heap_) heap_->leave(all_gone());
-  if (!has_met_ || all_gone()) primitives_cuda_free(device_, segment);
+  if (!has_met_ || all_gone()) free_shared(device_, segment);
 }
 
 }  // namespace primitives

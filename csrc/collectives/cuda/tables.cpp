@@ -18,7 +18,7 @@ bool Tables::take(int device, size_t table_nbytes, size_t room_nbytes, uint32_t 
                   uint32_t uploaded, bool captured, Place* place, primitives_cuda_error* error) {
   if (own_.empty() || own_.back().nbytes < room_nbytes) {
     Own made{nullptr, room_for(room_nbytes)};
-    if (primitives_cuda_allocate_own(device, made.nbytes, &made.memory, error) != 0) return false;
+    if (primitives_cuda_allocate(device, made.nbytes, &made.memory, error) != 0) return false;
     own_.push_back(made);
   }
   Pinned* found = nullptr;
