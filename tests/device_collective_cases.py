@@ -64,6 +64,8 @@ class Memory:
         begin = 16 * self.data.draw(st.integers(0, 3))
         begin += self.data.draw(st.sampled_from(range(0, 16, step)))
         heap = misaligned(torch.zeros(nbytes + 80, dtype=torch.uint8), 0)
+        if nbytes == 0:
+            return heap, [heap[:0].view(whole.dtype) for _ in parts]
         inside = torch.frombuffer(
             heap.numpy(), dtype=whole.dtype, offset=begin, count=whole.numel()
         ).copy_(whole)

@@ -4,6 +4,7 @@ As device_collective_cases.py: ``play`` is the emulation or a GPU.
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from collective_cases import values
 from device_collective_cases import Memory, Play, numels
-from emulated_ranks import DTYPES, Call, Machine, RankCall, library
+from emulated_ranks import DTYPES, MAX_CHUNKS, Call, Machine, RankCall, library
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -46,6 +47,7 @@ class FusedCall(RankCall):
             words(flat),
             words([x.data_ptr() for x in self.ins]),
             words([x.data_ptr() for x in self.outs]),
+            words([0 if self.heap is None else self.place_of(x) for x in self.ins]),
             streams,
         )
         self.stream_numels = list(streams)
@@ -53,7 +55,13 @@ class FusedCall(RankCall):
 
     def memory(self) -> list[Tensor]:
         squares = [] if self.squares is None else [self.squares]
-        return [*self.ins, *self.outs, *squares, self.table, self.partials]
+        return [*super().memory(), *squares, self.table, self.partials]
+
+    @property
+    def longest_nbytes(self) -> int:
+        """Of the longest stream."""
+        staged = self.outs if self.op == "fused all_gather" else self.ins
+        return max(self.stream_numels) * staged[0].itemsize
 
     def native(self, seq: int) -> Call:
         gathers = self.op == "fused all_gather"
@@ -62,6 +70,8 @@ class FusedCall(RankCall):
         staged = target if gathers else source
         for r, numel in enumerate(self.stream_numels):
             call.in_nbytes[r] = numel * staged.itemsize
+        if self.heap is not None:
+            call.place = 0
         many = call.many
         many.table, many.num_tensors = self.table.data_ptr(), len(self.cut)
         many.digest = hash((*map(tuple, self.cut), self.accumulate)) % 2**64
@@ -123,6 +133,30 @@ def same_bits(got: Tensor, want: Tensor, what: str) -> None:
     )
 
 
+class Inputs:
+    """Where the inputs of a call lie, drawn: anywhere, or all in one chunk of symmetric memory."""
+
+    def __init__(self, data: st.DataObject, machine: Machine, symmetric: bool, rank: int) -> None:
+        self.memory = Memory(data, per_element=True)
+        self.chunk = (machine.seed + 5 * rank) % MAX_CHUNKS
+        self.symmetric, self.heap = symmetric, None
+
+    def lay(self, xs: list[Tensor]) -> list[Tensor]:
+        if not self.symmetric:
+            return [self.memory.lay(x) for x in xs]
+        self.heap, laid = self.memory.heap(xs)
+        return laid
+
+
+def symmetric_ranks(data: st.DataObject, machine: Machine, call: FusedCall) -> list[bool]:
+    """Whose inputs are symmetric memory: none, all, or some, when a call like this may read it."""
+    fits = 8 * len(call.cut) <= machine.slot_nbytes
+    which = data.draw(st.sampled_from(["none", "all", "some"]))
+    if not fits or call.longest_nbytes < max(1, machine.direct_nbytes) or which == "none":
+        return [False] * machine.world_size
+    return [which == "all" or data.draw(st.booleans()) for _ in range(machine.world_size)]
+
+
 def check_all_gather_many(
     play: Play, machine: Machine, cast: tuple[torch.dtype, torch.dtype], data: st.DataObject
 ) -> None:
@@ -130,17 +164,24 @@ def check_all_gather_many(
     cut = data.draw(cuts(n, target.itemsize))
     wholes = [values(sum(c), source, machine.seed + i) for i, c in enumerate(cut)]
     shards = [x.split(c) for x, c in zip(wholes, cut, strict=True)]
-    memory = Memory(data, per_element=True)
     in_place = source == target and data.draw(st.booleans())
-    calls = []
-    for rank in range(n):
-        fulls = [memory.empty(x.to(target)) for x in wholes]
+
+    def made(rank: int, symmetric: bool) -> FusedCall:
+        inputs = Inputs(data, machine, symmetric, rank)
         if in_place:
+            fulls = inputs.lay([values(len(x), target, 99) for x in wholes])
             own = [full.split(c)[rank] for full, c in zip(fulls, cut, strict=True)]
             mine = [x.copy_(of[rank]) for x, of in zip(own, shards, strict=True)]
         else:
-            mine = [memory.lay(of[rank]) for of in shards]
-        calls.append(FusedCall("fused all_gather", ins=mine, outs=fulls, rank=rank, cut=cut))
+            fulls = [inputs.memory.empty(x.to(target)) for x in wholes]
+            mine = inputs.lay([of[rank] for of in shards])
+        return FusedCall(
+            "fused all_gather", ins=mine, outs=fulls, rank=rank, cut=cut,
+            heap=inputs.heap, chunk=inputs.chunk,
+        )  # fmt: skip
+
+    offered = symmetric_ranks(data, machine, made(0, symmetric=False))
+    calls = [made(rank, offer) for rank, offer in enumerate(offered)]
     assert play(machine, [[call] for call in calls]) == [None] * n
     for rank, call in enumerate(calls):
         for i, got in enumerate(call.outs):
@@ -166,12 +207,16 @@ class Gradients:
             results.append(total.split(c)[rank])
         return results
 
-    def calls(self, memory: Any, squares: bool) -> list[FusedCall]:
+    def calls(
+        self, squares: bool, inputs_of: Callable[[int], Inputs] | None = None
+    ) -> list[FusedCall]:
         made = []
         for rank, own in enumerate(self.fulls):
             held = [x.split(c)[rank] for x, c in zip(self.held, self.cut, strict=True)]
             sums = torch.full((len(self.cut),), -1.0) if squares else None
-            fulls, shards = [memory(x) for x in own], [memory(x) for x in held]
+            inputs = None if inputs_of is None else inputs_of(rank)
+            fulls = [x.clone() for x in own] if inputs is None else inputs.lay(own)
+            shards = [x.clone() if inputs is None else inputs.memory.lay(x) for x in held]
             made.append(
                 FusedCall(
                     "fused reduce_scatter",
@@ -184,6 +229,8 @@ class Gradients:
                     cut=self.cut,
                     accumulate=self.accumulate,
                     squares=sums,
+                    heap=None if inputs is None else inputs.heap,
+                    chunk=0 if inputs is None else inputs.chunk,
                 )
             )
         return made
@@ -215,7 +262,10 @@ def check_reduce_scatter_many(
     factor = data.draw(st.sampled_from([1.0, 0.25, 1 / 3, -7e-3]))
     accumulate, finite = data.draw(st.booleans()), data.draw(st.integers(0, 3)) > 0
     grads = gradients(cut, dtype, machine.seed, factor, accumulate, finite)
-    calls = grads.calls(Memory(data, per_element=True).lay, data.draw(st.booleans()))
+    offered = symmetric_ranks(data, machine, grads.calls(squares=False)[0])
+    calls = grads.calls(
+        data.draw(st.booleans()), lambda rank: Inputs(data, machine, offered[rank], rank)
+    )
     assert play(machine, [[call] for call in calls]) == [None] * machine.world_size
     for rank, call in enumerate(calls):
         grads.check(rank, call)
@@ -233,7 +283,7 @@ def fused_series(
         cut = [[(7 + 31 * i * i + 13 * t + 5 * r) % 400 for r in range(n)] for t in range(3)]
         if i % 2 == 0:
             grads = gradients(cut, dtype, i, 0.5, accumulate=i % 4 == 0)
-            for r, call in enumerate(grads.calls(torch.clone, squares=True)):
+            for r, call in enumerate(grads.calls(squares=True)):
                 calls[r].append(call)
             wants.append(grads)
             continue

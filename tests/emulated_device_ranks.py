@@ -278,6 +278,8 @@ def symmetric(hosts: str) -> None:
     both(lambda one, out: dist.reduce_scatter_tensor(out, one), full, torch.zeros(numel))
     both(lambda one, out: dist.all_to_all_single(out, one), full, torch.zeros(n * numel))
 
+    fused_symmetric(device, rank, n, direct)
+
     # One rank alone has symmetric memory: all stage.
     before, wanted = backend.num_zero_copy, x.clone()
     ordinary = device.on_device(x.clone(), 0)
@@ -312,6 +314,41 @@ def symmetric(hosts: str) -> None:
         backend.allocate_tensor(4, dtype=torch.float32, device=torch.device("cuda", 0))
     dist.destroy_process_group()
     assert outlives.fill_(3)[-1] == 3
+
+
+def fused_symmetric(device: ModuleType, rank: int, n: int, direct: bool) -> None:
+    """Fused calls on tensors in symmetric memory, of which the last time one is elsewhere."""
+    from primitives import collectives
+
+    backend, where = native(None, "symmetric"), torch.device("cuda", 0)
+    cut = [[30_000] * n, [7 + r for r in range(n)]]
+    wholes = [draw((sum(c),), torch.float32, i).nan_to_num() for i, c in enumerate(cut)]
+    grads = [draw((sum(c),), torch.bfloat16, 9 * rank + i).nan_to_num() for i, c in enumerate(cut)]
+    shards = [x.split(c)[rank].clone() for x, c in zip(wholes, cut, strict=True)]
+
+    def both(ins: list[Tensor], fulls: list[Tensor], sums: list[Tensor]) -> None:
+        collectives.all_gather(ins[:2], fulls, numels=cut)
+        collectives.reduce_scatter(ins[2:], sums, factor=0.5, numels=cut)
+
+    def outs() -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.zeros(sum(c)).bfloat16() for c in cut], [torch.zeros(c[rank]) for c in cut]
+
+    given = [*shards, *grads]
+    want = outs()
+    both(given, *want)
+    ins = [backend.allocate_tensor(len(x), dtype=x.dtype, device=where) for x in given]
+    for one, x in zip(ins, given, strict=True):
+        device.on_host(one).copy_(x)
+    for turn in range(3):
+        if turn == 2 and rank == 0:
+            ins = [device.on_device(shards[0].clone(), 0), *ins[1:3], device.on_device(grads[1], 0)]
+        got = outs()
+        before = backend.num_zero_copy
+        both(ins, *([device.on_device(x, 0) for x in of] for of in got))
+        device.synchronize()
+        for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
+            assert bits_equal(a, b)
+        assert turn == 0 or backend.num_zero_copy - before == (2 if direct and turn == 1 else 0)
 
 
 def communicator(hosts: str, kind: str) -> None:

@@ -202,6 +202,11 @@ class RankCall:
         """All that the device code may touch."""
         return [*self.ins, *self.outs, *([] if self.heap is None else [self.heap])]
 
+    def place_of(self, x: Tensor) -> int:
+        """Of a tensor in the heap."""
+        assert self.heap is not None
+        return x.data_ptr() - self.heap.data_ptr() | self.chunk << CHUNK_SHIFT
+
     def native(self, seq: int) -> Call:
         """As the device code wants it."""
         call = Call()
@@ -213,7 +218,7 @@ class RankCall:
         call.root, call.seq, call.factor = self.root, seq, self.factor
         call.place = NOT_SYMMETRIC
         if self.heap is not None:
-            call.place = self.ins[0].data_ptr() - self.heap.data_ptr() | self.chunk << CHUNK_SHIFT
+            call.place = self.place_of(self.ins[0])
         for i, x in enumerate(self.ins):
             call.in_[i], call.in_nbytes[i] = x.data_ptr(), x.numel() * x.itemsize
         for i, x in enumerate(self.outs):

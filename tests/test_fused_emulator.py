@@ -56,7 +56,7 @@ def test_the_tree_of_squares_goes_on_above_a_group(world_size: int) -> None:
     cut = [[70_001] + [17] * (world_size - 1), [3] * world_size, [65_536] + [0] * (world_size - 1)]
     machine = Machine(world_size, num_lanes=32, max_blocks=4, slot_nbytes=1 << 16)
     grads = gradients(cut, torch.bfloat16, 5, 1 / 3, accumulate=False)
-    calls = grads.calls(torch.clone, squares=True)
+    calls = grads.calls(squares=True)
     assert play(machine, [[call] for call in calls]) == [None] * world_size
     for rank, call in enumerate(calls):
         grads.check(rank, call)
@@ -102,7 +102,7 @@ def test_a_dead_rank_is_named_by_all_others() -> None:
 
 def sides(cut: list[list[int]], accumulate: bool = False, **change: Any) -> list[FusedCall]:
     grads = gradients(cut, torch.float32, 1, 1.0, accumulate)
-    return [replace(call, **change) for call in grads.calls(torch.clone, squares=False)]
+    return [replace(call, **change) for call in grads.calls(squares=False)]
 
 
 def test_lists_that_differ_between_ranks_are_a_mismatch() -> None:
@@ -123,7 +123,7 @@ def test_lists_that_differ_between_ranks_are_a_mismatch() -> None:
         "tensors": sides([*cut, [0, 0, 0]]),
         "factor": sides(cut, factor=0.5),
         "accumulate": sides(cut, accumulate=True),
-        "dtype": gradients(cut, torch.bfloat16, 1, 1.0, False).calls(torch.clone, False),
+        "dtype": gradients(cut, torch.bfloat16, 1, 1.0, False).calls(squares=False),
         "op": gathers,
     }
     for what, other in others.items():

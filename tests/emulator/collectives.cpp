@@ -190,14 +190,17 @@ extern "C" uint64_t emulated_table_words(int world_size, uint32_t num_tensors) {
   return TableLayout{static_cast<size_t>(world_size), num_tensors}.num_words();
 }
 
-// numels[tensor * world_size + rank]; addresses[num_tensors] each. Returns the floats of partials.
+// numels[tensor * world_size + rank]; addresses and places[num_tensors] each. Returns the floats of
+// partials.
 extern "C" uint64_t emulated_write_table(uint64_t* words, int world_size, uint32_t num_tensors,
                                          int rank, const uint64_t* numels, const uint64_t* ins,
-                                         const uint64_t* outs, uint64_t* stream_numels) {
+                                         const uint64_t* outs, const uint64_t* places,
+                                         uint64_t* stream_numels) {
   const TableLayout of{static_cast<size_t>(world_size), num_tensors};
   write_cuts(words, of, rank, [&](int r, size_t t) { return numels[t * world_size + r]; });
   std::copy_n(ins, num_tensors, words + of.ins());
   std::copy_n(outs, num_tensors, words + of.outs());
+  std::copy_n(places, num_tensors, words + of.places());
   for (int r = 0; r < world_size; r++) stream_numels[r] = words[of.starts(r) + num_tensors];
   return words[of.groups() + num_tensors] * kLeavesPerGroup;
 }

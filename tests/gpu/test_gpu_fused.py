@@ -54,7 +54,7 @@ def test_large_tensors_with_the_default_sizes(dtype: torch.dtype) -> None:
     cut = [[300_000 + 17 * r for r in range(n)], [5] * n, [1_000_000] + [0] * (n - 1)]
     machine = Machine(n, max_blocks=16, slot_nbytes=64 << 10, block_nbytes=16 << 10)
     grads = gradients(cut, dtype, 3, 0.25, accumulate=True)
-    calls = grads.calls(torch.clone, squares=True)
+    calls = grads.calls(squares=True)
     assert play(machine, [[call] for call in calls]) == [None] * n
     for rank, call in enumerate(calls):
         grads.check(rank, call)

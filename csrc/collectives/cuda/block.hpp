@@ -14,8 +14,8 @@
 //   reduce          S in, S out on the root       as the one-shot all_reduce
 //   fused           as all_gather and reduce_scatter, on streams of many tensors: see many.hpp
 // When every rank's input lies in symmetric memory, of at least direct_nbytes (with counts: its
-// longest part): two meetings, no staging; each rank reads its peers' inputs in place, all_reduce
-// also writes its sums into them.
+// longest part; fused: the longest stream, and all of its tensors): two meetings, no staging; each
+// rank reads its peers' inputs in place, all_reduce also writes its sums into them.
 #pragma once
 
 #include "collectives/cuda/exchange.hpp"
@@ -28,6 +28,12 @@ constexpr size_t kGrainNbytes =
 // Whether ranks may offer their inputs to their peers: the same on all ranks.
 HOST_DEVICE_FN bool may_offer(const Ranks& ranks, const Call& call) {
   const Op op = static_cast<Op>(call.op);
+  if (op == Op::kAllGatherMany || op == Op::kReduceScatterMany) {
+    uint64_t longest = 0;
+    for (int r = 0; r < ranks.world_size; r++) longest = larger(longest, call.in_nbytes[r]);
+    const size_t places_nbytes = call.many.num_tensors * sizeof(uint64_t);
+    return longest >= ranks.direct_nbytes && places_nbytes <= ranks.slot_nbytes;
+  }
   if (call.has_counts) return op == Op::kAllGather || op == Op::kAllToAll;
   const bool one_shot =
       op == Op::kReduce || (op == Op::kAllReduce && call.in_nbytes[0] <= ranks.one_shot_nbytes);
@@ -92,11 +98,16 @@ struct Block {
   DEVICE_FN int nth(int j) const { return me() + j < n() ? me() + j : me() + j - n(); }
 };
 
+struct Nothing {
+  DEVICE_FN void operator()() const {}
+};
+
 // put(0), and the first meeting. False when there is nothing left to do: the group has failed, or
-// all ranks had offered their inputs and direct() has done it.
-template <class M, class Put, class Direct>
-DEVICE_FN bool meet_first(Block<M>& b, Put put, Direct direct) {
-  if (!b.meeting.has_offered()) put(size_t{0});
+// all ranks had offered their inputs and direct() has done it. offer(): what the peers need for
+// that besides the letter.
+template <class M, class Put, class Direct, class Offer = Nothing>
+DEVICE_FN bool meet_first(Block<M>& b, Put put, Direct direct, Offer offer = {}) {
+  b.meeting.has_offered() ? offer() : put(size_t{0});
   if (!b.meeting.begin()) return false;
   const int num_offers = may_offer(b.ranks, b.call) ? b.meeting.num_offers() : 0;
   if (num_offers == 0) return true;
@@ -112,9 +123,9 @@ DEVICE_FN bool meet_first(Block<M>& b, Put put, Direct direct) {
 
 // put(i): chunk i of this rank's input to meeting.next_slot(); take(i): from all slots to the
 // outputs; direct(): the whole part of this block, from the peers' inputs.
-template <class M, class Put, class Take, class Direct>
-DEVICE_FN void play(Block<M>& b, Put put, Take take, Direct direct) {
-  if (!meet_first(b, put, direct)) return;
+template <class M, class Put, class Take, class Direct, class Offer = Nothing>
+DEVICE_FN void play(Block<M>& b, Put put, Take take, Direct direct, Offer offer = {}) {
+  if (!meet_first(b, put, direct, offer)) return;
   const size_t num_chunks = b.chunks.num(b.meeting.longest());
   for (size_t i = 0;; i++) {
     if (i + 1 < num_chunks) put(i + 1);

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "collectives/cuda/device_transport.hpp"
-#include "collectives/cuda/table.hpp"
+#include "collectives/cuda/prepare.hpp"
 
 namespace primitives {
 
@@ -34,6 +34,7 @@ void DeviceTransport::launch_many(const Call& call, DeviceCall& made, const Cuts
   for (size_t t = 0; t < cuts.num_tensors(); t++) {
     table.host[of.ins() + t] = reinterpret_cast<uintptr_t>(ins[t]);
     table.host[of.outs() + t] = reinterpret_cast<uintptr_t>(outs[t]);
+    table.host[of.places() + t] = 0;
   }
   for (int r = 0; r < n; r++) {
     made.in_nbytes[r] = table.host[of.starts(r) + cuts.num_tensors()] * staged;
@@ -44,7 +45,24 @@ void DeviceTransport::launch_many(const Call& call, DeviceCall& made, const Cuts
   made.many.digest = call.digest;
   made.many.num_tensors = static_cast<uint32_t>(cuts.num_tensors());
   made.many.partials = reinterpret_cast<float*>(table.device + of.num_words());
+  if (group().zero_copy() && *cuda::check_offer(ranks_, made) == '\0') {
+    made.place = write_places(call, made, cuts, ins, table.host + of.places());
+  }
   launch(call, made, timeout);
+}
+
+uint64_t DeviceTransport::write_places(const Call& call, const DeviceCall& made, const Cuts& cuts,
+                                       const std::vector<const void*>& ins, uint64_t* places) {
+  const int me = ranks_.rank, last = ranks_.world_size - 1;
+  for (size_t t = 0; t < cuts.num_tensors(); t++) {
+    const size_t numel = call.op == Op::kAllGatherMany ? cuts.numel(me, t)
+                                                       : cuts.begin(last, t) + cuts.numel(last, t);
+    if (numel == 0) continue;
+    places[t] =
+        heap_->place_of(ins[t], numel * made.many.in_itemsize, static_cast<uint32_t>(seq_ + 1));
+    if (places[t] == PRIMITIVES_CUDA_NOT_SYMMETRIC) return PRIMITIVES_CUDA_NOT_SYMMETRIC;
+  }
+  return 0;
 }
 
 void DeviceTransport::all_gather_many(const Call& call, const GatherMany& many,

@@ -103,6 +103,10 @@ class DeviceTransport final : public StreamTransport {
   void launch_many(const Call& call, DeviceCall& device_call, const Cuts& cuts,
                    const std::vector<const void*>& ins, const std::vector<void*>& outs,
                    Milliseconds timeout);
+  // The place of a fused call, whose next seq it will be: 0, with the place of each tensor written,
+  // when peers may read all of them.
+  uint64_t write_places(const Call& call, const DeviceCall& made, const Cuts& cuts,
+                        const std::vector<const void*>& ins, uint64_t* places);
   [[noreturn]] void cannot_launch(const Call& call, const char* why);
   void watch();
   [[noreturn]] void report();

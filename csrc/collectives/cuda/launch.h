@@ -105,7 +105,8 @@ typedef struct {
   int32_t num_blocks;           /* set by primitives_cuda_launch */
   double factor;                /* premul_sum, fused reduce_scatter */
   uint64_t place;               /* of in[0], when all parts lie in a chunk that all ranks have
-                                 * mapped, or PRIMITIVES_CUDA_NOT_SYMMETRIC */
+                                 * mapped, or PRIMITIVES_CUDA_NOT_SYMMETRIC; fused: 0, when all
+                                 * tensors lie in such chunks and the table has their places */
   const char* in[PRIMITIVES_CUDA_MAX_RANKS];
   uint64_t in_nbytes[PRIMITIVES_CUDA_MAX_RANKS];
   char* out[PRIMITIVES_CUDA_MAX_RANKS];

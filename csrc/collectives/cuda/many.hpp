@@ -7,6 +7,26 @@
 
 namespace primitives::cuda {
 
+// To the peers, instead of a chunk: where the inputs of this rank lie. (may_offer: a slot has
+// room.)
+template <class M>
+DEVICE_FN void put_places(Block<M>& b, const Table<M>& table) {
+  auto* const to = reinterpret_cast<uint64_t*>(b.meeting.next_slot());
+  b.m.each_lane([&](int lane) {
+    for (size_t t = lane; t < table.num_tensors(); t += b.m.num_lanes()) {
+      b.m.store(to + t, table.place(t));
+    }
+  });
+}
+
+// After the first meeting: an input of a rank that has put its places.
+template <class M>
+DEVICE_FN const char* offered(Block<M>& b, const Table<M>& table, int rank, size_t tensor) {
+  if (rank == b.me()) return table.in(tensor);
+  const auto* const places = reinterpret_cast<const uint64_t*>(b.meeting.slot(rank));
+  return at_place(b.ranks, rank, b.m.load(places + tensor));
+}
+
 template <class M>
 DEVICE_FN void all_gather_many(Block<M>& b, const Table<M>& table) {
   const Call& call = b.call;
@@ -42,7 +62,17 @@ DEVICE_FN void all_gather_many(Block<M>& b, const Table<M>& table) {
           });
         }
       },
-      [] {});
+      [&] {
+        for (int j = 0; j < n; j++) {
+          const int r = b.nth(j);
+          table.each_piece(r, b.chunks.whole(call.in_nbytes[r]), size, [&](const Piece& piece) {
+            const char* from = offered(b, table, r, piece.tensor) + piece.at * in_size;
+            char* to = place(r, piece);
+            b.m.each_lane([&](int lane) { convert(b.m, lane, many, to, from, piece.numel); });
+          });
+        }
+      },
+      [&] { put_places(b, table); });
 }
 
 template <class M>
@@ -50,8 +80,20 @@ DEVICE_FN void reduce_scatter_many(Block<M>& b, const Table<M>& table) {
   const Call& call = b.call;
   const int n = b.n(), me = b.me();
   const size_t share = b.share_nbytes(), size = call.many.in_itemsize;
+  // In a full tensor, of what a rank sums.
+  const auto offset = [&](int rank, const Piece& piece) {
+    return (table.begin(rank, piece.tensor) + piece.at) * size;
+  };
   const auto place = [&](int rank, const Piece& piece) {
-    return table.in(piece.tensor) + (table.begin(rank, piece.tensor) + piece.at) * size;
+    return table.in(piece.tensor) + offset(rank, piece);
+  };
+  // Of the inputs at in, for this lane.
+  const auto sum = [&](const Piece& piece, const Inputs& in) {
+    float* out = reinterpret_cast<float*>(table.out(piece.tensor)) + piece.at;
+    b.m.each_lane([&](int lane) {
+      visit_sum(call.dtype,
+                [&](auto d) { sum_into<decltype(d)>(b.m, lane, call, n, in, out, piece.numel); });
+    });
   };
   // A rank's own part passes through staging only where it is misaligned: then all inputs of a sum
   // lie at multiples of 16 bytes.
@@ -74,21 +116,23 @@ DEVICE_FN void reduce_scatter_many(Block<M>& b, const Table<M>& table) {
       [&](size_t i) {
         table.each_piece(me, b.chunks.run(call.in_nbytes[me], i), size, [&](const Piece& piece) {
           const char* own = place(me, piece);
-          const Inputs in(
-              [&](int r) {
-                return is_staged(r, own) ? b.meeting.slot(r) + me * share + piece.position * size
-                                         : own;
-              },
-              n);
-          float* out = reinterpret_cast<float*>(table.out(piece.tensor)) + piece.at;
-          b.m.each_lane([&](int lane) {
-            visit_sum(call.dtype, [&](auto d) {
-              sum_into<decltype(d)>(b.m, lane, call, n, in, out, piece.numel);
-            });
-          });
+          sum(piece, Inputs(
+                         [&](int r) {
+                           return is_staged(r, own)
+                                      ? b.meeting.slot(r) + me * share + piece.position * size
+                                      : own;
+                         },
+                         n));
         });
       },
-      [] {});
+      [&] {
+        table.each_piece(me, b.chunks.whole(call.in_nbytes[me]), size, [&](const Piece& piece) {
+          sum(piece,
+              Inputs([&](int r) { return offered(b, table, r, piece.tensor) + offset(me, piece); },
+                     n));
+        });
+      },
+      [&] { put_places(b, table); });
   if (call.many.squares != nullptr) sum_squares(b, table);
 }
 

@@ -46,11 +46,13 @@ inline const char* check_many(const Call& call, int me) {
 // Why the input of this call may not be offered to the peers, or "".
 inline const char* check_offer(const Ranks& ranks, const Call& call) {
   const Op op = static_cast<Op>(call.op);
+  if (is_fused(op)) {
+    return may_offer(ranks, call) ? "" : "place: expected none for a fused call that is small";
+  }
   uint64_t longest = 0;
   for (const uint64_t nbytes : call.in_nbytes) longest = larger(longest, nbytes);
-  if (is_fused(op) || !may_offer(ranks, call) || longest < ranks.direct_nbytes ||
-      call.in_nbytes[0] == 0) {
-    return "place: expected none for a call that is fused, rooted, without a first part, or small";
+  if (!may_offer(ranks, call) || longest < ranks.direct_nbytes || call.in_nbytes[0] == 0) {
+    return "place: expected none for a call that is rooted, without a first part, or small";
   }
   if (op == Op::kAllReduce && call.in[0] != call.out[0]) {
     return "place: expected none for an all_reduce into other memory";
@@ -126,7 +128,10 @@ inline const char* prepare(const Ranks& ranks, Call* call) {
       }
     }
   }
-  if (call->place != kNotSymmetric) {
+  if (call->place != kNotSymmetric && is_fused(op)) {
+    if (call->place != 0) return "place: expected 0 for a fused call, whose table has places";
+    if (const char* error = check_offer(ranks, *call); *error != 0) return error;
+  } else if (call->place != kNotSymmetric) {
     const uint64_t chunk = call->place >> PRIMITIVES_CUDA_CHUNK_SHIFT;
     if (chunk >= PRIMITIVES_CUDA_MAX_CHUNKS || ranks.chunks[me][chunk] == nullptr ||
         call->in[0] != at_place(ranks, me, call->place)) {

@@ -11,6 +11,7 @@
 //   begins  [n + 1][T]  of each shard in its full tensor; last, the numel of the full tensor
 //   ins     [T]         addresses: shards of an all_gather, full tensors of a reduce_scatter
 //   outs    [T]         addresses: the others
+//   places  [T]         of ins in this rank's symmetric memory, when all of them lie there
 //   groups  [T + 1]     of kGroupNumel elements, of the shards of this rank, before each tensor
 // The room for partial sums of squares has kLeavesPerGroup floats for each group.
 #pragma once
@@ -33,7 +34,8 @@ struct TableLayout {
   HOST_DEVICE_FN size_t begins(size_t rank) const { return starts(n) + rank * num_tensors; }
   HOST_DEVICE_FN size_t ins() const { return begins(n + 1); }
   HOST_DEVICE_FN size_t outs() const { return ins() + num_tensors; }
-  HOST_DEVICE_FN size_t groups() const { return outs() + num_tensors; }
+  HOST_DEVICE_FN size_t places() const { return outs() + num_tensors; }
+  HOST_DEVICE_FN size_t groups() const { return places() + num_tensors; }
   HOST_DEVICE_FN size_t num_words() const { return groups() + num_tensors + 1; }
 };
 
@@ -61,6 +63,7 @@ class Table {
   DEVICE_FN char* out(size_t tensor) const {
     return reinterpret_cast<char*>(word(of_.outs() + tensor));
   }
+  DEVICE_FN uint64_t place(size_t tensor) const { return word(of_.places() + tensor); }
   DEVICE_FN size_t group(size_t tensor) const { return word(of_.groups() + tensor); }
   DEVICE_FN size_t tensor_of_group(size_t group) const { return last_up_to(of_.groups(), group); }
 
@@ -96,7 +99,7 @@ class Table {
   const TableLayout of_;
 };
 
-// Writes all words but the addresses. numel(rank, tensor): of each shard. Host code.
+// Writes all words but addresses and places. numel(rank, tensor): of each shard. Host code.
 template <class NumelOf>
 void write_cuts(uint64_t* words, const TableLayout& of, int me, NumelOf numel) {
   for (size_t t = 0; t < of.num_tensors; t++) words[of.begins(0) + t] = 0;
