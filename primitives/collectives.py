@@ -9,8 +9,9 @@ the tensors. ``fulls[i]`` is a full tensor, ``shards[i]`` this rank's part of it
 
 All tensors are contiguous, on the CPU or on one CUDA device, and on one side all of one dtype.
 Where the full tensors of all ranks lie in symmetric memory (``primitives.empty``) they are written
-or read in place. On CUDA a call is one kernel on the current stream, which may be captured in a
-graph; with ``async_op`` the Work lets the stream of its ``wait()`` wait.
+or read in place; on CUDA the inputs are read in place when all of them lie there. On CUDA a call
+is one kernel on the current stream, which may be captured in a graph; with ``async_op`` the Work
+lets the stream of its ``wait()`` wait.
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,8 +22,8 @@ def empty(
     Where the tensors of all ranks are symmetric, all_gather (outputs or inputs), reduce_scatter,
     all_to_all (inputs), all_reduce and broadcast of that group, and the fused collectives, read and
     write the peers' tensors in place: the same bits, sooner. In other groups, and beside ordinary
-    tensors, it is an ordinary tensor. Views are symmetric too. On CUDA it is the inputs of the
-    operations that are read in place, and fused collectives are staged.
+    tensors, it is an ordinary tensor. Views are symmetric too. On CUDA it is the inputs of
+    all these operations that are read in place.
 
     Args:
         shape: sizes, or one sequence of them.

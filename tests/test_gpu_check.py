@@ -36,3 +36,15 @@ def test_a_failure_and_what_was_not_run_are_no_pass(check: ModuleType) -> None:
     assert text == "racecheck: not run, compute-sanitizer was not found"
     assert check.run(["sh", "-c", "echo out; echo err >&2; exit 3"]) == (3, "out\nerr\n")
     assert check.last_line("first\n==== 3 passed, 1 skipped ====\n") == "3 passed, 1 skipped"
+
+
+def test_the_players_of_rank_streams_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What only a machine with a GPU runs; linked without anything missing."""
+    monkeypatch.syspath_prepend(str(GPU.parent))
+    from gpu import gpu_ranks
+
+    if not Path(gpu_ranks.NVCC).exists():
+        pytest.skip(f"there is no nvcc at {gpu_ranks.NVCC}")
+    assert gpu_ranks.build("sm_80", tmp_path / "rank_streams.so").play_on_gpu

@@ -7,7 +7,8 @@ Contestants, on the same parameters and one thread a rank:
   shards, norms. gloo on the CPU; NCCL where each rank has a GPU of its own;
 * ``eager``: the same one tensor after the other, with the primitives backend;
 * ``fused``: ``primitives.collectives`` on ordinary tensors;
-* ``fused symmetric``: the same with the full tensors in symmetric memory; on the CPU only.
+* ``fused symmetric``: the same in symmetric memory; on the CPU the full tensors, on CUDA the inputs
+  lie there.
 
 The ranks alternate between the contestants, a block of calls at a time. A figure is the median over
 blocks of (latest end - earliest start) / calls over the ranks. A block of reduce_scatter is one
@@ -110,10 +111,12 @@ class Parameters:
         ends = [min(f, s + c) for f, s, c in zip(self.full, starts, self.chunk, strict=True)]
         self.own = [end - start for start, end in zip(starts, ends, strict=True)]
 
-    def symmetric(self, dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor]:
-        """Full tensors in symmetric memory."""
-        flat = memory.empty(sum(self.full), dtype=dtype, group=group).zero_()
-        return list(flat.split_with_sizes(self.full))
+    def symmetric(
+        self, numels: list[int], dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device
+    ) -> list[Tensor]:
+        """Tensors in symmetric memory."""
+        flat = memory.empty(sum(numels), dtype=dtype, group=group, device=device).zero_()
+        return list(flat.split_with_sizes(numels))
 
 
 def all_gather(
@@ -144,7 +147,7 @@ def all_gather(
             collectives.all_gather_flat(out, shard.to(out.dtype), group=ours)
         return unpadded
 
-    def fused(fulls: list[Tensor]) -> list[Tensor]:
+    def fused(fulls: list[Tensor], shards: list[Tensor] = shards) -> list[Tensor]:
         collectives.all_gather(shards, fulls, group=ours)
         return fulls
 
@@ -156,8 +159,13 @@ def all_gather(
         "fused": Contestant(lambda: fused(ordinary)),
     }
     if device.type == "cpu":
-        symmetric = of.symmetric(torch.bfloat16, ours)
+        symmetric = of.symmetric(of.full, torch.bfloat16, ours, device)
         contestants["fused symmetric"] = Contestant(lambda: fused(symmetric))
+    else:
+        chunks = of.symmetric(of.chunk, torch.float32, ours, device)
+        torch._foreach_copy_(chunks, padded)
+        own = [x[:numel] for x, numel in zip(chunks, of.own, strict=True)]
+        contestants["fused symmetric"] = Contestant(lambda: fused(ordinary, own))
     return contestants
 
 
@@ -216,12 +224,11 @@ def reduce_scatter(
         "eager": Contestant(eager, again),
         "fused": Contestant(lambda: fused(grads), backward(grads, shards)),
     }
-    if device.type == "cpu":
-        symmetric = of.symmetric(dtype, ours)
-        torch._foreach_copy_(symmetric, grads)
-        contestants["fused symmetric"] = Contestant(
-            lambda: fused(symmetric), backward(symmetric, shards)
-        )
+    symmetric = of.symmetric(of.full, dtype, ours, device)
+    torch._foreach_copy_(symmetric, grads)
+    contestants["fused symmetric"] = Contestant(
+        lambda: fused(symmetric), backward(symmetric, shards)
+    )
     return contestants
 
 

@@ -269,6 +269,23 @@ def symmetric() -> None:
         both(lambda one, out: dist.reduce_scatter_tensor(out, one), full, part)
         both(lambda one, out: dist.all_to_all_single(out, one), full, gathered)
 
+    grads = [draw((n * numel,), torch.bfloat16, seed + rank).nan_to_num() for seed in range(3)]
+    ins = [backend.allocate_tensor(n * numel, dtype=x.dtype, device=CUDA).copy_(x) for x in grads]
+    want = [torch.zeros(numel) for _ in grads]
+    collectives.reduce_scatter(grads, want)
+    for turn in range(2):
+        before = backend.num_zero_copy
+        sums = [torch.zeros(numel, device=CUDA) for _ in grads]
+        collectives.reduce_scatter(ins, sums)
+        shards = [backend.allocate_tensor(numel, dtype=x.dtype, device=CUDA) for x in sums]
+        fulls = [torch.zeros(n * numel, device=CUDA) for _ in grads]
+        collectives.all_gather([a.copy_(b) for a, b in zip(shards, sums, strict=True)], fulls)
+        torch.cuda.synchronize()
+        for got, full, right in zip(sums, fulls, want, strict=True):
+            assert_bits(got.cpu(), right)
+            assert_bits(full[rank * numel :][:numel].cpu(), right)
+        assert turn == 0 or backend.num_zero_copy - before == 2
+
     # What one stream frees is not written by another before the first is done with it.
     streams = [torch.cuda.Stream() for _ in range(2)]
     for step in range(20):

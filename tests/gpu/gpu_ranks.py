@@ -15,16 +15,21 @@ LIBRARY = ROOT / "build" / "gpu" / "rank_streams.so"
 NVCC = os.environ.get("PRIMITIVES_NVCC", "/usr/local/cuda/bin/nvcc")
 
 
+def build(arch: str, to: Path) -> ctypes.CDLL:
+    """Compiles it for an architecture of nvcc (a minute or two)."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    sources = [Path(__file__).parent / "rank_streams.cu", ROOT / "csrc/collectives/cuda/launch.cu"]
+    flags = ["-O3", "-std=c++17", "-fmad=false", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC"]
+    command = [NVCC, *flags, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(to)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return ctypes.CDLL(str(to), mode=os.RTLD_NOW)
+
+
 @cache
 def library() -> ctypes.CDLL:
-    """Built on first use, for the GPU of this machine (a minute or two)."""
-    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    sources = [Path(__file__).parent / "rank_streams.cu", ROOT / "csrc/collectives/cuda/launch.cu"]
-    flags = ["-O3", "-std=c++17", "-fmad=false", "-arch=native", "-shared", "-Xcompiler", "-fPIC"]
-    command = [NVCC, *flags, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(LIBRARY)]
-    build = subprocess.run(command, capture_output=True, text=True)
-    assert build.returncode == 0, build.stdout + build.stderr
-    return ctypes.CDLL(str(LIBRARY))
+    """Built on first use, for the GPU of this machine."""
+    return build("native", LIBRARY)
 
 
 def _run(machine: Machine, arrays: Arrays, report: "ctypes.Array[ctypes.c_char]") -> int:

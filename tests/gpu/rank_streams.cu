@@ -17,16 +17,17 @@
 #include "collectives/cuda/launch.h"
 #include "collectives/cuda/table.hpp"
 
+// (In no namespace, or the function that takes them would have a name of its own.)
+struct Region {
+  char* begin;
+  uint64_t nbytes;
+};
+
 namespace {
 
 using Ranks = primitives_cuda_ranks;
 using Call = primitives_cuda_call;
 using Status = primitives_cuda_status;
-
-struct Region {
-  char* begin;
-  uint64_t nbytes;
-};
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -82,7 +83,7 @@ class Buffers {
 primitives_cuda_many on_device(const primitives_cuda_many& many, int n, const Buffers& buffers) {
   const primitives::cuda::TableLayout of{static_cast<size_t>(n), many.num_tensors};
   std::vector<uint64_t> words(many.table, many.table + of.num_words());
-  for (size_t i = of.ins(); i < of.groups(); i++) {  // addresses
+  for (size_t i = of.ins(); i < of.places(); i++) {  // addresses
     words[i] = reinterpret_cast<uintptr_t>(
         buffers.at_device(reinterpret_cast<const char*>(static_cast<uintptr_t>(words[i]))));
   }
@@ -142,7 +143,7 @@ void wait_for(const std::vector<std::unique_ptr<Rank>>& ranks, std::chrono::nano
 }  // namespace
 
 // Plays num_calls calls of every rank, ranks[r] and calls[r * num_calls + i]; dead_rank makes none
-// from dead_from on. Segments and heaps are those of this process. Returns 0, or 1 with `report`
+// from dead_from on. Segments and chunks are those of this process. Returns 0, or 1 with `report`
 // set.
 extern "C" int play_on_gpu(int num_calls, int dead_rank, int dead_from, const Ranks* ranks,
                            const Call* calls, const Region* regions, int num_regions, char* report,
@@ -172,7 +173,7 @@ extern "C" int play_on_gpu(int num_calls, int dead_rank, int dead_from, const Ra
         const Call& call = calls_on_device[r * num_calls + i];
         for (int s = 0; s < n; s++) {
           seen.segments[s] = own[s]->segment;
-          seen.heaps[s] = buffers.at_device(seen.heaps[s]);
+          for (char*& chunk : seen.chunks[s]) chunk = buffers.at_device(chunk);
         }
         seen.status = own[r]->status;
         check(primitives_cuda_launch(0, &seen, call, own[r]->stream, own[r]->last, &error), error);

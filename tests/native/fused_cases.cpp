@@ -1,5 +1,6 @@
 // Random fused collectives on lists of tensors, each checked against its definition.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
 #include "cases.hpp"
@@ -38,7 +39,10 @@ class FusedCase {
         num_tensors_(1 + player.draw(6)),
         seed_(player.random()),
         shift_(player.draw(5)),
-        cuts_(n_, draw_numels()) {}
+        cuts_(n_, draw_numels()) {
+    const bool all = seed_ % 4 == 0, mine = seed_ % 4 == 1 && (seed_ >> 8 >> me_ & 1) == 0;
+    is_symmetric_ = player.allocate && (all || mine);
+  }
   virtual ~FusedCase() = default;
 
   virtual void start() = 0;
@@ -57,6 +61,17 @@ class FusedCase {
     const std::vector<float> full = full_of(rank, t);
     const auto begin = full.begin() + static_cast<std::ptrdiff_t>(shift_ + cuts_.begin(rank, t));
     return {begin, begin + static_cast<std::ptrdiff_t>(cuts_.numel(rank, t))};
+  }
+
+  // The elements behind shift_, for the length of the case; maybe in symmetric memory.
+  const float* input(const std::vector<float>& values) {
+    const size_t nbytes = values.size() * sizeof(float);
+    std::shared_ptr<void> memory(std::malloc(nbytes), std::free);
+    if (is_symmetric_) memory = player_.allocate(nbytes);
+    inputs_.push_back(memory);
+    auto* const data = static_cast<float*>(memory.get());
+    std::copy(values.begin(), values.end(), data);
+    return data + shift_;
   }
 
   Call call(Op op, const char* dtype) const {
@@ -78,6 +93,9 @@ class FusedCase {
   const Cuts cuts_;
 
  private:
+  bool is_symmetric_;
+  std::vector<std::shared_ptr<void>> inputs_;
+
   // Mostly tiny; now and then several blocks, chunks and leaves of squares.
   std::vector<int64_t> draw_numels() {
     std::vector<int64_t> numels(num_tensors_ * n_);
@@ -93,14 +111,16 @@ class Gather : public FusedCase {
 
   void start() override {
     for (size_t t = 0; t < num_tensors_; t++) {
-      shards_.push_back(shard_of(me_, t));
       halves_.emplace_back(casts_ ? shift_ + full_numel(t) : 0);
       floats_.emplace_back(casts_ ? 0 : shift_ + full_numel(t));
     }
     std::vector<const void*> in;
     std::vector<void*> out;
     for (size_t t = 0; t < num_tensors_; t++) {
-      in.push_back(shards_[t].data());
+      std::vector<float> shard(shift_);
+      const std::vector<float> elements = shard_of(me_, t);
+      shard.insert(shard.end(), elements.begin(), elements.end());
+      in.push_back(input(shard));
       if (casts_) out.push_back(halves_[t].data() + shift_);
       if (!casts_) out.push_back(floats_[t].data() + shift_);
     }
@@ -131,7 +151,7 @@ class Gather : public FusedCase {
 
  private:
   const bool casts_;
-  std::vector<std::vector<float>> shards_, floats_;
+  std::vector<std::vector<float>> floats_;
   std::vector<std::vector<uint16_t>> halves_;
 };
 
@@ -142,13 +162,12 @@ class ReduceScatter : public FusedCase {
 
   void start() override {
     for (size_t t = 0; t < num_tensors_; t++) {
-      fulls_.push_back(full_of(me_, t));
       shards_.emplace_back(cuts_.numel(me_, t) + shift_, kHeld);
     }
     std::vector<const void*> in;
     std::vector<float*> out;
     for (size_t t = 0; t < num_tensors_; t++) {
-      in.push_back(fulls_[t].data() + shift_);
+      in.push_back(input(full_of(me_, t)));
       out.push_back(shards_[t].data() + shift_);
     }
     Call made = call(Op::kReduceScatterMany, "float32");
@@ -179,7 +198,7 @@ class ReduceScatter : public FusedCase {
 
  private:
   const bool accumulates_;
-  std::vector<std::vector<float>> fulls_, shards_;
+  std::vector<std::vector<float>> shards_;
   std::vector<float> squares_;
 };
 
