@@ -51,7 +51,7 @@ CUDA_MEMORY = Variable(
     "PRIMITIVES_CUDA_MEMORY",
     "ipc",
     "How ranks share memory of a device: ipc (cudaMalloc and CUDA IPC) or virtual (the virtual "
-    "memory API; peers fetch a file descriptor, so processes allow each other to trace them).",
+    "memory API; peers fetch a file descriptor, so a rank lets processes of its user trace it).",
 )
 PROPERTY_CASES = Variable(
     "PRIMITIVES_PROPERTY_CASES", "600", "Tests: random collectives that are played in one run."

@@ -104,7 +104,7 @@ def test_a_split_vocabulary_gives_the_bits_of_a_whole_one(
     group = groups[name]
     logits, labels, grads = inputs(6, vocab_size, dtype, seed)
     shard = VocabShard(vocab_size, group.rank(), group.size())
-    own = slice(shard.first, shard.first + shard.columns)
+    own = slice(shard.first, shard.first + shard.num_columns)
     entropy, log_prob, grad = evaluate(logits[:, own], labels, grads, group, vocab_size)
     full = evaluate(logits, labels, grads, None, vocab_size)
     assert same_bits(entropy, full[0])
@@ -133,7 +133,7 @@ def test_a_split_head_gives_the_bits_of_a_whole_one(
     hidden = torch.randn(6, 48, generator=g).to(dtype)
     weight = torch.randn(vocab_size, 48, generator=g).to(dtype)
     shard = VocabShard(vocab_size, group.rank(), group.size())
-    own = slice(shard.first, shard.first + shard.columns)
+    own = slice(shard.first, shard.first + shard.num_columns)
 
     def evaluate_head(head: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
         leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()

@@ -155,6 +155,18 @@ def test_calls_that_make_no_sense_are_refused() -> None:
         ins: list[Tensor] = [torch.ones(8, dtype=source)]
         return FusedCall(op, source, ins, [torch.ones(8, dtype=target)], cut=[[8]], **change)
 
+    def offered(num_tensors: int) -> FusedCall:
+        heap = torch.zeros(1024, dtype=torch.uint8)
+        ins, outs = ([torch.zeros(0)] * num_tensors for _ in range(2))
+        ins[-1], outs[-1] = heap[:512].view(torch.float32), torch.zeros(128)
+        cut = [[len(x)] for x in ins]
+        return FusedCall("fused all_gather", ins=ins, outs=outs, cut=cut, heap=heap)
+
+    fits, small = Machine(1, slot_nbytes=256, direct_nbytes=512), Machine(1, direct_nbytes=513)
+    assert play(fits, [[offered(32)]]) == [None]
+    for machine, num_tensors in ((small, 1), (fits, 33)):  # 33 places have more than 256 bytes
+        with pytest.raises(DeviceCodeWrong, match="place: expected none for a fused call that is"):
+            play(machine, [[offered(num_tensors)]])
     for wrong, message in [
         (call("fused all_gather", torch.int32, torch.float32), "from, to"),
         (call("fused reduce_scatter", torch.int32, torch.float32, reduce_op="sum"), "dtype"),

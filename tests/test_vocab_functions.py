@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from primitives import vocab_parallel
+from primitives import _C, vocab_parallel
 from primitives.vocab_parallel.ops import vocab_entropy
 
 LOGITS = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -136,6 +136,9 @@ def test_a_second_derivative_is_an_error() -> None:
     (grad,) = torch.autograd.grad(vocab_parallel.entropy(leaf).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="vocab_entropy_backward is not implemented"):
         grad.sum().backward()
+    loss = vocab_parallel.entropy(leaf * 1, inplace_backward=True).sum()
+    with pytest.raises(RuntimeError, match=r"inplace_backward: .* create_graph=False"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 5), (16,), (1, 1)])
@@ -160,15 +163,16 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         r"got -100 at \[0, 2\] on rank 0",
     ),
     (lambda: vocab_parallel.log_prob(LOGITS, LABELS[0]), r"expected \[2, 3\] .* got \[3\]"),
-    (lambda: vocab_parallel.log_prob(LOGITS, LABELS.int()), "got .* of Int on cpu"),
-    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of Double, Strided, on cpu"),
+    (lambda: vocab_parallel.log_prob(LOGITS, LABELS.int()), "got .* of torch.int32 on cpu"),
+    (lambda: vocab_parallel.entropy(LOGITS.double()), "got .* of torch.float64, Strided, on cpu"),
     (lambda: vocab_parallel.entropy(LOGITS.to_sparse()), "expected a dense .* Sparse, on cpu"),
-    (lambda: vocab_parallel.entropy(LOGITS[..., :0]), "vocab_size: expected at least 1 column"),
+    (lambda: vocab_parallel.entropy(LOGITS[..., :0]), "vocab_size: expected 1 to .* got 0"),
     (lambda: vocab_parallel.entropy(torch.tensor(1.0)), r"\[..., columns\] .* got \[\]"),
     (
         lambda: vocab_parallel.entropy(LOGITS, vocab_size=41),
         "a vocabulary of 41 in segments of 3 columns puts 41 on rank 0 of 1, got 40$",
     ),
+    (lambda: vocab_parallel.entropy(LOGITS, vocab_size=2**63 - 1), r"expected 1 to 2\^48 columns"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=0.0), "temperature: expected .* got 0$"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=-1.0), "temperature: .* got -1$"),
     (lambda: vocab_parallel.entropy(LOGITS, temperature=math.nan), "temperature: .* got nan"),
@@ -184,6 +188,15 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
 def test_a_wrong_argument_is_one_clear_error(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_kernels_there_are_none_for() -> None:
+    meta, quads = LOGITS[0].to("meta"), torch.empty(3, 4, device="meta")
+    message = r"they are on meta, but this build of primitives has kernels for the CPU( and CUDA)?$"
+    with pytest.raises(ValueError, match=message):
+        _C.vocab_entropy_forward(meta, None, -100, 0, 3, 16, 1.0, quads)
+    with pytest.raises(ValueError, match="mode: expected one of portable, device, got 'fast'"):
+        _C.vocab_entropy_forward(LOGITS[0], None, -100, 0, 3, 16, 1.0, torch.empty(3, 4), "fast")
 
 
 def test_both_modes_are_one_on_the_cpu() -> None:
@@ -213,6 +226,14 @@ def test_opcheck(labels: Tensor | None, dtype: torch.dtype) -> None:
     for requires_grad in (False, True):
         logits = LOGITS.to(dtype, copy=True).requires_grad_(requires_grad)
         opcheck(vocab_entropy, (logits, labels, "", None, -100, 0.7, False))
+    quads = vocab_entropy(logits.detach(), labels, "", None, -100, 0.7, False)[3]
+    gradients = torch.ones(2, 3), None if labels is None else torch.ones(2, 3), None
+    for backward in (
+        torch.ops.primitives.vocab_entropy_backward.default,
+        torch.ops.primitives.vocab_entropy_backward_.default,
+    ):
+        arguments = (logits.detach().clone(), labels, quads, *gradients, "", None, -100, 0.7)
+        opcheck(backward, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -244,6 +265,16 @@ def test_compiled_is_the_same_bits(backend: str) -> None:
     assert_same_bits(results[1][0], results[0][0])
     for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # of other matmuls
+
+
+def test_compiled_autograd_is_the_same_bits() -> None:
+    leaf = LOGITS.clone().requires_grad_()
+    expected = gradient(vocab_parallel.entropy, LOGITS)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        vocab_parallel.entropy(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert_same_bits(leaf.grad, expected)
 
 
 @given(

@@ -135,7 +135,7 @@ def evaluate(
     """
     vocab_size = logits.shape[1]
     shards = [VocabShard(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
-    parts = [logits[:, s.first : s.first + s.columns] for s in shards]
+    parts = [logits[:, s.first : s.first + s.num_columns] for s in shards]
     quads = torch.empty(num_ranks, len(logits), 4, device=logits.device)
     for s, part, out in zip(shards, parts, quads, strict=True):
         kernels.forward(
@@ -147,6 +147,6 @@ def evaluate(
         outcome.grad = torch.empty_like(logits)
         for s, part in zip(shards, parts, strict=True):
             # A view of the full gradient: rows with a stride.
-            out = outcome.grad[:, s.first : s.first + s.columns]
+            out = outcome.grad[:, s.first : s.first + s.num_columns]
             kernels.backward(part, labels, IGNORED, s.first, scale, full, *grads, out)
     return outcome

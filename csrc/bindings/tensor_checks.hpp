@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 #include <immintrin.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 
 #include <optional>
 #include <sstream>
@@ -13,6 +15,11 @@
 #include "canonical/kernels.hpp"
 
 namespace primitives {
+
+// "torch.float32"
+inline std::string dtype_name(at::ScalarType type) {
+  return std::string("torch.") + torch::getTHPDtype(type)->name;
+}
 
 // A tensor argument with the words an error message needs.
 struct Argument {
@@ -56,6 +63,17 @@ struct Argument {
   const Argument& with_dims(int64_t dims) const {
     if (tensor.dim() != dims) {
       fail(std::to_string(dims) + "-dimensional", "shape " + text(tensor.sizes()));
+    }
+    return *this;
+  }
+
+  // [tokens, columns], no row overlapping another.
+  const Argument& with_contiguous_rows() const {
+    on_device().with_dims(2);
+    const bool one_by_one = tensor.size(1) <= 1 || tensor.stride(1) == 1;
+    if (!one_by_one || (tensor.size(0) > 1 && tensor.stride(0) < tensor.size(1))) {
+      fail("[tokens, columns] with contiguous rows",
+           "shape " + text(tensor.sizes()) + " with strides " + text(tensor.strides()));
     }
     return *this;
   }

@@ -35,20 +35,8 @@ void share_out(int64_t num_tokens, int64_t columns, const Body& body) {
   part(0);
 }
 
-// [tokens, columns] with contiguous rows, not overlapping.
-const Argument& rows(const Argument& x) {
-  x.on_device().with_dims(2);
-  const at::Tensor& t = x.tensor;
-  const bool one_by_one = t.size(1) <= 1 || t.stride(1) == 1;
-  if (!one_by_one || (t.size(0) > 1 && t.stride(0) < t.size(1))) {
-    x.fail("[tokens, columns] with contiguous rows",
-           "shape " + x.text(t.sizes()) + " with strides " + x.text(t.strides()));
-  }
-  return x;
-}
-
 Logits logits_of(const Argument& x, const Columns& columns, double scale) {
-  const auto input = rows(x).input();
+  const auto input = x.with_contiguous_rows().input();
   // See [Note: prefetch]: not on Zen 1 to 4.
   static const bool prefetch = !__builtin_cpu_is("amdfam17h") && !__builtin_cpu_is("amdfam19h");
   return {input.data,
@@ -125,7 +113,7 @@ void backward(const at::Tensor& logits, const Targets& targets, int64_t first, d
                             gradient("grad_log_prob", by.log_prob),
                             gradient("grad_log_sum_exp", by.log_sum_exp)};
   const Argument result{name, "out", out};
-  rows(result.of(logits.scalar_type()).shaped(logits.sizes()));
+  result.of(logits.scalar_type()).shaped(logits.sizes()).with_contiguous_rows();
   void* target = out.mutable_data_ptr();
   const bool stream = target != of.data && out.numel() * out.element_size() >= kStreamNbytes;
   const ExactRounding exact;
@@ -151,16 +139,16 @@ const TensorKernels kCpuTensorKernels{forward, finish, backward, is_captured};
 
 const TensorKernels& kernels_on(at::Device device) {
   if (device.is_cpu()) return kCpuTensorKernels;
+  std::string kernels_for = "the CPU";
 #ifdef PRIMITIVES_CUDA
   if (device.is_cuda()) return kCudaTensorKernels;
-  const std::string hint = " and CUDA";
-#else
-  const std::string hint =
-      "; there was no nvcc when it was built: build it again where nvcc is found, "
-      "PRIMITIVES_CUDA=1 insists";
+  kernels_for += " and CUDA";
 #endif
   throw py::value_error("logits: they are on " + device.str() +
-                        ", but this build of primitives has kernels for the CPU" + hint);
+                        ", but this build of primitives has kernels for " + kernels_for +
+                        (device.is_cuda() ? "; there was no nvcc when it was built: build it again "
+                                            "where nvcc is found, PRIMITIVES_CUDA=1 insists"
+                                          : ""));
 }
 
 Mode mode_of(std::string_view name) {

@@ -22,6 +22,10 @@ class Call {
     call_ = {device_.index(), current_stream(device_), mode, error_, sizeof error_};
   }
 
+  Argument argument(const char* which, const at::Tensor& x) const {
+    return {name_, which, x, device_};
+  }
+
   // Contiguous memory of a shape, for a vector access if it is of quads.
   void* data(const char* which, const at::Tensor& x, at::ScalarType type,
              at::IntArrayRef shape) const {
@@ -51,18 +55,8 @@ class Call {
     return {static_cast<const int64_t*>(found), targets.ignored, first};
   }
 
-  // [tokens, columns] with contiguous rows, not overlapping.
-  void rows(const char* which, const at::Tensor& x) const {
-    const Argument of = argument(which, x).on_device().with_dims(2);
-    const bool one_by_one = x.size(1) <= 1 || x.stride(1) == 1;
-    if (!one_by_one || (x.size(0) > 1 && x.stride(0) < x.size(1))) {
-      of.fail("[tokens, columns] with contiguous rows",
-              "shape " + of.text(x.sizes()) + " with strides " + of.text(x.strides()));
-    }
-  }
-
   Logits logits(const at::Tensor& x, const Columns& columns, double scale) const {
-    rows("logits", x);
+    argument("logits", x).with_contiguous_rows();
     return {x.const_data_ptr(),
             argument("logits", x).dtype(),
             x.stride(0),
@@ -86,10 +80,6 @@ class Call {
   }
 
  private:
-  Argument argument(const char* which, const at::Tensor& x) const {
-    return {name_, which, x, device_};
-  }
-
   const char* name_;
   at::Device device_;
   char error_[256] = "";
@@ -148,7 +138,7 @@ void backward(const at::Tensor& logits, const Targets& targets, int64_t first, d
   const Gradients gradients{call.gradient("grad_entropy", by.entropy, n),
                             call.gradient("grad_log_prob", by.log_prob, n),
                             call.gradient("grad_log_sum_exp", by.log_sum_exp, n)};
-  call.rows("out", out);
+  call.argument("out", out).with_contiguous_rows();
   if (out.sizes() != logits.sizes() || out.scalar_type() != logits.scalar_type()) {
     Argument{"vocab_entropy_backward", "out", out}.fail("like the logits",
                                                         "another shape or dtype");
@@ -160,6 +150,7 @@ void backward(const at::Tensor& logits, const Targets& targets, int64_t first, d
 }
 
 bool is_captured(at::Device device) {
+  const c10::DeviceGuard guard(device);
   primitives_cuda_error error;
   const int captured = primitives_cuda_is_captured(device.index(), current_stream(device), &error);
   if (captured < 0)

@@ -28,7 +28,7 @@ at::Tensor rows_of(at::Tensor logits) {
   const bool known = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
   if (logits.dim() < 1 || !known || logits.layout() != at::kStrided) {
     std::ostringstream got;
-    got << logits.sizes() << " of " << type << ", " << logits.layout() << ", on "
+    got << logits.sizes() << " of " << dtype_name(type) << ", " << logits.layout() << ", on "
         << logits.device();
     throw py::value_error(
         "logits: expected a dense [..., columns] of float32, bfloat16 or float16, got " +
@@ -67,18 +67,20 @@ FourTensors forward(const at::Tensor& logits, const OptionalTensor& labels,
                     std::string_view group_name, std::optional<int64_t> vocab_size,
                     int64_t ignore_index, double temperature, bool, std::string_view mode,
                     bool check_input) {
-  const Problem of(logits, labels, std::string(group_name), vocab_size, ignore_index, temperature,
-                   mode);
-  const bool reads_back = check_input && (labels || !of.ranks.alone());
-  if (reads_back && of.kernels.is_captured(logits.device())) {
+  const Problem problem(logits, labels, std::string(group_name), vocab_size, ignore_index,
+                        temperature, mode);
+  const bool reads_back = check_input && (labels || !problem.ranks.alone());
+  if (reads_back && problem.kernels.is_captured(logits.device())) {
     throw py::value_error("check_input: expected False while a CUDA graph is captured, got True");
   }
-  const Message message(of.rows.size(0), logits.device());
-  of.kernels.forward(of.rows, of.targets, of.shard.columns(), of.scale, of.mode, message.quads());
+  Message message(problem.rows.size(0), logits.device());
+  if (reads_back) message.write_header(problem.shard.vocab_size(), problem.targets);
+  problem.kernels.forward(problem.rows, problem.targets, problem.shard.columns(), problem.scale,
+                          problem.mode, message.quads());
   const auto shape = tokens_shape(logits);
-  const at::Tensor shards =
-      message.exchange(of.ranks, of.shard.vocab_size(), of.targets, shape, reads_back);
-  const Results results = of.kernels.finish(shards, of.targets, of.scale);
+  const at::Tensor shards = message.exchange(problem.ranks);
+  if (reads_back) message.check_headers(shape);
+  const Results results = problem.kernels.finish(shards, problem.targets, problem.scale);
   std::vector<int64_t> quads_shape = shape.vec();
   quads_shape.push_back(4);
   return {results.entropy.view(shape), results.log_prob.view(shape),
@@ -89,15 +91,16 @@ void write_gradient(const at::Tensor& out, const at::Tensor& logits, const Optio
                     const at::Tensor& quads, const ResultGradients& gradients,
                     std::string_view group_name, std::optional<int64_t> vocab_size,
                     int64_t ignore_index, double temperature, std::string_view mode) {
-  const Problem of(logits, labels, std::string(group_name), vocab_size, ignore_index, temperature,
-                   mode);
+  const Problem problem(logits, labels, std::string(group_name), vocab_size, ignore_index,
+                        temperature, mode);
   const auto flat = [](const OptionalTensor& x) {
     return x ? OptionalTensor(x->reshape(-1).contiguous()) : x;
   };
   const ResultGradients by{flat(gradients.entropy), flat(gradients.log_prob),
                            flat(gradients.log_sum_exp)};
-  of.kernels.backward(of.rows, of.targets, of.shard.columns().first, of.scale, of.mode,
-                      quads.view({of.rows.size(0), 4}), by, out.view(of.rows.sizes()));
+  problem.kernels.backward(problem.rows, problem.targets, problem.shard.columns().first,
+                           problem.scale, problem.mode, quads.view({problem.rows.size(0), 4}), by,
+                           out.view(problem.rows.sizes()));
 }
 
 at::Tensor backward(const at::Tensor& logits, const OptionalTensor& labels, const at::Tensor& quads,
@@ -132,9 +135,10 @@ using BackwardSignature = Result(const at::Tensor&, const OptionalTensor&, const
                                  const OptionalTensor&, std::string_view, OptionalSymInt,
                                  c10::SymInt, double, std::string_view);
 
-class Function : public torch::autograd::Function<Function> {
+class VocabEntropy : public torch::autograd::Function<VocabEntropy> {
  public:
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& logits,
+  // `quads` is no output: compiled autograd knows none without a gradient.
+  static variable_list forward(AutogradContext* ctx, at::Tensor* quads, const at::Tensor& logits,
                                const OptionalTensor& labels, std::string_view group_name,
                                OptionalSymInt vocab_size, c10::SymInt ignore_index,
                                double temperature, bool inplace_backward, std::string_view mode,
@@ -143,11 +147,11 @@ class Function : public torch::autograd::Function<Function> {
         const at::Tensor&, const OptionalTensor&, std::string_view, OptionalSymInt, c10::SymInt,
         double, bool, std::string_view, bool)>("primitives::vocab_entropy");
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [entropy, log_prob, log_sum_exp, quads] =
+    at::Tensor entropy, log_prob, log_sum_exp;
+    std::tie(entropy, log_prob, log_sum_exp, *quads) =
         op.call(logits, labels, group_name, vocab_size, ignore_index, temperature, inplace_backward,
                 mode, check_input);
-    ctx->save_for_backward({logits, labels.value_or(at::Tensor()), quads});
-    ctx->mark_non_differentiable({quads});
+    ctx->save_for_backward({logits, labels.value_or(at::Tensor()), *quads});
     ctx->set_materialize_grads(false);
     ctx->saved_data["group_name"] = std::string(group_name);
     ctx->saved_data["vocab_size"] = vocab_size;
@@ -155,11 +159,11 @@ class Function : public torch::autograd::Function<Function> {
     ctx->saved_data["temperature"] = temperature;
     ctx->saved_data["inplace_backward"] = inplace_backward;
     ctx->saved_data["mode"] = std::string(mode);
-    return {entropy, log_prob, log_sum_exp, quads};
+    return {entropy, log_prob, log_sum_exp};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    variable_list result(9);  // one for each argument of forward
+    variable_list result(10);  // one for each argument of forward
     const auto given = [&](size_t i) {
       return gradients[i].defined() ? OptionalTensor(gradients[i]) : std::nullopt;
     };
@@ -176,14 +180,17 @@ class Function : public torch::autograd::Function<Function> {
                      settings.at("mode").toStringRef());
     };
     if (settings.at("inplace_backward").toBool()) {
+      TORCH_CHECK(!at::GradMode::is_enabled(),
+                  "inplace_backward: the derivative of the gradient is not implemented, expected "
+                  "create_graph=False");
       static const auto op =
           operator_named<BackwardSignature<void>>("primitives::vocab_entropy_backward_");
       call(op);
-      result[0] = logits.detach();
+      result[1] = logits.detach();
     } else {
       static const auto op =
           operator_named<BackwardSignature<at::Tensor>>("primitives::vocab_entropy_backward");
-      result[0] = call(op);
+      result[1] = call(op);
     }
     return result;
   }
@@ -193,16 +200,18 @@ FourTensors with_autograd(const at::Tensor& logits, const OptionalTensor& labels
                           std::string_view group_name, OptionalSymInt vocab_size,
                           c10::SymInt ignore_index, double temperature, bool inplace_backward,
                           std::string_view mode, bool check_input) {
-  const auto results =
-      Function::apply(logits, labels, group_name, std::move(vocab_size), std::move(ignore_index),
-                      temperature, inplace_backward, mode, check_input);
-  return {results[0], results[1], results[2], results[3]};
+  at::Tensor quads;
+  const auto results = VocabEntropy::apply(&quads, logits, labels, group_name,
+                                           std::move(vocab_size), std::move(ignore_index),
+                                           temperature, inplace_backward, mode, check_input);
+  return {results[0], results[1], results[2], quads};
 }
 
+// (No argument may be called mode: torch's tracing has one of that name.)
 const std::string kBackwardArguments =
     "Tensor? labels, Tensor quads, Tensor? grad_entropy, Tensor? grad_log_prob, "
     "Tensor? grad_log_sum_exp, str group_name, SymInt? vocab_size, SymInt ignore_index, "
-    "float temperature, str mode=\"portable\")";
+    "float temperature, str exp_mode=\"portable\")";
 
 }  // namespace
 
@@ -210,7 +219,7 @@ TORCH_LIBRARY_FRAGMENT(primitives, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "vocab_entropy(Tensor logits, Tensor? labels, str group_name, SymInt? vocab_size, "
-      "SymInt ignore_index, float temperature, bool inplace_backward, str mode=\"portable\", "
+      "SymInt ignore_index, float temperature, bool inplace_backward, str exp_mode=\"portable\", "
       "bool check_input=True) -> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def(("vocab_entropy_backward(Tensor logits, " + kBackwardArguments + " -> Tensor").c_str(),

@@ -11,6 +11,7 @@ namespace primitives::vocab_entropy {
 namespace {
 
 constexpr int kNumSegments = 16;
+constexpr int64_t kMaxVocabSize = int64_t{1} << 48;  // all distances are far from an overflow
 
 struct Header {
   int64_t vocab_size;
@@ -45,36 +46,12 @@ std::string index_text(int64_t position, at::IntArrayRef shape) {
   return text;
 }
 
-// messages [ranks, numel] of the CPU.
-void check_headers(const at::Tensor& messages, at::IntArrayRef labels_shape) {
-  std::vector<Header> headers(static_cast<size_t>(messages.size(0)));
-  for (size_t rank = 0; rank < headers.size(); rank++) {
-    const float* message =
-        messages.const_data_ptr<float>() + static_cast<int64_t>(rank) * messages.stride(0);
-    std::memcpy(&headers[rank], message, sizeof(Header));
-  }
-  const int64_t vocab_size = headers[0].vocab_size;
-  for (size_t rank = 0; rank < headers.size(); rank++) {
-    if (headers[rank].vocab_size == vocab_size) continue;
-    throw py::value_error("vocab_size: rank 0 has " + std::to_string(vocab_size) + ", rank " +
-                          std::to_string(rank) + " has " +
-                          std::to_string(headers[rank].vocab_size) + "; expected one size");
-  }
-  for (size_t rank = 0; rank < headers.size(); rank++) {
-    const auto& [size, position, label, unused] = headers[rank];
-    if (position < 0) continue;
-    throw py::value_error("labels: expected 0 <= label < " + std::to_string(vocab_size) +
-                          " or ignore_index, got " + std::to_string(label) + " at [" +
-                          index_text(position, labels_shape) + "] on rank " + std::to_string(rank));
-  }
-}
-
 }  // namespace
 
 Shard::Shard(int64_t vocab_size, int rank, int num_ranks)
     : vocab_size_(vocab_size), rank_(rank), num_ranks_(num_ranks) {
-  if (vocab_size < 1) {
-    throw py::value_error("vocab_size: expected at least 1 column, got " +
+  if (vocab_size < 1 || vocab_size > kMaxVocabSize) {
+    throw py::value_error("vocab_size: expected 1 to 2^48 columns, got " +
                           std::to_string(vocab_size));
   }
   if (num_ranks < 1 || kNumSegments % num_ranks != 0) {
@@ -122,25 +99,45 @@ at::Tensor Ranks::all_gather(at::Tensor x) const {
 
 Message::Message(int64_t num_tokens, at::Device device)
     : data_(at::empty({kHeaderNumel + 4 * num_tokens},
-                      at::TensorOptions().dtype(at::kFloat).device(device))) {}
+                      at::TensorOptions().dtype(at::kFloat).device(device))) {
+  data_.narrow(0, 0, kHeaderNumel).zero_();
+}
+
+void Message::write_header(int64_t vocab_size, const Targets& targets) {
+  Header header = header_of(vocab_size, targets);
+  data_.narrow(0, 0, kHeaderNumel).copy_(at::from_blob(&header, {kHeaderNumel}, at::kFloat));
+}
 
 at::Tensor Message::quads() const {
   return data_.narrow(0, kHeaderNumel, data_.numel() - kHeaderNumel).view({-1, 4});
 }
 
-at::Tensor Message::exchange(const Ranks& ranks, int64_t vocab_size, const Targets& targets,
-                             at::IntArrayRef labels_shape, bool checked) const {
-  const at::Tensor header = data_.narrow(0, 0, kHeaderNumel);
-  if (checked) {
-    const Header own = header_of(vocab_size, targets);
-    header.copy_(at::from_blob(const_cast<Header*>(&own), {kHeaderNumel}, at::kFloat));
-  } else {
-    header.zero_();
+at::Tensor Message::exchange(const Ranks& ranks) {
+  all_ = ranks.all_gather(data_);
+  return all_.narrow(1, kHeaderNumel, all_.size(1) - kHeaderNumel).view({all_.size(0), -1, 4});
+}
+
+void Message::check_headers(at::IntArrayRef labels_shape) const {
+  const at::Tensor on_host = all_.narrow(1, 0, kHeaderNumel).cpu();
+  std::vector<Header> headers(static_cast<size_t>(on_host.size(0)));
+  for (size_t rank = 0; rank < headers.size(); rank++) {
+    const auto at = static_cast<int64_t>(rank) * on_host.stride(0);
+    std::memcpy(&headers[rank], on_host.const_data_ptr<float>() + at, sizeof(Header));
   }
-  const at::Tensor messages = ranks.all_gather(data_);
-  if (checked) check_headers(messages.narrow(1, 0, kHeaderNumel).cpu(), labels_shape);
-  return messages.narrow(1, kHeaderNumel, messages.size(1) - kHeaderNumel)
-      .view({messages.size(0), -1, 4});
+  const int64_t vocab_size = headers[0].vocab_size;
+  for (size_t rank = 0; rank < headers.size(); rank++) {
+    if (headers[rank].vocab_size == vocab_size) continue;
+    throw py::value_error("vocab_size: rank 0 has " + std::to_string(vocab_size) + ", rank " +
+                          std::to_string(rank) + " has " +
+                          std::to_string(headers[rank].vocab_size) + "; expected one size");
+  }
+  for (size_t rank = 0; rank < headers.size(); rank++) {
+    const auto& [size, position, label, unused] = headers[rank];
+    if (position < 0) continue;
+    throw py::value_error("labels: expected 0 <= label < " + std::to_string(vocab_size) +
+                          " or ignore_index, got " + std::to_string(label) + " at [" +
+                          index_text(position, labels_shape) + "] on rank " + std::to_string(rank));
+  }
 }
 
 OptionalTensor labels_for(const at::Tensor& of, const OptionalTensor& labels) {
@@ -149,7 +146,7 @@ OptionalTensor labels_for(const at::Tensor& of, const OptionalTensor& labels) {
   if (labels->sizes() != shape || labels->scalar_type() != at::kLong ||
       labels->device() != of.device()) {
     const auto text = [](at::IntArrayRef of, at::ScalarType type, at::Device device) {
-      return Argument::text(of) + " of " + c10::toString(type) + " on " + device.str();
+      return Argument::text(of) + " of " + dtype_name(type) + " on " + device.str();
     };
     throw py::value_error("labels: expected " + text(shape, at::kLong, of.device()) + ", got " +
                           text(labels->sizes(), labels->scalar_type(), labels->device()));
@@ -175,7 +172,7 @@ void bind_vocab_entropy_ranks(py::module_& m) {
       .def_property_readonly("segment_length", &Shard::segment_length)
       .def_property_readonly("num_segments", &Shard::num_segments)
       .def_property_readonly("first", &Shard::first)
-      .def_property_readonly("columns", &Shard::num_columns);
+      .def_property_readonly("num_columns", &Shard::num_columns);
   m.def(
       "vocab_shard_of",
       [](int64_t columns, std::optional<int64_t> vocab_size, const std::string& group_name) {
@@ -188,10 +185,12 @@ void bind_vocab_entropy_ranks(py::module_& m) {
       "vocab_entropy_exchange",
       [](const at::Tensor& quads, const std::string& group_name, int64_t vocab_size,
          OptionalTensor labels, int64_t ignored, const std::vector<int64_t>& labels_shape) {
-        const Message message(quads.size(0), quads.device());
+        Message message(quads.size(0), quads.device());
+        message.write_header(vocab_size, {std::move(labels), ignored});
         message.quads().copy_(quads);
-        return message.exchange(Ranks(group_name), vocab_size, {std::move(labels), ignored},
-                                labels_shape, true);
+        const at::Tensor shards = message.exchange(Ranks(group_name));
+        message.check_headers(labels_shape);
+        return shards;
       },
       py::arg("quads"), py::arg("group_name"), py::arg("vocab_size"), py::arg("labels"),
       py::arg("ignored"), py::arg("labels_shape"), py::call_guard<py::gil_scoped_release>());

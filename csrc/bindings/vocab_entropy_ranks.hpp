@@ -55,19 +55,22 @@ class Ranks {
 // What a rank sends to all: a header, and the quads of its columns.
 class Message {
  public:
+  // With an empty header.
   Message(int64_t num_tokens, at::Device device);
 
+  // Says which vocabulary the quads are of, and which label lies outside it. Waits for a device.
+  void write_header(int64_t vocab_size, const Targets& targets);
   // [tokens, 4], to be filled.
   at::Tensor quads() const;
 
-  // The quads of all ranks, [ranks, tokens, 4]. When `checked`, the host waits for a device, and a
-  // label outside the vocabulary (labels_shape: as its caller knows it) or ranks with vocabularies
-  // of different sizes are a ValueError on all ranks.
-  at::Tensor exchange(const Ranks& ranks, int64_t vocab_size, const Targets& targets,
-                      at::IntArrayRef labels_shape, bool checked) const;
+  // The quads of all ranks, [ranks, tokens, 4].
+  at::Tensor exchange(const Ranks& ranks);
+  // Then, if they have written headers: a label outside the vocabulary (labels_shape: as its caller
+  // knows it) or vocabularies of different sizes are a ValueError on all ranks. Waits for a device.
+  void check_headers(at::IntArrayRef labels_shape) const;
 
  private:
-  at::Tensor data_;
+  at::Tensor data_, all_;
 };
 
 // Raises ValueError unless there is a label, int64 and on its device, for each vector of `of`

@@ -1,6 +1,7 @@
 #ifdef PRIMITIVES_CUDA
 #include "transport/device_sharing.hpp"
 
+#include <fcntl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,6 +16,13 @@
 #include <utility>
 
 #include "transport/device_virtual.h"
+
+#ifndef SYS_pidfd_open  // of Linux 5.3 and 5.6; older headers lack them
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
 
 namespace primitives {
 namespace {
@@ -38,10 +46,9 @@ class Mappings {
     return found == all_.end() ? Mapping{0, -1} : found->second;
   }
   Mapping take(char* memory) {
-    const Mapping mapping = find(memory);
     const std::lock_guard<std::mutex> lock(mutex_);
-    all_.erase(memory);
-    return mapping;
+    const auto taken = all_.extract(memory);
+    return taken.empty() ? Mapping{0, -1} : taken.mapped();
   }
 
  private:
@@ -103,6 +110,7 @@ bool export_shared(int device, char* memory, DeviceHandle* handle, primitives_cu
   if (mapping.nbytes == 0) return primitives_cuda_export(device, memory, &handle->ipc, error) == 0;
   if (mapping.fd < 0) {
     if (primitives_cuda_virtual_export(device, memory, &mapping.fd, error) != 0) return false;
+    fcntl(mapping.fd, F_SETFD, FD_CLOEXEC);
     mappings().add(memory, mapping);
     prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY);  // Yama, where it is on, lets only parents fetch
   }
@@ -119,8 +127,9 @@ bool map_shared(int device, const DeviceHandle& handle, char** memory,
   if (!handle.is_virtual) return primitives_cuda_map(device, &handle.ipc, memory, error) == 0;
   const int fd = fetch(handle);
   if (fd < 0) {
+    const char* const why = std::strerror(errno);
     const std::string what = "fetching a descriptor of process " + std::to_string(handle.pid);
-    return refuse(error, what.c_str(), std::strerror(errno));
+    return refuse(error, what.c_str(), why);
   }
   const int status = primitives_cuda_virtual_open(device, fd, handle.nbytes, memory, error);
   close(fd);

@@ -92,11 +92,12 @@ int map(int device, CUmemGenericAllocationHandle memory, size_t nbytes, char** m
   CUmemAccessDesc access = {};
   access.location = properties_on(device).location;
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  *mapped = reinterpret_cast<char*>(at);
   if (check(driver().set_access(at, nbytes, &access, 1), "cuMemSetAccess", error) != 0) {
-    primitives_cuda_virtual_close(device, *mapped, nbytes);
+    driver().unmap(at, nbytes);
+    driver().unreserve(at, nbytes);
     return -1;
   }
+  *mapped = reinterpret_cast<char*>(at);
   return 0;
 }
 
@@ -149,6 +150,8 @@ int primitives_cuda_virtual_open(int device, int fd, size_t nbytes, char** memor
 void primitives_cuda_virtual_close(int device, char* memory, size_t nbytes) {
   primitives_cuda_error error;
   if (use(device, &error) != 0) return;
+  cudaDeviceSynchronize();  // as cudaFree does: kernels may still use it
+  cudaGetLastError();
   const auto at = reinterpret_cast<CUdeviceptr>(memory);
   driver().unmap(at, nbytes);
   driver().unreserve(at, nbytes);

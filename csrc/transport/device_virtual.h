@@ -20,7 +20,8 @@ int primitives_cuda_virtual_export(int device, char* memory, int* fd, primitives
 /* The memory behind a descriptor, mapped for this device. */
 int primitives_cuda_virtual_open(int device, int fd, size_t nbytes, char** memory,
                                  primitives_cuda_error* error);
-/* Unmaps either. The memory is free when nobody has it mapped and no descriptor is open. */
+/* Unmaps either, behind all that the device does. The memory is free when nobody has it mapped and
+ * no descriptor is open. */
 void primitives_cuda_virtual_close(int device, char* memory, size_t nbytes);
 
 #ifdef __cplusplus

@@ -26,12 +26,12 @@ class _Segments:
         self.hidden = hidden
         self.weight = weight
         self.shard = shard
-        longest = min(shard.segment_length, shard.columns)
+        longest = min(shard.segment_length, shard.num_columns)
         self._room = hidden.new_empty(hidden.shape[0] * longest)
 
     def bounds(self, segment: int) -> tuple[int, int]:
         """Its columns among this rank's."""
-        columns = self.shard.columns
+        columns = self.shard.num_columns
         length = self.shard.segment_length
         return min(columns, segment * length), min(columns, (segment + 1) * length)
 

@@ -65,9 +65,12 @@ struct HostThread {
   void pause() { usleep(20); }
 };
 
+enum class Kind { kPlain, kIpcMapping, kVirtual };
+
 struct Allocation {
   size_t nbytes;
   int fd;  // by which others find it
+  Kind kind;
 };
 
 struct Event {
@@ -94,21 +97,36 @@ bool fails(const char* call) {
   return true;
 }
 
-char* map_file(int fd, size_t nbytes) {
+char* map_file(int fd, size_t nbytes, Kind kind) {
   void* at = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (at == MAP_FAILED) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
-  allocations[static_cast<char*>(at)] = {nbytes, fd};
+  allocations[static_cast<char*>(at)] = {nbytes, fd, kind};
   return static_cast<char*>(at);
 }
 
-void unmap(char* memory) {
-  const std::lock_guard<std::mutex> lock(mutex);
+// What was made otherwise, or freed before, ends the process.
+Allocation& allocation(char* memory, Kind kind) {
   const auto found = allocations.find(memory);
-  if (found == allocations.end()) std::abort();  // not allocated, or freed twice
+  if (found == allocations.end() || found->second.kind != kind) std::abort();
+  return found->second;
+}
+
+void unmap(char* memory, Kind kind) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  allocation(memory, kind);
+  const auto found = allocations.find(memory);
   munmap(memory, found->second.nbytes);
   close(found->second.fd);
   allocations.erase(found);
+}
+
+int make(size_t nbytes, Kind kind, char** memory, primitives_cuda_error* error) {
+  if (fails("allocate")) return refuse("out of memory", error);
+  const int fd = memfd_create("emulated device", 0);
+  if (fd < 0 || ftruncate(fd, static_cast<off_t>(nbytes)) != 0) return refuse("no file", error);
+  *memory = map_file(fd, nbytes, kind);
+  return *memory == nullptr ? refuse("no memory", error) : 0;
 }
 
 }  // namespace
@@ -187,24 +205,20 @@ int primitives_cuda_gpu_of(int, primitives_cuda_gpu* gpu, primitives_cuda_error*
 }
 
 int primitives_cuda_allocate(int, size_t nbytes, char** memory, primitives_cuda_error* error) {
-  if (fails("allocate")) return refuse("out of memory", error);
-  const int fd = memfd_create("emulated device", 0);
-  if (fd < 0 || ftruncate(fd, static_cast<off_t>(nbytes)) != 0) return refuse("no file", error);
-  *memory = map_file(fd, nbytes);
-  return *memory == nullptr ? refuse("no memory", error) : 0;
+  return make(nbytes, Kind::kPlain, memory, error);
 }
 
 int primitives_cuda_export(int, char* memory, primitives_cuda_handle* handle,
                            primitives_cuda_error* error) {
   if (fails("export")) return refuse("cannot be shared", error);
   const std::lock_guard<std::mutex> lock(mutex);
-  const Allocation& of = allocations.at(memory);
+  const Allocation& of = allocation(memory, Kind::kPlain);
   std::snprintf(reinterpret_cast<char*>(handle->bytes), sizeof handle->bytes, "%zu /proc/%d/fd/%d",
                 of.nbytes, getpid(), of.fd);
   return 0;
 }
 
-void primitives_cuda_free(int, char* memory) { unmap(memory); }
+void primitives_cuda_free(int, char* memory) { unmap(memory, Kind::kPlain); }
 
 int primitives_cuda_clear(int, char* memory, size_t nbytes, primitives_cuda_error*) {
   std::memset(memory, 0, nbytes);
@@ -221,38 +235,41 @@ int primitives_cuda_map(int, const primitives_cuda_handle* handle, char** memory
   }
   const int fd = open(path, O_RDWR);
   if (fd < 0) return refuse("no such memory", error);
-  *memory = map_file(fd, nbytes);
+  *memory = map_file(fd, nbytes, Kind::kIpcMapping);
   return *memory == nullptr ? refuse("no memory", error) : 0;
 }
 
-void primitives_cuda_unmap(int, char* memory) { unmap(memory); }
+void primitives_cuda_unmap(int, char* memory) { unmap(memory, Kind::kIpcMapping); }
 
 int primitives_cuda_virtual_unit(int, size_t* nbytes, primitives_cuda_error*) {
   *nbytes = 2 << 20;
   return 0;
 }
 
-int primitives_cuda_virtual_create(int device, size_t nbytes, char** memory,
+int primitives_cuda_virtual_create(int, size_t nbytes, char** memory,
                                    primitives_cuda_error* error) {
   if (nbytes % (2 << 20) != 0) return refuse("no multiple of the unit", error);
-  return primitives_cuda_allocate(device, nbytes, memory, error);
+  return make(nbytes, Kind::kVirtual, memory, error);
 }
 
 int primitives_cuda_virtual_export(int, char* memory, int* fd, primitives_cuda_error* error) {
   if (fails("export")) return refuse("cannot be shared", error);
   const std::lock_guard<std::mutex> lock(mutex);
-  *fd = dup(allocations.at(memory).fd);
+  *fd = dup(allocation(memory, Kind::kVirtual).fd);
   return 0;
 }
 
 int primitives_cuda_virtual_open(int, int fd, size_t nbytes, char** memory,
                                  primitives_cuda_error* error) {
   if (fails("map")) return refuse("cannot be opened", error);
-  *memory = map_file(dup(fd), nbytes);
+  *memory = map_file(dup(fd), nbytes, Kind::kVirtual);
   return *memory == nullptr ? refuse("no memory", error) : 0;
 }
 
-void primitives_cuda_virtual_close(int, char* memory, size_t) { unmap(memory); }
+void primitives_cuda_virtual_close(int, char* memory, size_t nbytes) {
+  if (allocation(memory, Kind::kVirtual).nbytes != nbytes) std::abort();
+  unmap(memory, Kind::kVirtual);
+}
 
 int primitives_cuda_allocate_pinned(int, size_t nbytes, void** memory, primitives_cuda_error*) {
   *memory = std::calloc(1, nbytes);

@@ -25,7 +25,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import primitives
-from primitives import collectives
+from primitives import collectives, vocab_parallel
 from primitives.backend import native
 from primitives.errors import CollectiveError, CollectiveMismatch
 from special_distributed.exact_training import (
@@ -235,6 +235,38 @@ def streams_and_graphs() -> None:
         y = torch.full((10,), rank + 1.0, device=CUDA)
         dist.all_reduce(y, group=part)
         assert float(y[0]) == 3.0
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def split_vocabulary() -> None:
+    """Entropy and log-probability of a rank's columns: the bits of the CPU, errors, a graph."""
+    rank, n = start()
+    group, columns = dist.group.WORLD, 16 * 100 // n
+    labels = torch.randint(n * columns, (64,), generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = draw((64 * columns,), dtype, rank).nan_to_num().clamp(-50, 50).view(64, columns)
+        results = []
+        for device in (torch.device("cpu"), CUDA):
+            leaf = logits.to(device).requires_grad_()
+            found = vocab_parallel.entropy_and_log_prob(leaf, labels.to(device), group)
+            (grad,) = torch.autograd.grad(found[0].sum() - found[1].sum(), leaf)
+            results.append([x.detach().cpu() for x in (*found, grad)])
+        for want, got in zip(*results, strict=True):
+            assert_bits(got, want)
+
+    on_gpu, bad = leaf.detach(), labels.to(CUDA)
+    if rank == 1:
+        bad[5] = n * columns
+    with pytest.raises(ValueError, match=rf"got {n * columns} at \[5\] on rank 1"):
+        vocab_parallel.log_prob(on_gpu, bad, group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(ValueError, match="expected False while a CUDA graph is captured"):
+            vocab_parallel.entropy(on_gpu, group)
+        captured = vocab_parallel.entropy(on_gpu, group, check_input=False)
+    graph.replay()
+    assert_bits(captured.cpu(), results[0][0])
     dist.barrier()
     dist.destroy_process_group()
 

@@ -44,6 +44,10 @@ def test_memory_of_the_virtual_api(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     passes(play(tmp_path, "symmetric"))
 
 
+def test_entropy_over_a_split_vocabulary(tmp_path: Path) -> None:
+    passes(play(tmp_path, "split_vocabulary"))
+
+
 def test_fused_collectives_in_a_graph(tmp_path: Path) -> None:
     passes(play(tmp_path, "fused_in_a_graph"))
 

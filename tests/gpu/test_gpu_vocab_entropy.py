@@ -230,6 +230,7 @@ def test_cuda_names_its_error() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_device_of_the_logits_is_used_and_the_current_one_kept() -> None:
     logits = torch.randn(3, 5000)
-    on_second = vocab_parallel.entropy(logits.to("cuda:1"))
+    labels = torch.tensor([0, 4999, 7])
+    on_second = vocab_parallel.log_prob(logits.to("cuda:1"), labels.to("cuda:1"))
     assert torch.cuda.current_device() == 0
-    assert_same_bits(on_second.cpu(), vocab_parallel.entropy(logits))
+    assert_same_bits(on_second.cpu(), vocab_parallel.log_prob(logits, labels))

@@ -28,11 +28,9 @@ constexpr size_t kGrainNbytes =
 // Whether ranks may offer their inputs to their peers: the same on all ranks.
 HOST_DEVICE_FN bool may_offer(const Ranks& ranks, const Call& call) {
   const Op op = static_cast<Op>(call.op);
-  if (op == Op::kAllGatherMany || op == Op::kReduceScatterMany) {
-    uint64_t longest = 0;
-    for (int r = 0; r < ranks.world_size; r++) longest = larger(longest, call.in_nbytes[r]);
+  if (is_fused(op)) {
     const size_t places_nbytes = call.many.num_tensors * sizeof(uint64_t);
-    return longest >= ranks.direct_nbytes && places_nbytes <= ranks.slot_nbytes;
+    return longest_part(ranks, call) >= ranks.direct_nbytes && places_nbytes <= ranks.slot_nbytes;
   }
   if (call.has_counts) return op == Op::kAllGather || op == Op::kAllToAll;
   const bool one_shot =
@@ -107,7 +105,11 @@ struct Nothing {
 // that besides the letter.
 template <class M, class Put, class Direct, class Offer = Nothing>
 DEVICE_FN bool meet_first(Block<M>& b, Put put, Direct direct, Offer offer = {}) {
-  b.meeting.has_offered() ? offer() : put(size_t{0});
+  if (b.meeting.has_offered()) {
+    offer();
+  } else {
+    put(size_t{0});
+  }
   if (!b.meeting.begin()) return false;
   const int num_offers = may_offer(b.ranks, b.call) ? b.meeting.num_offers() : 0;
   if (num_offers == 0) return true;

@@ -54,7 +54,7 @@ void DeviceTransport::launch(const Call& call, DeviceCall& device_call, Millisec
   if (captured < 0) cannot_launch(call, error.text);
   if (!captured) heap_->map_new(device_call.seq);
   heap_->copy_chunks(&ranks_);
-  if (device_call.many.table == nullptr) device_call.place = offer(device_call);
+  if (!cuda::is_fused(call.op)) device_call.place = offer(device_call);
   primitives_cuda_ranks ranks = ranks_;
   ranks.timeout_ns = static_cast<uint64_t>(timeout.count()) * 1'000'000;
   if (primitives_cuda_launch(device_, &ranks, device_call, stream, last_, &error) != 0) {

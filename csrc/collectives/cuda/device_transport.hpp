@@ -2,10 +2,10 @@
 // nothing that waits for the device. What the kernels need lies in a segment of each rank.
 //
 // [Note: device segments] The first collective on a device is a meeting: every rank allocates a
-// segment, tells the others its IPC handle through the group of the host, and maps theirs. It ends
-// alike on all ranks; where one of them cannot map another's segment, with Unreachable. A rank that
-// leaves waits for its own kernels first, and frees its segment only when all others have left,
-// too.
+// segment, tells the others its handle ([Note: two ways to share]) through the group of the host,
+// and maps theirs. It ends alike on all ranks; where one of them cannot map another's segment, with
+// Unreachable. A rank that leaves waits for its own kernels first, and frees its segment only when
+// all others have left, too.
 //
 // [Note: device watch] A thread looks now and then. What a kernel of this rank reports becomes the
 // failure of the whole group, also of its ranks that wait on the host; and when the group has

@@ -39,7 +39,8 @@ struct alignas(16) Letter {
   uint64_t factor;        // its bits
   uint64_t nbytes;        // from the writer to the reader; fused: the number of tensors
   uint64_t longest;       // of what the writer sends to anybody
-  uint64_t place;         // in the writer's symmetric memory, of what the reader may read there
+  uint64_t place;         // in the writer's symmetric memory, of what the reader may read there;
+                          // fused: 0, and the places are in the slot
 };
 static_assert(sizeof(Letter) == 8 * PRIMITIVES_CUDA_LETTER_WORDS);
 
@@ -61,6 +62,16 @@ struct SegmentHead {
 
 constexpr size_t segment_nbytes(uint32_t slot_nbytes) {
   return sizeof(SegmentHead) + size_t{2} * kMaxBlocks * slot_nbytes;
+}
+
+HOST_DEVICE_FN bool is_fused(Op op) {
+  return op == Op::kAllGatherMany || op == Op::kReduceScatterMany;
+}
+
+HOST_DEVICE_FN uint64_t longest_part(const Ranks& ranks, const Call& call) {
+  uint64_t longest = 0;
+  for (int r = 0; r < ranks.world_size; r++) longest = larger(longest, call.in_nbytes[r]);
+  return longest;
 }
 
 // What equal calls have in common.
@@ -145,7 +156,7 @@ class Meeting {
 
   // --- what the peers wrote, after begin(); `own` is this rank's
   DEVICE_FN uint64_t longest() const {
-    uint64_t longest = longest_part();
+    uint64_t longest = longest_part(ranks_, call_);
     for (int r = 0; call_.has_counts && r < world_size(); r++) {
       if (r != rank()) longest = larger(longest, m_.load(&letter_from(r)->longest));
     }
@@ -186,12 +197,6 @@ class Meeting {
     return &line(this->rank()).letters[first_epoch_ & 1][rank];
   }
 
-  DEVICE_FN uint64_t longest_part() const {
-    uint64_t longest = 0;
-    for (int r = 0; r < world_size(); r++) longest = larger(longest, call_.in_nbytes[r]);
-    return longest;
-  }
-
   DEVICE_FN uint64_t place_for(int peer) const {
     const bool has_part = has_offered() && call_.in_nbytes[peer] > 0;
     return call_.place + (has_part ? call_.in[peer] - call_.in[0] : 0);
@@ -200,11 +205,11 @@ class Meeting {
   DEVICE_FN Letter letter_to(int peer) const {
     Letter letter;
     letter.call = signature_of(call_);
-    const bool fused = call_.many.table != nullptr;
+    const bool fused = is_fused(static_cast<Op>(call_.op));
     letter.numel_nbytes = fused ? call_.many.digest : call_.has_counts ? 0 : call_.in_nbytes[0];
     memcpy(&letter.factor, &call_.factor, 8);
     letter.nbytes = fused ? call_.many.num_tensors : call_.in_nbytes[peer];
-    letter.longest = longest_part();
+    letter.longest = longest_part(ranks_, call_);
     letter.place = place_for(peer);
     return letter;
   }

@@ -15,8 +15,6 @@ inline bool is_reduction(Op op) {
   return op == Op::kAllReduce || op == Op::kReduceScatter || op == Op::kReduce;
 }
 
-inline bool is_fused(Op op) { return op == Op::kAllGatherMany || op == Op::kReduceScatterMany; }
-
 // The error of a fused call, or "".
 inline const char* check_many(const Call& call, int me) {
   const Many& many = call.many;
@@ -47,11 +45,10 @@ inline const char* check_many(const Call& call, int me) {
 inline const char* check_offer(const Ranks& ranks, const Call& call) {
   const Op op = static_cast<Op>(call.op);
   if (is_fused(op)) {
-    return may_offer(ranks, call) ? "" : "place: expected none for a fused call that is small";
+    return may_offer(ranks, call) ? "" : "place: expected none for a fused call that is small or has many tensors";
   }
-  uint64_t longest = 0;
-  for (const uint64_t nbytes : call.in_nbytes) longest = larger(longest, nbytes);
-  if (!may_offer(ranks, call) || longest < ranks.direct_nbytes || call.in_nbytes[0] == 0) {
+  const bool is_small = longest_part(ranks, call) < ranks.direct_nbytes;
+  if (!may_offer(ranks, call) || is_small || call.in_nbytes[0] == 0) {
     return "place: expected none for a call that is rooted, without a first part, or small";
   }
   if (op == Op::kAllReduce && call.in[0] != call.out[0]) {
