@@ -243,3 +243,15 @@ def leftovers(pid: int | None = None) -> list[str]:
     """Shared memory that process ``pid`` (default: this one) left behind."""
     pattern = f"primitives-{os.getuid()}-{pid or os.getpid()}-*"
     return [path.name for path in Path("/dev/shm").glob(pattern)]
+
+
+FETCH = """
+import ctypes, os, sys
+process = os.pidfd_open(int(sys.argv[1]))
+sys.exit(ctypes.CDLL(None).syscall(438, process, 0, 0) < 0)  # pidfd_getfd
+"""
+
+
+def fetches_descriptors() -> bool:
+    """Whether this system lets a process fetch descriptors of another (PRIMITIVES_CUDA_MEMORY)."""
+    return subprocess.run([sys.executable, "-c", FETCH, str(os.getpid())]).returncode == 0

@@ -1,14 +1,11 @@
 """The backend on CUDA tensors, on an emulated runtime: kernels, and the way of the host."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import emulated_bindings
 import pytest
 import torch
-from ranks import ProcessRanks
+from ranks import ProcessRanks, fetches_descriptors
 
 ONE_HOST, TWO_HOSTS, MIXED_HOSTS = "aaa", "aab", "aba"
 UNREACHABLE = {"map": "cannot be mapped: cannot be opened", "export": "cannot be shared"}
@@ -21,21 +18,11 @@ def bindings() -> str:
     return str(emulated_bindings.build())
 
 
-FETCH = """
-import ctypes, os, sys
-process = os.pidfd_open(int(sys.argv[1]))
-sys.exit(ctypes.CDLL(None).syscall(438, process, 0, 0) < 0)  # pidfd_getfd
-"""
-
-
 @pytest.fixture(params=["ipc", "virtual"])
 def memory(request: pytest.FixtureRequest) -> str:
     """PRIMITIVES_CUDA_MEMORY."""
     way: str = request.param
-    if (
-        way == "virtual"
-        and subprocess.run([sys.executable, "-c", FETCH, str(os.getpid())]).returncode
-    ):
+    if way == "virtual" and not fetches_descriptors():
         pytest.skip("this system refuses descriptors of other processes")
     return way
 

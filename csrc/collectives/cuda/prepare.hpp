@@ -45,7 +45,9 @@ inline const char* check_many(const Call& call, int me) {
 inline const char* check_offer(const Ranks& ranks, const Call& call) {
   const Op op = static_cast<Op>(call.op);
   if (is_fused(op)) {
-    return may_offer(ranks, call) ? "" : "place: expected none for a fused call that is small or has many tensors";
+    return may_offer(ranks, call)
+               ? ""
+               : "place: expected none for a fused call that is small or has many tensors";
   }
   const bool is_small = longest_part(ranks, call) < ranks.direct_nbytes;
   if (!may_offer(ranks, call) || is_small || call.in_nbytes[0] == 0) {
