@@ -1,5 +1,5 @@
-// One function per area, called once from module.cpp. Bindings hold no logic: they check and
-// forward.
+// One function per area, called once from module.cpp. Bindings check and forward; beyond that they
+// hold what needs torch: Works of c10d, and operators.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

@@ -207,11 +207,10 @@ FourTensors with_autograd(const at::Tensor& logits, const OptionalTensor& labels
   return {results[0], results[1], results[2], quads};
 }
 
-// (No argument may be called mode: torch's tracing has one of that name.)
 const std::string kBackwardArguments =
     "Tensor? labels, Tensor quads, Tensor? grad_entropy, Tensor? grad_log_prob, "
     "Tensor? grad_log_sum_exp, str group_name, SymInt? vocab_size, SymInt ignore_index, "
-    "float temperature, str exp_mode=\"portable\")";
+    "float temperature, str ";
 
 }  // namespace
 
@@ -219,12 +218,17 @@ TORCH_LIBRARY_FRAGMENT(primitives, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "vocab_entropy(Tensor logits, Tensor? labels, str group_name, SymInt? vocab_size, "
-      "SymInt ignore_index, float temperature, bool inplace_backward, str exp_mode=\"portable\", "
+      "SymInt ignore_index, float temperature, bool inplace_backward, str mode=\"portable\", "
       "bool check_input=True) -> (Tensor, Tensor, Tensor, Tensor)",
       tags);
-  m.def(("vocab_entropy_backward(Tensor logits, " + kBackwardArguments + " -> Tensor").c_str(),
+  m.def(("vocab_entropy_backward(Tensor logits, " + kBackwardArguments +
+         "mode=\"portable\") -> Tensor")
+            .c_str(),
         tags);
-  m.def(("vocab_entropy_backward_(Tensor(a!) logits, " + kBackwardArguments + " -> ()").c_str(),
+  // (Functionalization has an argument of its own that is called mode.)
+  m.def(("vocab_entropy_backward_(Tensor(a!) logits, " + kBackwardArguments +
+         "exp_mode=\"portable\") -> ()")
+            .c_str(),
         tags);
 }
 
